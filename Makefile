@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lightedit-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format slow bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install lightedit with all its extras
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (minutes the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@# torch on its own: if a later package fails, its long download is not repeated
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,report,dev]'
+	@touch $@
+
+demo: setup ## edit facts in a small model and show what changed
+	$(BIN)/lightedit demo
+
+test: lint ## lint, check types and run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lightedit
+
+format: setup ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: setup ## run all tests, those with a real model included
+	$(BIN)/python -m pytest --slow
+
+bench: setup ## run the benchmarks
+	$(BIN)/python -m benchmarks.run
+
+clean: ## remove caches and build products; the environment in .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
