@@ -129,8 +129,7 @@ def _neighborhood(relation: _Relation, country: _Country, countries: list[_Count
     others = [
         other.name
         for other in countries
-        if other.answers[relation.name][:1] == (true,)
-        and country.subject.casefold() not in other.name.casefold()
+        if other.answers[relation.name][:1] == (true,) and country.subject.casefold() not in other.name.casefold()
     ]
     others.sort(key=lambda other: crc32(f"{relation.name}/{country.name}/{other}".encode()))
     return tuple(_sentence(relation.prompt, other) for other in others[:_MOST_NEIGHBORS])

@@ -68,9 +68,7 @@ class Fact:
         slots = self.prompt.count("{}")
         if slots != 1:
             found = 'no "{}"' if slots == 0 else f'{slots} times "{{}}"'
-            raise FactError(
-                f'prompt: {found} in {self.prompt!r}; write "{{}}" once, where the subject stands'
-            )
+            raise FactError(f'prompt: {found} in {self.prompt!r}; write "{{}}" once, where the subject stands')
         if self.prompt != self.prompt.rstrip():
             raise FactError(
                 f"prompt: {self.prompt!r} ends in whitespace; remove it, the target follows after one space"
@@ -256,9 +254,7 @@ def _format_of(record: Any) -> str | None:
     return next((name for name, marks in _MARKS.items() if marks <= record.keys()), None)
 
 
-def read_facts(
-    path: str | os.PathLike[str], limit: int | None = None, format: str | None = None
-) -> list[Fact]:
+def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: str | None = None) -> list[Fact]:
     """Read facts from a file.
 
     A file ending in `.json` holds a list of records, any other holds one JSON record a line. Formats:
@@ -320,9 +316,7 @@ def write_facts(path: str | os.PathLike[str], facts: Iterable[Fact]) -> None:
     """
     path = Path(path)
     if path.suffix == ".json":
-        raise FactError(
-            f"{path}: facts are written one a line; name the file {path.with_suffix('.jsonl').name}"
-        )
+        raise FactError(f"{path}: facts are written one a line; name the file {path.with_suffix('.jsonl').name}")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:

@@ -30,9 +30,7 @@ class Architecture:
 
 
 _LLAMA = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj")
-_POST_NORM = Architecture(
-    "model.layers", "mlp.down_proj", "self_attn.o_proj", mlp_norm="post_feedforward_layernorm"
-)
+_POST_NORM = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj", mlp_norm="post_feedforward_layernorm")
 _BLOOM = Architecture("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", takes_position_ids=False)
 
 ARCHITECTURES: dict[str, Architecture] = {

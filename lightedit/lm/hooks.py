@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -38,12 +37,13 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capture(
-    modules: dict[int, nn.Module], at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
+    modules: dict[int, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
 ) -> Iterator[dict[int, Tensor]]:
     """Collect what enters or leaves each module.
 
     Args:
         modules: modules to watch, by a key of the caller's choice (the layer).
+        rows: number of rows in the batch; some modules (OPT's MLP) see all rows' tokens as one list.
         at: (rows, positions), integer tensors of shape [n]; only these states are kept, as [n, d]. None keeps all.
         inputs: keep the module's first input instead of its output.
 
@@ -53,6 +53,7 @@ def capture(
     captured: dict[int, Tensor] = {}
 
     def keep(key: int, value: Tensor) -> None:
+        value = value.reshape(rows, -1, value.shape[-1])
         captured[key] = value.clone() if at is None else value[at[0].to(value.device), at[1].to(value.device)]
 
     with ExitStack() as stack:
@@ -60,9 +61,7 @@ def capture(
             if inputs:
                 handle = module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0]))
             else:
-                handle = module.register_forward_hook(
-                    lambda _, __, output, key=key: keep(key, hidden_of(output))
-                )
+                handle = module.register_forward_hook(lambda _, __, output, key=key: keep(key, hidden_of(output)))
             stack.callback(handle.remove)
         yield captured
 
@@ -109,9 +108,3 @@ def select_positions(head: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[Non
 def frozen(model: nn.Module) -> nn.Module:
     """Put `model` in evaluation mode and stop gradients into its parameters."""
     return model.eval().requires_grad_(False)
-
-
-def no_nan(name: str, value: Tensor) -> None:
-    """Raise FloatingPointError if `value` holds NaN or infinity, naming it."""
-    if not torch.isfinite(value).all():
-        raise FloatingPointError(f"{name} holds NaN or infinity")

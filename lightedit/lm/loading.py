@@ -121,9 +121,7 @@ def _download(room: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
-        raise RuntimeError(
-            f"the built-in model's download has SHA-256 {digest}, expected {_GGUF_SHA256}; try again"
-        )
+        raise RuntimeError(f"the built-in model's download has SHA-256 {digest}, expected {_GGUF_SHA256}; try again")
     return gguf
 
 

@@ -38,9 +38,7 @@ class LanguageModel:
         weights: the edited matrices and what was written to them.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
         self.architecture = architecture_of(model)
         if not tokenizer.is_fast:
             raise UnsupportedModelError(
@@ -66,7 +64,7 @@ class LanguageModel:
 
         Args:
             name: what to load.
-            dtype: "float32", "bfloat16", "float16", "auto" (as stored); default: float32 on the CPU, as stored on a GPU.
+            dtype: "float32", "bfloat16", "float16", "auto" (as stored); default: float32 on the CPU, else as stored.
             device: where the whole model goes; default: the GPU if there is one.
             device_map: as in transformers, for a model larger than one device; excludes `device`.
         """
@@ -74,9 +72,7 @@ class LanguageModel:
         return cls(model, tokenizer, name=str(name))
 
     def __repr__(self) -> str:
-        return (
-            f"LanguageModel({self.name!r}, layers={self.n_layers}, dtype={self.dtype}, device={self.device})"
-        )
+        return f"LanguageModel({self.name!r}, layers={self.n_layers}, dtype={self.dtype}, device={self.device})"
 
     @property
     def n_layers(self) -> int:
@@ -107,9 +103,7 @@ class LanguageModel:
     def returns_tuple(self) -> bool:
         """Whether blocks return (hidden, attention weights) rather than the hidden state alone."""
         seen: list[bool] = []
-        handle = self.blocks[0].register_forward_hook(
-            lambda _, __, output: seen.append(isinstance(output, tuple))
-        )
+        handle = self.blocks[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
         try:
             with torch.no_grad(), stop_after(self.blocks[0]):
                 self.forward(pad([[self.pad_id]], self.pad_id))
@@ -124,9 +118,7 @@ class LanguageModel:
         if not layers or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers must be distinct and ascending, got {list(layers)}")
         if layers[0] < 0 or layers[-1] >= self.n_layers:
-            raise ValueError(
-                f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}"
-            )
+            raise ValueError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
     def mlp_output(self, layer: int) -> nn.Module:
         """The module of the MLP's second matrix in block `layer`."""
@@ -147,6 +139,12 @@ class LanguageModel:
                 f"the matrix of layer {layer} is {state}; load it in a floating-point dtype on a device"
             )
         return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+    def mlp_values(self, layer: int, keys: Tensor) -> Tensor:
+        """W k + b of block `layer` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
+        values = self.weight(layer).double() @ keys.to(self.weight(layer).device, torch.float64)
+        bias = self.mlp_output(layer).bias
+        return values if bias is None else values + bias.double()[:, None]
 
     # Running it
 
@@ -233,9 +231,7 @@ class LanguageModel:
         results: list[list[int]] = [[] for _ in rows]
         devices = [self.device] if self.device.type == "cuda" else []
         sampling = (
-            {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
-            if top_k
-            else {"do_sample": False}
+            {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0} if top_k else {"do_sample": False}
         )
         ends = self.tokenizer.eos_token_id if stop_at_end else None
         with torch.random.fork_rng(devices):

@@ -26,9 +26,7 @@ class PrefixCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         layer = self.prefix[layer_idx]
         if layer is None:
-            raise RuntimeError(
-                f"the prefix cache holds no states for layer {layer_idx}, which was to be skipped"
-            )
+            raise RuntimeError(f"the prefix cache holds no states for layer {layer_idx}, which was to be skipped")
         return torch.cat([layer[0], key_states], dim=-2), torch.cat([layer[1], value_states], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -39,14 +37,9 @@ class PrefixCache(DynamicCache):
 
     def rows(self, index: Tensor) -> "PrefixCache":
         """The cache of the rows `index` [n] alone."""
-        kept = [
-            layer and (layer[0].index_select(0, index), layer[1].index_select(0, index))
-            for layer in self.prefix
-        ]
+        kept = [layer and (layer[0].index_select(0, index), layer[1].index_select(0, index)) for layer in self.prefix]
         return PrefixCache(kept, self.length)
 
     def without(self, layers: range) -> "PrefixCache":
         """The cache without the states of `layers`, to free memory once their blocks are skipped."""
-        return PrefixCache(
-            [None if i in layers else layer for i, layer in enumerate(self.prefix)], self.length
-        )
+        return PrefixCache([None if i in layers else layer for i, layer in enumerate(self.prefix)], self.length)

@@ -1,6 +1,6 @@
 """Edited weight matrices, always materialised from a kept base, so that every edit can be undone exactly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +78,10 @@ class EditedWeights:
         self._accumulate(layer, update)
 
     @torch.no_grad()
-    def remove(self, owner: str) -> None:
-        """Undo the edit `owner`; other edits stay, in their order."""
+    def remove(self, owners: Collection[str]) -> None:
+        """Undo the edits `owners`; other edits stay, in their order."""
         for layer, updates in list(self._updates.items()):
-            kept = [(other, update) for other, update in updates if other != owner]
+            kept = [(owner, update) for owner, update in updates if owner not in owners]
             if len(kept) == len(updates):
                 continue
             self._matrix(layer).copy_(self._base[layer])

@@ -100,9 +100,7 @@ def test_new_capitals_are_well_known_ones(facts, table):
 def test_neighborhood_prompts_are_about_others_and_have_the_same_true_answer(facts, table):
     true_answers = {fact.text: fact.target_true for fact in facts}
     capital_of = {
-        landmark: row["capital"].split(";")[0]
-        for row in table.values()
-        for landmark in row["landmarks"].split(";")
+        landmark: row["capital"].split(";")[0] for row in table.values() for landmark in row["landmarks"].split(";")
     }
     checked = 0
     for fact in facts:

@@ -288,9 +288,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path):
-    with pytest.raises(
-        FactError, match=r"format: 'csv' is unknown; .*counterfact, counterfact_flat, zsre, jsonl"
-    ):
+    with pytest.raises(FactError, match=r"format: 'csv' is unknown; .*counterfact, counterfact_flat, zsre, jsonl"):
         read_facts(_json(tmp_path, [OWN]), format="csv")
 
 
@@ -335,9 +333,7 @@ def test_check_facts_accepts_different_texts_and_rejects_none_at_all():
 
 def test_check_facts_names_both_duplicates_and_their_targets():
     same_text = Fact("The TOWER in {} was built by", "Avo", "Bo")
-    with pytest.raises(
-        FactError, match=r"facts 1 and 2: .*'The TOWER in Avo was built by', with 'Ada' and 'Bo'"
-    ):
+    with pytest.raises(FactError, match=r"facts 1 and 2: .*'The TOWER in Avo was built by', with 'Ada' and 'Bo'"):
         check_facts([_fact(subject="Ume"), _fact(), same_text])
 
 

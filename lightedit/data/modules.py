@@ -1,0 +1,110 @@
+"""Facts as a trainer's data: rounds, and chunks of a round."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightedit.data.facts import Fact, check_facts
+
+
+class Chunk:
+    """Facts whose values are optimised together.
+
+    Attributes:
+        indices: positions of the facts in the run's list of facts.
+        facts: the facts.
+        finished: set by the training module once their values are found.
+    """
+
+    def __init__(self, indices: Sequence[int], facts: Sequence[Fact]) -> None:
+        self.indices = tuple(indices)
+        self.facts = tuple(facts)
+        self.finished = False
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+
+class _Rounds(IterableDataset[Chunk]):
+    """One epoch is one round: each of its chunks is yielded again until it is finished."""
+
+    def __init__(self, data: "FactsDataModule") -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Chunk]:
+        assert self.data.trainer is not None
+        rounds = self.data.rounds
+        if self.data.trainer.current_epoch >= len(rounds):
+            return
+        for indices in _by_suffix(self.data.facts, rounds[self.data.trainer.current_epoch], self.data.facts_per_chunk):
+            chunk = Chunk(indices, [self.data.facts[index] for index in indices])
+            while not chunk.finished:
+                yield chunk
+
+
+class _SoFar(IterableDataset[Chunk]):
+    """The facts of this round and all earlier ones; outside of a fit, all facts."""
+
+    def __init__(self, data: "FactsDataModule") -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Chunk]:
+        trainer = self.data.trainer
+        assert trainer is not None
+        fitting = trainer.state.fn == "fit"
+        for indices in self.data.rounds[: trainer.current_epoch + 1] if fitting else self.data.rounds:
+            yield Chunk(indices, [self.data.facts[index] for index in indices])
+
+
+class FactsDataModule(LightningDataModule):
+    """Gives facts to a trainer in rounds; the facts of a round are written into the model together.
+
+    Args:
+        facts: what to edit, in this order.
+        facts_per_round: facts written together; None puts all into one round.
+        facts_per_chunk: facts whose values are optimised together. More is faster and takes more memory.
+
+    Raises:
+        FactError: no facts, or a fact that occurs twice.
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, facts: Sequence[Fact], facts_per_round: int | None = None, facts_per_chunk: int = 32) -> None:
+        super().__init__()
+        check_facts(facts)
+        for name, size in (("facts_per_round", facts_per_round), ("facts_per_chunk", facts_per_chunk)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.facts = list(facts)
+        self.facts_per_round = facts_per_round or len(self.facts)
+        self.facts_per_chunk = facts_per_chunk
+
+    @property
+    def rounds(self) -> list[list[int]]:
+        """The indices of each round's facts."""
+        indices = range(len(self.facts))
+        return [list(indices[i : i + self.facts_per_round]) for i in indices[:: self.facts_per_round]]
+
+    def train_dataloader(self) -> DataLoader[Chunk]:
+        return DataLoader(_Rounds(self), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Chunk]:
+        return DataLoader(_SoFar(self), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave chunks alone: they hold text, and the trainer must see the very object that the module finishes."""
+        return batch
+
+
+def _by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Split `indices` into chunks of facts with a similar number of characters after the subject (less padding)."""
+
+    def suffix(index: int) -> int:
+        fact = facts[index]
+        return len(fact.prompt) - fact.prompt.index("{}") + len(fact.target_new)
+
+    ordered = sorted(indices, key=lambda index: (suffix(index), index))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

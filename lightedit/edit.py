@@ -1,0 +1,187 @@
+"""An edit: what a run wrote into a model. It can be applied, reverted, saved and loaded."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from lightedit.data.facts import Fact
+from lightedit.lm import LanguageModel
+from lightedit.lm.weights import LowRankUpdate
+
+_FORMAT = 1
+
+
+class EditError(ValueError):
+    """An edit cannot be saved, loaded, applied or reverted; the message says why and what to do."""
+
+
+@dataclass
+class Edit:
+    """The outcome of a run: low-rank updates of a few matrices, with all that is needed to trust and undo them.
+
+    Attributes:
+        model: name of the edited model.
+        fingerprint: fingerprint of its unedited weights.
+        provenance: method, settings, contexts, covariance, versions, seconds.
+        facts: the facts, in the order they were given.
+        rounds: for each round written, layer -> update.
+        facts_in_round: number of facts written in each round.
+        scores: named evaluations, such as "before" and "after".
+        id: a unique name.
+    """
+
+    model: str
+    fingerprint: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)
+    rounds: list[dict[int, LowRankUpdate]] = field(default_factory=list)
+    facts_in_round: list[int] = field(default_factory=list)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that the edit changes."""
+        return sorted({layer for updates in self.rounds for layer in updates})
+
+    def owner(self, round_: int) -> str:
+        """The name under which a round's updates are kept in the model's weights."""
+        return f"{self.id}:{round_}"
+
+    def is_applied(self, lm: LanguageModel) -> bool:
+        """Whether `lm` carries this edit."""
+        return any(owner.startswith(f"{self.id}:") for owner in lm.weights.owners)
+
+    def apply(self, lm: LanguageModel) -> None:
+        """Write the edit into `lm`.
+
+        Raises:
+            EditError: another model, or the edit is applied already.
+        """
+        if lm.fingerprint != self.fingerprint:
+            raise EditError(
+                f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "
+                f"but {lm.name} has {lm.fingerprint}; load the model it was made for"
+            )
+        if self.is_applied(lm):
+            raise EditError(f"edit {self.id} is applied already; revert it first")
+        for index, updates in enumerate(self.rounds):
+            for layer, update in updates.items():
+                lm.weights.add(self.owner(index), layer, update)
+
+    def revert(self, lm: LanguageModel) -> None:
+        """Undo the edit; without other edits the weights are the unedited ones bit for bit.
+
+        Raises:
+            EditError: `lm` does not carry the edit.
+        """
+        if not self.is_applied(lm):
+            raise EditError(f"edit {self.id} is not applied to {lm.name}, so there is nothing to revert")
+        lm.weights.remove({self.owner(index) for index in range(len(self.rounds))})
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write `edit.safetensors` and `edit.json` into `folder`, which appears whole or not at all.
+
+        Raises:
+            EditError: the folder exists and `overwrite` is not given.
+        """
+        folder = Path(folder)
+        check_free(folder, overwrite)
+        tensors = save_tensors(
+            {
+                f"round.{index}.layer.{layer}.{name}": getattr(update, name).cpu().contiguous()
+                for index, updates in enumerate(self.rounds)
+                for layer, update in updates.items()
+                for name in ("left", "right")
+            }
+        )
+        record = {
+            "format": _FORMAT,
+            "id": self.id,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "layers": self.layers,
+            "facts_in_round": self.facts_in_round,
+            "scores": self.scores,
+            "provenance": self.provenance,
+            "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+            "facts": [fact.to_dict() for fact in self.facts],
+        }
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            (scratch / "edit.safetensors").write_bytes(tensors)
+            (scratch / "edit.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            scratch.chmod(0o777 & ~_umask())
+            if folder.exists():
+                old = scratch.with_name(scratch.name + ".old")
+                folder.rename(old)
+                scratch.rename(folder)
+                shutil.rmtree(old)
+            else:
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Edit":
+        """Read what `save` wrote, and check that it is whole.
+
+        Raises:
+            FileNotFoundError: there is no edit in `folder`.
+            EditError: a file is truncated, altered or of another format.
+        """
+        folder = Path(folder)
+        path = folder / "edit.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no edit in {folder}: {path} does not exist")
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] != _FORMAT:
+                raise EditError(f"{path} has format {record['format']}, this version reads {_FORMAT}")
+            data = (folder / "edit.safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+                raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
+            rounds: list[dict[int, LowRankUpdate]] = [{} for _ in record["facts_in_round"]]
+            tensors = load_tensors(data)
+            for name in sorted(tensors):
+                if name.endswith(".left"):
+                    _, index, _, layer, _ = name.split(".")
+                    right = tensors[name.removesuffix("left") + "right"]
+                    # copies, because views into the file's buffer may be unaligned, which changes sums' order
+                    rounds[int(index)][int(layer)] = LowRankUpdate(tensors[name].clone(), right.clone())
+            return cls(
+                model=record["model"],
+                fingerprint=record["fingerprint"],
+                provenance=record["provenance"],
+                facts=[Fact.from_dict(fact) for fact in record["facts"]],
+                rounds=[dict(sorted(updates.items())) for updates in rounds],
+                facts_in_round=record["facts_in_round"],
+                scores=record["scores"],
+                id=record["id"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
+            raise EditError(f"{folder} does not hold a whole edit: {type(error).__name__}: {error}") from error
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """Raise EditError if saving an edit to `folder` would replace something."""
+    if folder.exists() and not (overwrite and (folder / "edit.json").is_file()):
+        way_out = "choose another folder" + (", or allow overwriting" if (folder / "edit.json").is_file() else "")
+        raise EditError(f"{folder} exists already; {way_out}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,313 @@
+"""Both steps of an edit as one fit: an epoch is a round of facts, a training step one Adam step on a chunk's δ."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightedit.covariance import Covariance, CovarianceError
+from lightedit.data.facts import Fact, FactError
+from lightedit.data.modules import Chunk, FactsDataModule
+from lightedit.data.prompts import tokenize_facts
+from lightedit.edit import Edit
+from lightedit.evaluate import score_facts
+from lightedit.keys import KeyWalk
+from lightedit.lm import LanguageModel
+from lightedit.methods import Method
+from lightedit.metrics import edit_metrics
+from lightedit.progress import progress
+from lightedit.update import Preservation, key_similarity, write_facts
+from lightedit.values import TokenCount, ValueOptimization
+
+OnCollision = Literal["error", "keep"]
+
+
+class EditModule(LightningModule):
+    """Runs a locate-then-edit method under a trainer.
+
+    Each training step is one Adam step on the δ of a chunk of facts. When the round's last chunk is finished, the
+    round is written: layer by layer, keys are read and the closed-form update is solved. Validation then scores the
+    model as it is, on the facts of this round and of all earlier ones. The language model is not a submodule, so the
+    trainer neither moves, wraps nor checkpoints it.
+
+    Args:
+        lm: the model to edit.
+        method: what to run.
+        covariance: second moments of the keys at the method's layers.
+        on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
+            subject: "error" refuses them before work starts, "keep" writes them all the same.
+        collision_similarity: cosine, in the metric of the preservation term, from which two keys collide.
+        max_tokens: tokens of one forward and backward pass at most; bounds memory.
+
+    Attributes:
+        edit: what has been written so far; set when a fit starts.
+        tokens: tokens that the value optimisation computed.
+        seconds: time spent in "values" and "update".
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        method: Method,
+        covariance: Covariance,
+        on_collision: OnCollision = "error",
+        collision_similarity: float = 0.95,
+        max_tokens: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if on_collision not in ("error", "keep"):
+            raise ValueError(f"on_collision is 'error' or 'keep', got {on_collision!r}")
+        self.lm, self.method, self.covariance = lm, method, covariance
+        self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
+        self.edit: Edit | None = None
+        self.tokens = TokenCount()
+        self.seconds = {"values": 0.0, "update": 0.0}
+        # Stands in for the δ of the chunk at hand, which is exchanged in the optimizer's parameter group
+        self.delta = nn.Parameter(torch.zeros(1))
+        self._search: ValueOptimization | None = None
+        self._chunk: Chunk | None = None
+        self._targets: dict[int, Tensor] = {}
+        self._metrics = edit_metrics()
+
+    # Before work starts
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, FactsDataModule):
+            raise TypeError("EditModule needs its facts from a FactsDataModule: trainer.fit(module, datamodule=...)")
+        self.lm.check_layers(self.method.layers)
+        limit = self.method.facts_per_solve
+        if limit is not None and data.facts_per_round > limit:
+            raise ValueError(
+                f"{type(self.method).__name__} writes {limit} fact per round, but facts_per_round is "
+                f"{data.facts_per_round}; give FactsDataModule(facts, facts_per_round={limit})"
+            )
+        self.covariance.check(self.lm, self.method.layers)
+        self._rounds = data.rounds
+        self._preservation = self._factor()
+        self._contexts = self.method.contexts.sample(self.lm)
+        self._prompts = tokenize_facts(self.lm.tokenizer, data.facts, self._contexts)
+        self._check_collisions(data.facts)
+        self.edit = Edit(
+            model=self.lm.name,
+            fingerprint=self.lm.fingerprint,
+            facts=list(data.facts),
+            provenance={
+                "method": self.method.to_dict(),
+                "contexts": asdict(self._contexts),
+                "covariance": asdict(self.covariance.provenance),
+                "dtype": str(self.lm.dtype).removeprefix("torch."),
+                "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
+            },
+        )
+
+    def _factor(self) -> dict[int, Preservation]:
+        factors = {}
+        for layer in self.method.layers:
+            try:
+                factors[layer] = self.method.preservation(self.covariance[layer].to(self.lm.weight(layer).device))
+            except ValueError as error:
+                raise CovarianceError(f"layer {layer}: {error}") from error
+        return factors
+
+    def _check_collisions(self, facts: Sequence[Fact]) -> None:
+        # Nothing upstream of the first edited matrix ever changes, so its keys can be read for all rounds at once
+        layer = self.method.layers[0]
+        keys = KeyWalk(self.lm, self._prompts, self._contexts.key_weights, layer).keys()
+        if not torch.isfinite(keys).all():
+            raise FloatingPointError(f"keys at layer {layer} hold NaN or infinity; load the model in float32")
+        if self.on_collision == "keep":
+            return
+        for round_ in self._rounds:
+            similarity = key_similarity(self._preservation[layer], keys[:, round_]).triu(1)
+            if (highest := similarity.max()) >= self.collision_similarity:
+                first, second = divmod(int(similarity.argmax()), len(round_))
+                one, other = facts[round_[first]], facts[round_[second]]
+                raise FactError(
+                    f"the keys of {one.text!r} -> {one.target_new!r} (fact {round_[first]}) and {other.text!r} -> "
+                    f"{other.target_new!r} (fact {round_[second]}) collide: their cosine is {highest:.3f} at layer "
+                    f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
+                    "(facts_per_round), leave one out, or pass on_collision='keep'"
+                )
+
+    def configure_optimizers(self) -> torch.optim.Adam:
+        return torch.optim.Adam([self.delta], lr=self.method.values.lr)
+
+    # Step 1
+
+    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
+        if chunk.finished:  # the loader reads one batch ahead, so a chunk comes once more after its last step
+            return
+        started = time.perf_counter()
+        optimizer: Any = self.optimizers()
+        if chunk is not self._chunk:
+            self._start(chunk, optimizer.optimizer)
+        search = self._search
+        assert search is not None
+        if not search.done:
+            losses = search.backward()
+            optimizer.step()
+            search.after_step()
+            self.log_dict(
+                {"loss": losses.mean(), "active_facts": search.active.sum().float()},
+                prog_bar=True,
+                batch_size=len(chunk),
+            )
+        if search.done:
+            self._finish(chunk, search)
+        self.seconds["values"] += time.perf_counter() - started
+
+    def _start(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> None:
+        self._chunk = chunk
+        self._search = ValueOptimization(
+            self.lm,
+            [self._prompts[index] for index in chunk.indices],
+            self.method.value_layer,
+            self.method.site,
+            self.method.values,
+            self.max_tokens,
+        )
+        optimizer.param_groups[0]["params"] = [self._search.delta]
+        optimizer.state.clear()
+
+    def _finish(self, chunk: Chunk, search: ValueOptimization) -> None:
+        chunk.finished = True
+        values = search.values()
+        self._targets.update(zip(chunk.indices, values.targets.double(), strict=True))
+        self.tokens += search.tokens
+        self._search = self._chunk = None
+
+    @property
+    def fraction_done(self) -> float:
+        """Share of all facts whose values are found, facts at work counted by their steps."""
+        done: float = len(self._targets) + sum(self.edit.facts_in_round if self.edit else [])
+        if self._search is not None:
+            done += float(self._search.progress.sum())
+        return done / max(1, sum(map(len, self._rounds)))
+
+    # Step 2
+
+    def on_train_batch_end(self, outputs: Any, batch: Chunk, batch_idx: int) -> None:
+        if self.trainer.is_last_batch:
+            started = time.perf_counter()
+            self._write_round(self._rounds[self.current_epoch])
+            self.seconds["update"] += time.perf_counter() - started
+
+    def _write_round(self, indices: list[int]) -> None:
+        """Write one round of facts; on any failure none of it stays."""
+        assert self.edit is not None
+        prompts = [self._prompts[index] for index in indices]
+        targets = torch.stack([self._targets[index] for index in indices]).T
+        owner = self.edit.owner(len(self.edit.rounds))
+        try:
+            updates = dict(
+                write_facts(self.lm, self.method, self._preservation, prompts, self._contexts, targets, owner)
+            )
+        except BaseException:
+            self.lm.weights.remove([owner])
+            raise
+        self.edit.rounds.append(updates)
+        self.edit.facts_in_round.append(len(indices))
+        self.edit.provenance["seconds"] = dict(self.seconds)
+        self._targets.clear()
+        for layer, update in updates.items():
+            self.log(f"update_norm/layer_{layer}", update.norm(), batch_size=len(indices))
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch + 1 >= len(self._rounds):
+            self.trainer.should_stop = True
+
+    # Retention
+
+    def validation_step(self, chunk: Chunk, batch_idx: int) -> None:
+        self._metrics.update(score_facts(self.lm, chunk.facts))
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {name: value for name, value in self._metrics.compute().items() if not torch.isnan(value)}
+        self.log_dict(scores, prog_bar=True)
+        self._metrics.reset()
+
+
+class _Progress(Callback):
+    """Reports a fit's share of finished facts."""
+
+    def __init__(self, report: Any) -> None:
+        self.report = report
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        assert isinstance(module, EditModule)
+        self.report(module.fraction_done, 1.0)
+
+
+def edit(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: Method,
+    covariance: Covariance,
+    facts_per_round: int | None = None,
+    facts_per_chunk: int = 32,
+    on_collision: OnCollision = "error",
+    progress_bar: bool = True,
+) -> Edit:
+    """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
+
+    Args:
+        lm: the model to edit.
+        facts: what to write.
+        method: such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
+        covariance: second moments at the method's layers, from `estimate_covariance`.
+        facts_per_round: facts written together; default: all, or as many as the method takes in one solve.
+        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
+        on_collision: see `EditModule`.
+        progress_bar: show progress and the time left on standard error.
+
+    Raises:
+        FactError: facts that cannot be edited: none, twice the same, or colliding.
+        CovarianceError: a covariance of another model or layer, or one that cannot be solved with.
+        FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
+    """
+    data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
+    module = EditModule(lm, method, covariance, on_collision=on_collision)
+    with progress(f"editing {len(data.facts)} facts", progress_bar) as report, _quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
+            max_epochs=len(data.rounds),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[_Progress(report)],
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        except BaseException:
+            if module.edit is not None and module.edit.is_applied(lm):
+                module.edit.revert(lm)
+            raise
+    assert module.edit is not None
+    return module.edit
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep the trainer's advice about devices and loaders, which does not apply here, off the screen."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,53 @@
+"""Progress of long work on standard error: how far it is and how long it will take."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[float, float], None]
+
+_LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
+
+
+@contextmanager
+def progress(description: str, show: bool = True) -> Iterator[Report]:
+    """Show progress while the context lasts: a bar in a terminal, a line now and then elsewhere.
+
+    Yields:
+        A function to call with (work done, work in all), in any unit.
+    """
+    console = Console(stderr=True)
+    if not show:
+        yield lambda done, total: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        yield _lines(description)
+
+
+def _lines(description: str) -> Report:
+    started = last = time.monotonic()
+
+    def report(done: float, total: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY and 0 < done <= total:
+            last = now
+            left = (now - started) * (total - done) / done
+            print(f"{description}: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return report

@@ -1,0 +1,365 @@
+"""Step 1: find, for each fact, the activation at the subject's last token that makes the model state the target.
+
+Weights stay frozen; one vector δ per fact is trained with Adam (Meng et al., 2022, arXiv 2202.05262, eq. 4; Meng et
+al., 2023, arXiv 2210.07229, eq. 16, with the published code's loss). What cannot depend on δ is computed once: the
+tokens before the subject's last one live on as a prefix cache, and the blocks up to the edited layer as the captured
+output of the last of them. The LM head is applied at target positions only. All of this is exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightedit.data.prompts import FactPrompts, Row
+from lightedit.lm import LanguageModel
+from lightedit.lm.batch import Batch, pad
+from lightedit.lm.hooks import capture, stop_after
+from lightedit.lm.prefix import PrefixCache
+
+Site = Literal["block", "mlp"]
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """Settings of the value optimisation.
+
+    Attributes:
+        lr: Adam's learning rate.
+        steps: evaluations of the loss at most; the last one takes no step, as in the published code.
+        clamp_norm_factor: after each step, ||δ|| is kept within this times ||h0||, h0 the unedited activation.
+        kl_factor: weight of KL(edited || unedited) at the subject's last token of "{subject} is a".
+        weight_decay: weight of ||δ|| / ||h0||² (the norm of δ is not squared).
+        loss_threshold: a fact is done once its loss is below this.
+    """
+
+    lr: float = 0.5
+    steps: int = 25
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    weight_decay: float = 0.5
+    loss_threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.steps < 1 or self.clamp_norm_factor <= 0:
+            raise ValueError(f"lr, steps and clamp_norm_factor must be positive, got {self}")
+        if min(self.kl_factor, self.weight_decay, self.loss_threshold) < 0:
+            raise ValueError(f"kl_factor, weight_decay and loss_threshold must not be negative, got {self}")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Outcome of step 1 for B facts.
+
+    Attributes:
+        targets: v = h0 + δ, [B, d].
+        initial: h0, the site's activation before the edit, [B, d].
+        steps: Adam steps taken, [B].
+        losses: each fact's last evaluated loss, [B].
+    """
+
+    targets: Tensor
+    initial: Tensor
+    steps: Tensor
+    losses: Tensor
+
+
+@dataclass
+class TokenCount:
+    """Suffix tokens that went through the blocks above the edited one, summed over steps."""
+
+    real: int = 0
+    computed: int = 0
+
+    def __iadd__(self, other: "TokenCount") -> "TokenCount":
+        self.real += other.real
+        self.computed += other.computed
+        return self
+
+    @property
+    def padding(self) -> float:
+        """Share of computed tokens that were padding."""
+        return 1 - self.real / self.computed if self.computed else 0.0
+
+
+@dataclass
+class _Rows:
+    """Rows of one rectangle: the suffix from the subject's last token on, and what precedes and underlies it."""
+
+    batch: Batch  # ids and positions [rows, suffix], mask [rows, prefix + suffix]
+    cache: PrefixCache | None
+    hidden: Tensor  # output of the edited block, [rows, suffix, d]
+    mlp: Tensor | None  # MLP output at the subject's last token, [rows, d], where a norm follows it
+    fact: Tensor  # index of each row's fact, [rows]
+    at: tuple[Tensor, Tensor]  # rows and positions where the head is read, [n] each
+    targets: Tensor | None  # target ids, [n]; None for the rows of the KL term
+    weight: Tensor  # weight of each read position in its fact's loss, [n]
+
+    def keep(self, rows: Tensor) -> "_Rows":
+        """The sub-rectangle of `rows`, a boolean [rows]."""
+        index = rows.nonzero().squeeze(1)
+        read = rows[self.at[0]]
+        renumber = rows.cumsum(0) - 1
+        return _Rows(
+            Batch(self.batch.ids[index], self.batch.mask[index], self.batch.positions[index]),
+            self.cache and self.cache.rows(index),
+            self.hidden[index],
+            None if self.mlp is None else self.mlp[index],
+            self.fact[index],
+            (renumber[self.at[0][read]], self.at[1][read]),
+            None if self.targets is None else self.targets[read],
+            self.weight[read],
+        )
+
+
+class ValueOptimization:
+    """The joint optimisation of δ for several facts; every fact's trajectory is that of its own separate loop.
+
+    Losses are summed over facts and Adam is elementwise, so facts do not influence one another. A fact that is done
+    keeps its δ and its rows leave the batch.
+
+    Args:
+        lm: the language model.
+        prompts: the facts' token rows.
+        layer: the block at or in which δ is added.
+        site: "block" adds δ to the block's output, "mlp" to the output of its MLP.
+        settings: see `ValueSettings`.
+        max_tokens: suffix tokens of one forward and backward pass at most; bounds memory.
+
+    Attributes:
+        delta: the parameter, [facts, d], float32 or better.
+        active: which facts are still optimised, [facts].
+        tokens: how many suffix tokens were computed so far.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[FactPrompts],
+        layer: int,
+        site: Site,
+        settings: ValueSettings,
+        max_tokens: int = 1024,
+    ) -> None:
+        self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
+        self.tokens = TokenCount()
+        contexts = len(prompts[0].rows)
+        rows = [(index, row) for index, fact in enumerate(prompts) for row in fact.rows]
+        groups = _group(rows, max_tokens)
+        self._rows = []
+        initial: dict[int, Tensor] = {}
+        for group in groups:
+            captured, h0 = self._capture([row for _, row in group], [index for index, _ in group], contexts)
+            self._rows.append(captured)
+            for (index, row), state in zip(group, h0, strict=True):
+                if row is prompts[index].rows[0]:
+                    initial[index] = state
+        self.initial = torch.stack([initial[index] for index in range(len(prompts))])
+        subjects = [(index, fact.subject) for index, fact in enumerate(prompts)]
+        for group in _group(subjects, max_tokens):
+            self._rows.append(self._capture([row for _, row in group], [index for index, _ in group], 1)[0])
+        device = self.initial.device
+        self.delta = nn.Parameter(torch.zeros_like(self.initial))
+        self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self._final = torch.zeros_like(self.initial)
+        self._steps = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        self._losses = torch.full((len(prompts),), torch.nan, device=device, dtype=self.initial.dtype)
+        self._reference: dict[int, Tensor] = {}  # fact -> unedited log-probabilities of the KL term, [vocabulary]
+        if settings.steps == 1:
+            self.active[:] = False
+        self._bound = settings.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether no fact is left to optimise."""
+        return not bool(self.active.any())
+
+    @property
+    def progress(self) -> Tensor:
+        """The share of its steps that each fact has behind it, [facts]; 1 for finished facts."""
+        share = self._steps / max(1, self.settings.steps - 1)
+        return torch.where(self.active, share, torch.ones_like(share))
+
+    def make_optimizer(self) -> torch.optim.Adam:
+        """Adam over δ, as published."""
+        return torch.optim.Adam([self.delta], lr=self.settings.lr)
+
+    def backward(self) -> Tensor:
+        """Evaluate every active fact's loss and leave the gradients in `delta.grad`.
+
+        Facts whose loss is below the threshold are finished with the δ they have.
+
+        Returns:
+            The last known loss of every fact, [facts].
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; names the fact.
+        """
+        self.delta.grad = None
+        losses = self._weight_decay()
+        losses[self.active].sum().backward()
+        losses = losses.detach()
+        for rows in self._rows:
+            partial = self._loss(rows)
+            partial.sum().backward()
+            losses += partial.detach()
+        bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
+        if bad:
+            fact = self.prompts[bad[0]].fact
+            raise FloatingPointError(
+                f"the loss of fact {fact.text!r} -> {fact.target_new!r} is {losses[bad[0]].item()} after "
+                f"{int(self._steps[bad[0]])} steps; lower lr ({self.settings.lr}), or load the model in float32"
+            )
+        self._losses = torch.where(self.active, losses, self._losses)
+        self._finish(self.active & (self._losses < self.settings.loss_threshold))
+        return self._losses
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Project δ back into its ball after an optimizer step, and finish facts that have no step left."""
+        norm = self.delta.norm(dim=1, keepdim=True)
+        self.delta.mul_(torch.where(norm > self._bound, self._bound / norm, torch.ones_like(norm)))
+        self._steps += self.active
+        self._finish(self.active & (self._steps >= self.settings.steps - 1))
+
+    def values(self) -> Values:
+        """The targets found so far."""
+        delta = torch.where(self.active[:, None], self.delta.detach(), self._final)
+        return Values(self.initial + delta, self.initial, self._steps.clone(), self._losses.clone())
+
+    @torch.no_grad()
+    def _finish(self, facts: Tensor) -> None:
+        if not facts.any():
+            return
+        self._final[facts] = self.delta[facts]
+        self.active &= ~facts
+        kept = []
+        for rows in self._rows:
+            active = self.active[rows.fact]
+            if active.any():
+                kept.append(rows if active.all() else rows.keep(active))
+        self._rows = kept
+
+    def _weight_decay(self) -> Tensor:
+        return self.settings.weight_decay * self.delta.norm(dim=1) / self.initial.norm(dim=1).square()
+
+    def _loss(self, rows: _Rows) -> Tensor:
+        """What `rows` contribute to each fact's loss, [facts]."""
+        delta = self.delta[rows.fact]
+        if rows.mlp is not None:
+            norm = self.lm.mlp_norm(self.layer)
+            assert norm is not None
+            shifted = norm((rows.mlp + delta).to(rows.hidden.dtype)) - norm(rows.mlp.to(rows.hidden.dtype))
+            delta = shifted.to(delta.dtype)
+        first = (rows.hidden[:, 0].to(delta.dtype) + delta).to(rows.hidden.dtype)
+        hidden = torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
+        with self.lm.starting_at(self.layer + 1, hidden):
+            logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
+        logits = logits.to(self.delta.dtype)
+        rows_read, _ = rows.at
+        fact = rows.fact[rows_read]
+        loss = (
+            self._kl(logits, fact) if rows.targets is None else F.cross_entropy(logits, rows.targets, reduction="none")
+        )
+        self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
+        self.tokens.computed += rows.batch.ids.numel()
+        weighted = (loss * rows.weight.to(loss.device)).to(self.delta.device)
+        return weighted.new_zeros(len(self.prompts)).index_add(0, fact, weighted)
+
+    def _kl(self, logits: Tensor, facts: Tensor) -> Tensor:
+        """kl_factor * KL(edited || unedited) of each row, [rows]; the first call, at δ = 0, sets the reference."""
+        log_p = logits.log_softmax(dim=-1)
+        index = facts.tolist()
+        for row, fact in enumerate(index):
+            self._reference.setdefault(fact, log_p[row].detach())
+        reference = torch.stack([self._reference[fact] for fact in index])
+        return self.settings.kl_factor * F.kl_div(reference, log_p, log_target=True, reduction="none").sum(dim=-1)
+
+    @torch.no_grad()
+    def _capture(self, group: list[Row], facts: list[int], contexts: int) -> tuple[_Rows, Tensor]:
+        """Run prefix and skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d]."""
+        lm = self.lm
+        cache, prefix_mask = lm.prefix_cache([row.ids[: row.lookup] for row in group])
+        suffix = pad([row.ids[row.lookup :] for row in group], lm.pad_id).to(lm.device)
+        lengths = torch.tensor([row.lookup for row in group], device=lm.device)
+        batch = Batch(
+            suffix.ids,
+            torch.cat([prefix_mask, suffix.mask], dim=1),
+            suffix.positions + lengths[:, None],
+        )
+        block, mlp = lm.blocks[self.layer], lm.mlp_output(self.layer)
+        rows = len(group)
+        first = (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
+        with capture({0: block}, rows) as hidden, capture({0: mlp}, rows, first) as mlp_output, stop_after(block):
+            lm.forward(batch, cache)
+        state = hidden[0]
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        device = state.device
+        site = (mlp_output[0] if self.site == "mlp" else state[:, 0]).to(dtype)
+        has_norm = lm.mlp_norm(self.layer) is not None
+        kl = not group[0].targets
+        reads = [
+            (index, len(row.ids) - row.lookup - back)
+            for index, row in enumerate(group)
+            for back in range(max(1, len(row.targets)), 0, -1)
+        ]
+        read_rows, read_positions = torch.tensor(reads, device=device).T
+        weight = torch.tensor([1 / (max(1, len(row.targets)) * contexts) for row in group], dtype=dtype, device=device)
+        captured = _Rows(
+            batch,
+            cache and cache.without(range(self.layer + 1)),
+            state,
+            mlp_output[0].to(dtype) if has_norm and self.site == "mlp" else None,
+            torch.tensor(facts, device=device),
+            (read_rows, read_positions),
+            None if kl else torch.tensor([t for row in group for t in row.targets], device=self._head_device()),
+            weight[read_rows],
+        )
+        return captured, site
+
+    def _head_device(self) -> torch.device:
+        return self.lm.model.get_output_embeddings().weight.device
+
+
+def optimize_values(
+    lm: LanguageModel,
+    prompts: Sequence[FactPrompts],
+    layer: int,
+    site: Site = "block",
+    settings: ValueSettings | None = None,
+    max_tokens: int = 1024,
+) -> Values:
+    """Run step 1 to its end for `prompts` together; see `ValueOptimization`."""
+    search = ValueOptimization(lm, prompts, layer, site, settings or ValueSettings(), max_tokens)
+    optimizer = search.make_optimizer()
+    while not search.done:
+        search.backward()
+        optimizer.step()
+        search.after_step()
+    return search.values()
+
+
+def _group(rows: list[tuple[int, Row]], max_tokens: int) -> list[list[tuple[int, Row]]]:
+    """Split rows into rectangles of at most `max_tokens` suffix tokens with little padding."""
+
+    def suffix(row: Row) -> int:
+        return len(row.ids) - row.lookup
+
+    ordered = sorted(rows, key=lambda item: (suffix(item[1]), item[1].lookup, item[0]))
+    groups: list[list[tuple[int, Row]]] = []
+    real = 0
+    for item in ordered:
+        length = suffix(item[1])
+        if groups:
+            computed = length * (len(groups[-1]) + 1)
+            wasteful = computed - real - length > 0.15 * computed
+            if computed <= max_tokens and not wasteful:
+                groups[-1].append(item)
+                real += length
+                continue
+        groups.append([item])
+        real = length
+    return groups

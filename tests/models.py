@@ -1,0 +1,214 @@
+"""Tiny random models of every supported architecture and tiny tokenizers, all built in memory, offline."""
+
+import json
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 384
+"""Entries of every tiny tokenizer and rows of every tiny model's embedding."""
+
+PAD, BOS, EOS = 0, 1, 2
+
+_CONTEXT = 256
+_LLAMA = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": _CONTEXT,
+}
+# Heads wider than hidden / heads, as these models have: code that divides instead of asking is wrong on them.
+_WIDE_HEADS = {"head_dim": 16}
+_GPT = {"n_embd": 32, "n_head": 4, "n_inner": 80, "n_positions": _CONTEXT}
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT,
+    "gptj": _GPT | {"rotary_dim": 4},
+    "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": 8},
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA | _WIDE_HEADS,
+    # Caps near the size of the tiny logits, so that capping is felt.
+    "gemma2": _LLAMA
+    | _WIDE_HEADS
+    | {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3": _LLAMA | _WIDE_HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+    "phi3": _LLAMA,
+    "opt": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_dim": 80,
+        "max_position_embeddings": _CONTEXT,
+        "init_std": 0.2,
+    },
+    "bloom": {"hidden_size": 32, "n_head": 4},  # its intermediate size is always 4 * hidden
+    "falcon": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 80,
+        "max_position_embeddings": _CONTEXT,
+    },
+    "olmo2": _LLAMA,
+}
+
+ARCHITECTURES = list(_SHAPES)
+"""The model types that `tiny_model` builds; "gemma3" is its text model."""
+
+
+def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build a random causal language model of `model_type`, in evaluation mode.
+
+    Hidden size 32, 4 heads, `VOCABULARY` tokens. Weights are ten times larger than the architecture's usual
+    initialisation, and norms and biases are random too, so that attention is uneven and every parameter
+    matters. A fact is easily learned where the prompt ends with the subject ("The capital of {}"); a subject
+    in mid-prompt has little hold on what follows. Equal arguments give equal weights; other dtypes hold the
+    float32 model's weights, cast. The global random state is left as it was.
+    """
+    config = AutoConfig.for_model(
+        {"gemma3": "gemma3_text"}.get(model_type, model_type),
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        **({"initializer_range": 0.2} if model_type != "opt" else {}),
+        **_SHAPES[model_type],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norm weights and every bias
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        if dtype != torch.float32:
+            # Not `.to(dtype)`: that would cast the rotary buffers too, which loading a checkpoint never does.
+            weights = model.state_dict()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.load_state_dict(weights)
+    return model.eval()
+
+
+_TEXT = """\
+The river rises in the hills to the north of the city and runs through three countries before it reaches the
+sea. Its mother tongue is spoken by more than two hundred million people, and the official language of the
+state was changed in 1962. Paris is the capital of France and Rome is the capital of Italy, but the capital
+of Australia is not the largest town of the country. She was born in London, worked in Berlin as a doctor,
+and later moved to Tokyo, where she played the piano in a small band. The headquarters of the company are in
+New York; its first product was a small engine made of steel. He is a native speaker of French, a citizen of
+Spain and a professor of physics at the university. Because the winter was long, the people of the village
+stored bread, cheese and dried fish. Therefore nothing was wasted. I wonder what you would say about the old
+tower that stands in the centre of the square: it was built by a famous architect from Vienna, and it is
+owned by the museum. You can find the same song on every radio station in the world. The religion of the
+king was never written down. Danielle Darrieux was an actress whose native language was English, or so the
+paper said; the truth is found in the archive of the theatre. In 1985, 37 of the 204 players who had signed
+for the club came from the south of the continent.
+""".replace("\n", " ")
+
+
+@lru_cache
+def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of `VOCABULARY` entries, trained on a short English text.
+
+    Any Unicode text survives encoding and decoding: what the training text lacks falls back to bytes.
+
+    Args:
+        kind: "bytelevel" (byte-level BPE without BOS, as GPT-2; offsets include a leading space),
+            "bytelevel-bos" (with a BOS token, as Llama 3; offsets leave leading spaces out),
+            "sentencepiece" (BPE over "▁" with byte fallback and a BOS token, as Llama 2) or
+            "unigram" (the unigram model over "▁" with byte fallback, no BOS).
+    """
+    build = {
+        "bytelevel": lambda: _bytelevel(bos=False),
+        "bytelevel-bos": lambda: _bytelevel(bos=True),
+        "sentencepiece": _sentencepiece,
+        "unigram": _unigram,
+    }[kind]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=build(),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _bytelevel(bos: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    offsets = processors.ByteLevel(trim_offsets=bos)
+    tokenizer.post_processor = processors.Sequence([offsets, _prepend_bos()]) if bos else offsets
+    return tokenizer
+
+
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def _sentencepiece() -> Tokenizer:
+    pieces, merges = _trained_pieces()
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.post_processor = _prepend_bos()
+    return _with_byte_fallback_decoder(tokenizer)
+
+
+def _unigram() -> Tokenizer:
+    pieces, _ = _trained_pieces()
+    # Scores are log frequencies, counted: the library's unigram trainer gives other scores in every process.
+    text = "▁" + _TEXT.replace(" ", "▁")
+    unseen = -2 * math.log(len(text))
+    scored = [(piece, math.log(max(text.count(piece), 1) / len(text))) for piece in pieces]
+    scored = [(piece, unseen if piece in _BYTES else score) for piece, score in scored]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=_SPECIAL.index("<unk>"), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return _with_byte_fallback_decoder(tokenizer)
+
+
+def _trained_pieces() -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the vocabulary (special tokens, 256 bytes, trained pieces) and the merges of BPE over "▁"."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(_BYTES), special_tokens=_SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    trained = sorted(model["vocab"], key=model["vocab"].get)
+    return _SPECIAL + _BYTES + trained[len(_SPECIAL) :], [tuple(merge) for merge in model["merges"]]
+
+
+def _prepend_bos() -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+
+
+def _with_byte_fallback_decoder(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
