@@ -1,0 +1,37 @@
+"""lightedit: edit facts in transformer language models, and be able to ship, undo and trust the edit."""
+
+from lightedit.covariance import Covariance, CovarianceError, estimate_covariance
+from lightedit.data.builtin import builtin_facts
+from lightedit.data.facts import Fact, FactError, read_facts, write_facts
+from lightedit.data.modules import FactsDataModule
+from lightedit.edit import Edit, EditError
+from lightedit.evaluate import Evaluation, evaluate
+from lightedit.lm import LanguageModel
+from lightedit.methods import MEMIT, ROME, Method
+from lightedit.module import EditModule, edit
+from lightedit.values import ValueSettings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MEMIT",
+    "ROME",
+    "Covariance",
+    "CovarianceError",
+    "Edit",
+    "EditError",
+    "EditModule",
+    "Evaluation",
+    "Fact",
+    "FactError",
+    "FactsDataModule",
+    "LanguageModel",
+    "Method",
+    "ValueSettings",
+    "builtin_facts",
+    "edit",
+    "estimate_covariance",
+    "evaluate",
+    "read_facts",
+    "write_facts",
+]

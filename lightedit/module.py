@@ -198,13 +198,12 @@ class EditModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Chunk, batch_idx: int) -> None:
         if self.trainer.is_last_batch:
-            started = time.perf_counter()
             self._write_round(self._rounds[self.current_epoch])
-            self.seconds["update"] += time.perf_counter() - started
 
     def _write_round(self, indices: list[int]) -> None:
         """Write one round of facts; on any failure none of it stays."""
         assert self.edit is not None
+        started = time.perf_counter()
         prompts = [self._prompts[index] for index in indices]
         targets = torch.stack([self._targets[index] for index in indices]).T
         owner = self.edit.owner(len(self.edit.rounds))
@@ -217,6 +216,7 @@ class EditModule(LightningModule):
             raise
         self.edit.rounds.append(updates)
         self.edit.facts_in_round.append(len(indices))
+        self.seconds["update"] += time.perf_counter() - started
         self.edit.provenance["seconds"] = dict(self.seconds)
         self._targets.clear()
         for layer, update in updates.items():

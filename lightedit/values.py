@@ -94,8 +94,8 @@ class _Rows:
     hidden: Tensor  # output of the edited block, [rows, suffix, d]
     mlp: Tensor | None  # MLP output at the subject's last token, [rows, d], where a norm follows it
     fact: Tensor  # index of each row's fact, [rows]
-    at: tuple[Tensor, Tensor]  # rows and positions where the head is read, [n] each
-    targets: Tensor | None  # target ids, [n]; None for the rows of the KL term
+    at: tuple[Tensor, Tensor]  # rows and positions where the head is read, [n] each: m targets, then the KL term's
+    targets: Tensor  # target ids, [m]
     weight: Tensor  # weight of each read position in its fact's loss, [n]
 
     def keep(self, rows: Tensor) -> "_Rows":
@@ -105,12 +105,12 @@ class _Rows:
         renumber = rows.cumsum(0) - 1
         return _Rows(
             Batch(self.batch.ids[index], self.batch.mask[index], self.batch.positions[index]),
-            self.cache and self.cache.rows(index),
+            None if self.cache is None else self.cache.rows(index),
             self.hidden[index],
             None if self.mlp is None else self.mlp[index],
             self.fact[index],
             (renumber[self.at[0][read]], self.at[1][read]),
-            None if self.targets is None else self.targets[read],
+            self.targets[read[: len(self.targets)].to(self.targets.device)],
             self.weight[read],
         )
 
@@ -146,21 +146,17 @@ class ValueOptimization:
     ) -> None:
         self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
         self.tokens = TokenCount()
-        contexts = len(prompts[0].rows)
-        rows = [(index, row) for index, fact in enumerate(prompts) for row in fact.rows]
-        groups = _group(rows, max_tokens)
-        self._rows = []
+        rows = [(index, row) for index, fact in enumerate(prompts) for row in (*fact.rows, fact.subject)]
         initial: dict[int, Tensor] = {}
-        for group in groups:
-            captured, h0 = self._capture([row for _, row in group], [index for index, _ in group], contexts)
+        self._rows = []
+        for group in _rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens):
+            captured, activations = self._capture([rows[i] for i in group])
             self._rows.append(captured)
-            for (index, row), state in zip(group, h0, strict=True):
+            for i, activation in zip(group, activations, strict=True):
+                index, row = rows[i]
                 if row is prompts[index].rows[0]:
-                    initial[index] = state
+                    initial[index] = activation
         self.initial = torch.stack([initial[index] for index in range(len(prompts))])
-        subjects = [(index, fact.subject) for index, fact in enumerate(prompts)]
-        for group in _group(subjects, max_tokens):
-            self._rows.append(self._capture([row for _, row in group], [index for index, _ in group], 1)[0])
         device = self.initial.device
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -259,11 +255,10 @@ class ValueOptimization:
         with self.lm.starting_at(self.layer + 1, hidden):
             logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
         logits = logits.to(self.delta.dtype)
-        rows_read, _ = rows.at
-        fact = rows.fact[rows_read]
-        loss = (
-            self._kl(logits, fact) if rows.targets is None else F.cross_entropy(logits, rows.targets, reduction="none")
-        )
+        fact = rows.fact[rows.at[0]]
+        count = len(rows.targets)
+        nll = F.cross_entropy(logits[:count], rows.targets, reduction="none")
+        loss = torch.cat([nll, self._kl(logits[count:], fact[count:])])
         self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
         self.tokens.computed += rows.batch.ids.numel()
         weighted = (loss * rows.weight.to(loss.device)).to(self.delta.device)
@@ -271,20 +266,22 @@ class ValueOptimization:
 
     def _kl(self, logits: Tensor, facts: Tensor) -> Tensor:
         """kl_factor * KL(edited || unedited) of each row, [rows]; the first call, at δ = 0, sets the reference."""
-        log_p = logits.log_softmax(dim=-1)
         index = facts.tolist()
+        if not index:
+            return logits.new_zeros(0)
+        log_p = logits.log_softmax(dim=-1)
         for row, fact in enumerate(index):
             self._reference.setdefault(fact, log_p[row].detach())
         reference = torch.stack([self._reference[fact] for fact in index])
         return self.settings.kl_factor * F.kl_div(reference, log_p, log_target=True, reduction="none").sum(dim=-1)
 
     @torch.no_grad()
-    def _capture(self, group: list[Row], facts: list[int], contexts: int) -> tuple[_Rows, Tensor]:
+    def _capture(self, group: list[tuple[int, Row]]) -> tuple[_Rows, Tensor]:
         """Run prefix and skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d]."""
-        lm = self.lm
-        cache, prefix_mask = lm.prefix_cache([row.ids[: row.lookup] for row in group])
-        suffix = pad([row.ids[row.lookup :] for row in group], lm.pad_id).to(lm.device)
-        lengths = torch.tensor([row.lookup for row in group], device=lm.device)
+        lm, facts, texts = self.lm, [index for index, _ in group], [row for _, row in group]
+        cache, prefix_mask = lm.prefix_cache([row.ids[: row.lookup] for row in texts])
+        suffix = pad([row.ids[row.lookup :] for row in texts], lm.pad_id).to(lm.device)
+        lengths = torch.tensor([row.lookup for row in texts], device=lm.device)
         batch = Batch(
             suffix.ids,
             torch.cat([prefix_mask, suffix.mask], dim=1),
@@ -298,25 +295,26 @@ class ValueOptimization:
         state = hidden[0]
         dtype = torch.promote_types(state.dtype, torch.float32)
         device = state.device
-        site = (mlp_output[0] if self.site == "mlp" else state[:, 0]).to(dtype)
-        has_norm = lm.mlp_norm(self.layer) is not None
-        kl = not group[0].targets
-        reads = [
-            (index, len(row.ids) - row.lookup - back)
-            for index, row in enumerate(group)
-            for back in range(max(1, len(row.targets)), 0, -1)
-        ]
+        in_mlp = self.site == "mlp"
+        site = (mlp_output[0] if in_mlp else state[:, 0]).to(dtype)
+        reads, weights = [], []
+        for kl in (False, True):
+            for i, row in enumerate(texts):
+                if kl == (not row.targets):
+                    count = len(row.targets) or 1
+                    last = len(row.ids) - row.lookup
+                    reads += [(i, position) for position in range(last - count, last)]
+                    weights += [1.0 if kl else 1 / (count * len(self.prompts[0].rows))] * count
         read_rows, read_positions = torch.tensor(reads, device=device).T
-        weight = torch.tensor([1 / (max(1, len(row.targets)) * contexts) for row in group], dtype=dtype, device=device)
         captured = _Rows(
             batch,
-            cache and cache.without(range(self.layer + 1)),
+            None if cache is None else cache.without(range(self.layer + 1)),
             state,
-            mlp_output[0].to(dtype) if has_norm and self.site == "mlp" else None,
+            mlp_output[0].to(dtype) if in_mlp and lm.mlp_norm(self.layer) is not None else None,
             torch.tensor(facts, device=device),
             (read_rows, read_positions),
-            None if kl else torch.tensor([t for row in group for t in row.targets], device=self._head_device()),
-            weight[read_rows],
+            torch.tensor([t for row in texts for t in row.targets], dtype=torch.long, device=self._head_device()),
+            torch.tensor(weights, dtype=dtype, device=device),
         )
         return captured, site
 
@@ -342,24 +340,32 @@ def optimize_values(
     return search.values()
 
 
-def _group(rows: list[tuple[int, Row]], max_tokens: int) -> list[list[tuple[int, Row]]]:
-    """Split rows into rectangles of at most `max_tokens` suffix tokens with little padding."""
+# What one more pass costs beside its tokens (reading all weights, dispatching all operations), in tokens
+_PASS_COST = 40
 
-    def suffix(row: Row) -> int:
-        return len(row.ids) - row.lookup
 
-    ordered = sorted(rows, key=lambda item: (suffix(item[1]), item[1].lookup, item[0]))
-    groups: list[list[tuple[int, Row]]] = []
-    real = 0
-    for item in ordered:
-        length = suffix(item[1])
-        if groups:
-            computed = length * (len(groups[-1]) + 1)
-            wasteful = computed - real - length > 0.15 * computed
-            if computed <= max_tokens and not wasteful:
-                groups[-1].append(item)
-                real += length
-                continue
-        groups.append([item])
-        real = length
-    return groups
+def _rectangles(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Partition rows of the given lengths into rectangles of at most `max_tokens`, at the least cost.
+
+    The cost of a rectangle is its tokens, padding included, and `_PASS_COST`. Rows sorted by length are cut by
+    dynamic programming over their distinct lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    ends = [k + 1 for k in range(len(order)) if k + 1 == len(order) or lengths[order[k]] != lengths[order[k + 1]]]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # rows so far -> (cost, start of the last rectangle)
+    for end in ends:
+        width = lengths[order[end - 1]]
+        rows_of_pass = max(1, max_tokens // width)
+        best[end] = min(
+            (best[start][0] + (end - start) * width + -(-(end - start) // rows_of_pass) * _PASS_COST, start)
+            for start in best
+        )
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        passes = -(-(end - start) // max(1, max_tokens // lengths[order[end - 1]]))
+        size = -(-(end - start) // passes)  # passes of equal size, rather than full ones and a remainder
+        groups += [order[i : min(i + size, end)] for i in range(start, end, size)]
+        end = start
+    return groups[::-1]

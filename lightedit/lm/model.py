@@ -236,7 +236,7 @@ class LanguageModel:
         ends = self.tokenizer.eos_token_id if stop_at_end else None
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            for group in by_length([len(row) for row in rows], max_batch * max(map(len, rows))):
+            for group in by_length([len(row) for row in rows], max_batch * max(map(len, rows), default=0)):
                 batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
                 output = self.model.generate(
                     input_ids=batch.ids,
@@ -245,6 +245,7 @@ class LanguageModel:
                     min_new_tokens=None if stop_at_end else max_new_tokens,
                     pad_token_id=self.pad_id,
                     eos_token_id=ends,
+                    repetition_penalty=1.0,  # some checkpoints bring one, under which greedy is not greedy
                     **sampling,
                 )
                 for i, row in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):

@@ -1,0 +1,263 @@
+"""Row "values": step 1 for all facts together against the published loop, which takes one fact at a time."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks import Options, Result, WrongResultError
+from lightedit.data.builtin import builtin_facts
+from lightedit.data.facts import Fact, read_facts
+from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
+from lightedit.lm import LanguageModel
+from lightedit.progress import progress
+from lightedit.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
+from tests.reference import published_values
+
+LAYER = 8
+SITE: Site = "block"
+TOLERANCE = 1e-4  # ||ours - reference|| / ||reference|| of a target
+SQUARE = 2048  # side of the large product that also measures the machine's rate
+_REPEATS = 9
+
+
+def row(options: Options) -> Result:
+    """Measure the built-in model on the CPU in float32, with MEMIT's contexts."""
+    facts, source = load_facts(options.facts)
+    lm = LanguageModel.load("smollm2", dtype="float32", device="cpu")
+    contexts = ContextSettings().sample(lm)
+    return run(lm, facts, contexts, LAYER, ValueSettings(), options.reference_facts, [source])
+
+
+def load_facts(count: int) -> tuple[list[Fact], str]:
+    """The first `count` CounterFact records of the data folder, or built-in facts; and a note saying which.
+
+    The folder is named by LIGHTEDIT_DATA, or else shared/data beside the repository. The built-in facts are about
+    distinct countries, their relations taken in turn.
+
+    Raises:
+        ValueError: there are fewer facts.
+    """
+    named = os.environ.get("LIGHTEDIT_DATA")
+    path = (Path(named) if named else Path(__file__).parents[2] / "shared" / "data") / "counterfact_1000.json"
+    if path.is_file():
+        facts, source = read_facts(path, limit=count), f"facts are the first {count} CounterFact records"
+    else:
+        countries: dict[str, list[Fact]] = {}
+        for fact in builtin_facts():
+            countries.setdefault(fact.subject, []).append(fact)
+        facts = [relations[i % len(relations)] for i, relations in enumerate(countries.values())][:count]
+        source = f"facts are {count} built-in ones, because {path.name} is missing; LIGHTEDIT_DATA names its folder"
+    if len(facts) < count:
+        raise ValueError(f"{count} facts asked, {len(facts)} found; lower --facts")
+    return facts, source
+
+
+def run(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    layer: int,
+    settings: ValueSettings,
+    reference_facts: int | None = None,
+    notes: Sequence[str] = (),
+) -> Result:
+    """Time both on `lm`: ours, the reference, ours again, so that a change of the machine's load shows.
+
+    Args:
+        lm: the language model, on the CPU in float32.
+        facts: the facts.
+        contexts: their contexts.
+        layer: the edited block; the site is its output.
+        settings: of the optimisation, the same for both.
+        reference_facts: run the reference on the first so many facts; None runs it on all.
+        notes: passed on to the result.
+
+    Raises:
+        WrongResultError: a target differs from the reference's by more than `TOLERANCE`.
+    """
+    rates = _matrix_rates(lm)
+    first = _ours(lm, facts, contexts, layer, settings, "ours, before the reference")
+    reference = _reference(lm, facts[:reference_facts], contexts, layer, settings, first.values.targets)
+    second = _ours(lm, facts, contexts, layer, settings, "ours, after the reference")
+    differences = [
+        _check(fact, ours, published)
+        for values in (first.values, second.values)
+        for fact, ours, published in zip(facts, values.targets, reference.targets, strict=False)
+    ]
+    again = _matrix_rates(lm)
+    rates = {size: max(rate, again[size]) for size, rate in rates.items()}
+    notes = list(notes)
+    if len(reference.targets) < len(facts):
+        notes.append(
+            f"a quick look: the reference ran on the first {len(reference.targets)} of {len(facts)} facts only; "
+            "targets were compared for these, and the ratio sets its time per fact against ours over all facts"
+        )
+    return _result(lm, layer, first, second, reference, max(differences), rates, notes)
+
+
+@dataclass(frozen=True)
+class _Ours:
+    seconds: float
+    values: Values
+    tokens: TokenCount
+    evaluations: int  # of single facts' losses
+    head_reads: int  # positions where the LM head was needed, over all evaluations
+
+
+@dataclass(frozen=True)
+class _Reference:
+    seconds: float
+    targets: list[Tensor]  # [d] each
+    steps: int
+
+
+def _ours(
+    lm: LanguageModel, facts: Sequence[Fact], contexts: Contexts, layer: int, settings: ValueSettings, name: str
+) -> _Ours:
+    """What `optimize_values` does, timed from the texts on."""
+    with progress(name) as report:
+        start = time.perf_counter()
+        prompts = tokenize_facts(lm.tokenizer, facts, contexts)
+        search = ValueOptimization(lm, prompts, layer, SITE, settings)
+        optimizer = search.make_optimizer()
+        evaluations = torch.zeros(len(facts), dtype=torch.long)
+        while not search.done:
+            evaluations += search.active
+            search.backward()
+            optimizer.step()
+            search.after_step()
+            report(float(search.progress.mean()), 1.0)
+        values = search.values()
+        seconds = time.perf_counter() - start
+    reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
+    return _Ours(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads))
+
+
+def _reference(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    layer: int,
+    settings: ValueSettings,
+    expected: Tensor,
+) -> _Reference:
+    """The published loop over `facts`; it ends with the first target that `expected` [B, d] does not meet."""
+    seconds, targets, steps = 0.0, [], 0
+    with progress("reference, one fact at a time") as report:
+        for done, (fact, ours) in enumerate(zip(facts, expected, strict=False), start=1):
+            start = time.perf_counter()
+            value = published_values(
+                lm.model,
+                lm.tokenizer,
+                fact.prompt,
+                fact.subject,
+                fact.target_new,
+                contexts.templates,
+                layer,
+                SITE,
+                lr=settings.lr,
+                steps=settings.steps,
+                clamp_norm_factor=settings.clamp_norm_factor,
+                kl_factor=settings.kl_factor,
+                weight_decay=settings.weight_decay,
+                loss_threshold=settings.loss_threshold,
+            )
+            seconds += time.perf_counter() - start
+            _check(fact, ours, value.target)
+            targets.append(value.target)
+            steps += value.steps_taken
+            report(done, len(facts))
+    return _Reference(seconds, targets, steps)
+
+
+def _check(fact: Fact, ours: Tensor, reference: Tensor) -> float:
+    difference = float((ours - reference).norm() / reference.norm())
+    if not difference <= TOLERANCE:  # NaN fails too
+        raise WrongResultError(
+            f"the target of {fact.text!r} -> {fact.target_new!r} is {difference:.1e} from the reference's, relative to "
+            f"its norm; at most {TOLERANCE:.0e} is expected, so no speed is reported"
+        )
+    return difference
+
+
+def _matrix_rates(lm: LanguageModel) -> dict[str, float]:
+    """Median rate of float32 matrix products in flop/s, by size: one of the model's own and a large square one."""
+    d, d_in = lm.weight(0).shape
+    rates = {}
+    for rows, inner, columns in ((1024, d, d_in), (SQUARE, SQUARE, SQUARE)):
+        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+        seconds = []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+        rates[f"[{rows}, {inner}] x [{inner}, {columns}]"] = 2 * rows * inner * columns / median(seconds)
+    return rates
+
+
+def _result(
+    lm: LanguageModel,
+    layer: int,
+    first: _Ours,
+    second: _Ours,
+    reference: _Reference,
+    difference: float,
+    rates: dict[str, float],
+    notes: list[str],
+) -> Result:
+    count = len(first.values.targets)
+    rate = max(rates.values())
+    ours = median([first.seconds, second.seconds]) / count
+    theirs = reference.seconds / len(reference.targets)
+    # 2 flops a parameter and token forward, and 2 backward to the input; weights get no gradient
+    matrices = sum(p.numel() for block in lm.blocks[layer + 1 :] for p in block.parameters() if p.ndim >= 1)
+    head = lm.model.get_output_embeddings().weight.numel()
+    floor = 4 * matrices * first.tokens.real / rate / count
+    floor_with_head = floor + 4 * head * first.head_reads / rate / count
+    figures = {
+        "facts": count,
+        "reference_facts": len(reference.targets),
+        "layer": layer,
+        "site": SITE,
+        "ours_seconds": [first.seconds, second.seconds],
+        "reference_seconds": reference.seconds,
+        "ours_seconds_per_fact": ours,
+        "reference_seconds_per_fact": theirs,
+        "ratio": theirs / ours,
+        "largest_target_difference": difference,
+        "steps_per_fact": float(first.values.steps.double().mean()),
+        "reference_steps_per_fact": reference.steps / len(reference.targets),
+        "evaluations": first.evaluations,
+        "tokens_real": first.tokens.real,
+        "tokens_computed": first.tokens.computed,
+        "tokens_per_fact_and_evaluation": first.tokens.computed / first.evaluations,
+        "padding": first.tokens.padding,
+        "head_reads": first.head_reads,
+        "matrix_rates": rates,
+        "floor_seconds_per_fact": floor,
+        "time_over_floor": ours / floor,
+        "floor_with_head_seconds_per_fact": floor_with_head,
+        "time_over_floor_with_head": ours / floor_with_head,
+    }
+    both = ", ".join(f"{run.seconds / count:.2f}" for run in (first, second))
+    table = [
+        ("ours, facts together", f"{ours:.2f} s/fact (before and after the reference: {both})"),
+        ("reference, one fact at a time", f"{theirs:.2f} s/fact"),
+        ("facts/s, ours over the reference", f"{theirs / ours:.2f}"),
+        ("largest relative difference of a target", f"{difference:.1e}"),
+        ("steps per fact", f"{figures['steps_per_fact']:.1f}"),
+        ("tokens computed per fact and step", f"{figures['tokens_per_fact_and_evaluation']:.1f}"),
+        ("share of padding", f"{first.tokens.padding:.1%}"),
+        *((f"matrix rate, {size}", f"{rate / 1e9:.0f} Gflop/s") for size, rate in rates.items()),
+        ("floor: the blocks' arithmetic", f"{floor:.2f} s/fact"),
+        ("time over the floor", f"{ours / floor:.2f}"),
+        ("floor with the LM head's arithmetic", f"{floor_with_head:.2f} s/fact"),
+        ("time over the floor with the head", f"{ours / floor_with_head:.2f}"),
+    ]
+    return Result(table, figures, notes)

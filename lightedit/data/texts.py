@@ -1,0 +1,152 @@
+"""Text as token windows: from a file, from a data set, or written by the model itself."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import DynamicCache
+
+from lightedit.data.prompts import _text_start
+from lightedit.lm import LanguageModel
+from lightedit.lm.batch import Batch, pad
+from lightedit.progress import progress
+
+_TEXTS_AT_ONCE = 64  # tokenised together: many enough for the tokenizer's threads, few enough to read lazily
+_ROWS = 128  # windows written together
+
+
+def read_texts(source: str | Path) -> Iterator[str]:
+    """Open a local text file, or a Hub data set by streaming.
+
+    Args:
+        source: a `.txt` file, whose texts are separated by blank lines; or a data set "name" or "name:configuration"
+            such as "wikitext:wikitext-103-raw-v1", of which the column "text" of the split "train" is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, or the data set has no column "text".
+        ImportError: a data set is asked for, but `datasets` is not installed.
+        RuntimeError: the data set could not be opened.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _paragraphs(path)
+    if isinstance(source, Path) or path.suffix == ".txt" or path.is_absolute() or source.startswith("."):
+        raise FileNotFoundError(f"no text file at {source}")
+    return _streamed(source)
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in chain(file, [""]):
+                if line.strip():
+                    lines.append(line)
+                elif lines:
+                    yield "".join(lines)
+                    lines = []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+
+
+def _streamed(source: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"{source!r} is no file, and reading a data set needs `datasets`: pip install 'lightedit[data]'"
+        ) from error
+    name, _, configuration = source.partition(":")
+    try:
+        rows = load_dataset(name, configuration or None, split="train", streaming=True)
+    except Exception as error:  # the library raises a different class for each of many causes
+        raise RuntimeError(
+            f"{source!r} is no file, and could not be opened as a data set ({type(error).__name__}: {error}); "
+            'give a local .txt file, or "name:configuration" of a data set that can be reached'
+        ) from error
+    if rows.column_names is not None and "text" not in rows.column_names:
+        raise ValueError(f"the data set {source!r} has no column 'text', only {', '.join(rows.column_names)}")
+    return (row["text"] for row in rows)
+
+
+def token_windows(lm: LanguageModel, texts: Iterable[str], tokens: int, length: int) -> list[list[int]]:
+    """Cut texts, joined by blank lines, into windows of `length` tokens.
+
+    Every window starts with the text-start token if the tokenizer puts one before a text. Reading stops at `tokens`
+    tokens in all, so the last window may be shorter; fewer come back only if the texts end before.
+    """
+    encoded = lm.encode(["a"])[0]
+    begin = encoded[:1] if encoded[0] == lm.tokenizer.bos_token_id else []
+    stream = _token_stream(lm, texts)
+    windows: list[list[int]] = []
+    left = tokens
+    while left > 0 and (window := list(islice(stream, max(1, min(length, left) - len(begin))))):
+        windows.append(begin + window)
+        left -= len(windows[-1])
+    return windows
+
+
+def _token_stream(lm: LanguageModel, texts: Iterable[str]) -> Iterator[int]:
+    stripped = (text.strip() for text in texts)
+    filled = (f"{text}\n\n" for text in stripped if text)
+    while group := list(islice(filled, _TEXTS_AT_ONCE)):
+        # verbose=False: a text longer than the model's context is no mistake here
+        encoding = lm.tokenizer(group, add_special_tokens=False, verbose=False)
+        yield from chain.from_iterable(encoding["input_ids"])
+
+
+@torch.no_grad()
+def write_texts(
+    lm: LanguageModel, tokens: int, length: int, seed: int = 0, top_k: int = 50, show_progress: bool = True
+) -> list[list[int]]:
+    """Let the model write windows of `length` tokens from the text-start token, by top-k sampling.
+
+    An end-of-text token is a token like any other: what follows it is the model's next text.
+
+    Returns:
+        As few windows as hold `tokens` tokens, text-start tokens included.
+    """
+    count = -(-tokens // length)
+    batches = -(-count // _ROWS)
+    generator = torch.Generator(lm.device).manual_seed(seed)
+    windows: list[list[int]] = []
+    with progress("sampling text", show_progress) as report:
+        for index in range(batches):
+            rows = count // batches + (index < count % batches)
+            ids = torch.full((rows, 1), _text_start(lm.tokenizer, lm.pad_id), device=lm.device)
+            cache = DynamicCache(config=lm.model.config)  # type: ignore[arg-type]
+            while (position := ids.shape[1]) < length:
+                batch = Batch(
+                    ids[:, -1:], ids.new_ones(rows, position, dtype=torch.bool), ids.new_full((rows, 1), position - 1)
+                )
+                logits = lm.forward(batch, cache=cache)[:, -1]  # type: ignore[arg-type]
+                best = logits.float().topk(min(top_k, logits.shape[-1]))
+                # Drawing among the k best only: torch's draw over a whole vocabulary takes a third of the time
+                drawn = torch.multinomial(best.values.softmax(-1).to(lm.device), 1, generator=generator)
+                ids = torch.cat([ids, best.indices.to(lm.device).gather(1, drawn)], 1)
+                report(len(windows) * length + ids.numel(), count * length)
+            windows += ids.tolist()
+    return windows
+
+
+class TextDataModule(LightningDataModule):
+    """Gives token windows to a trainer's predict loop, as `Batch`es padded on the right.
+
+    Args:
+        windows: token ids.
+        pad_id: id for padding, which is masked.
+        max_tokens: tokens of one batch at most, padding included, as long as one window fits.
+    """
+
+    def __init__(self, windows: Sequence[list[int]], pad_id: int, max_tokens: int = 4096) -> None:
+        super().__init__()
+        self.windows, self.pad_id, self.max_tokens = windows, pad_id, max_tokens
+
+    def predict_dataloader(self) -> DataLoader[list[int]]:
+        rows = max(1, self.max_tokens // max(map(len, self.windows)))
+        return DataLoader(self.windows, batch_size=rows, collate_fn=partial(pad, pad_id=self.pad_id))  # type: ignore[arg-type]

@@ -1,0 +1,36 @@
+"""Metrics of knowledge editing."""
+
+from lightedit.metrics.metrics import (
+    EditScore,
+    EfficacyAccuracy,
+    EfficacyMagnitude,
+    EfficacyScore,
+    NeighborhoodAccuracy,
+    NeighborhoodMagnitude,
+    NeighborhoodScore,
+    ParaphraseAccuracy,
+    ParaphraseMagnitude,
+    ParaphraseScore,
+    PromptScores,
+    RecordScores,
+    edit_metrics,
+)
+from lightedit.metrics.scoring import TargetScores, score_targets
+
+__all__ = [
+    "EditScore",
+    "EfficacyAccuracy",
+    "EfficacyMagnitude",
+    "EfficacyScore",
+    "NeighborhoodAccuracy",
+    "NeighborhoodMagnitude",
+    "NeighborhoodScore",
+    "ParaphraseAccuracy",
+    "ParaphraseMagnitude",
+    "ParaphraseScore",
+    "PromptScores",
+    "RecordScores",
+    "TargetScores",
+    "edit_metrics",
+    "score_targets",
+]

@@ -1,0 +1,154 @@
+import statistics
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from lightedit.metrics import EfficacyScore, ParaphraseScore, PromptScores, RecordScores, edit_metrics
+from lightedit.metrics.functional import edit_score_interval
+
+NAMES = {"ES", "PS", "NS", "EM", "PM", "NM", "S"} | {
+    f"{kind}_accuracy" for kind in ("efficacy", "paraphrase", "neighborhood")
+}
+
+
+def prompt_scores(n, generator):
+    nll, other = torch.rand(2, n, generator=generator, dtype=torch.float64) * 4
+    return PromptScores(nll, other, torch.randint(3, (n,), generator=generator) / 2)
+
+
+def make_records(n, seed=0):
+    """Random records with 0 to 2 paraphrases and 0 to 9 neighbours."""
+    generator = torch.Generator().manual_seed(seed)
+    records = []
+    for index in range(n):
+        paraphrases, neighbors = index % 3, index % 10
+        records.append(
+            RecordScores(
+                prompt_scores(1, generator),
+                prompt_scores(paraphrases, generator) if paraphrases else None,
+                prompt_scores(neighbors, generator) if neighbors else None,
+            )
+        )
+    return records
+
+
+def summary(metrics):
+    """Every metric's value and interval, as plain numbers."""
+    return {name: [metric.compute().item(), *metric.interval().tolist()] for name, metric in metrics.items()}
+
+
+def one_process(records):
+    metrics = edit_metrics()
+    metrics.update(records)
+    return summary(metrics)
+
+
+def test_each_metric_reads_its_own_prompts():
+    records = make_records(23)
+    values = {name: entry[0] for name, entry in one_process(records).items()}
+    assert set(values) == NAMES
+
+    def mean(kind, value):
+        present = [scores for record in records if (scores := getattr(record, kind)) is not None]
+        return 100 * statistics.fmean(
+            statistics.fmean(value(scores, i) for i in range(len(scores.nll))) for scores in present
+        )
+
+    for name, kind in {"E": "efficacy", "P": "paraphrase", "N": "neighborhood"}.items():
+        wins = mean(kind, lambda scores, i: float(scores.nll[i] < scores.nll_other[i]))
+        margin = mean(kind, lambda scores, i: ((-scores.nll[i]).exp() - (-scores.nll_other[i]).exp()).item())
+        assert values[f"{name}S"] == pytest.approx(wins)
+        assert values[f"{name}M"] == pytest.approx(margin)
+        assert values[f"{kind}_accuracy"] == pytest.approx(mean(kind, lambda scores, i: scores.accuracy[i].item()))
+    assert values["S"] == pytest.approx(statistics.harmonic_mean([values["ES"], values["PS"], values["NS"]]))
+
+
+def test_one_update_a_record_equals_one_update_for_all():
+    records = make_records(12)
+    metrics = edit_metrics()
+    for record in records:
+        metrics.update([record])
+    for name, expected in one_process(records).items():
+        assert summary(metrics)[name] == pytest.approx(expected), name
+
+
+def test_metrics_that_agree_on_the_first_record_stay_apart():
+    won = PromptScores(torch.tensor([0.1]), torch.tensor([1.0]), torch.tensor([1.0]))
+    lost = PromptScores(torch.tensor([1.0]), torch.tensor([0.1]), torch.tensor([0.0]))
+    metrics = edit_metrics()
+    metrics.update([RecordScores(won, won, won)])
+    metrics.update([RecordScores(won, lost, won)])
+    assert metrics.compute()["ES"] == 100
+    assert metrics.compute()["PS"] == 50
+
+
+def test_records_without_a_kind_do_not_count():
+    metric = ParaphraseScore()
+    won = PromptScores(torch.tensor([0.1]), torch.tensor([1.0]), torch.tensor([1.0]))
+    metric.update([RecordScores(won, paraphrase=won), RecordScores(won)])
+    assert metric.compute() == 100
+    alone = PromptScores(torch.tensor([0.1]), None, torch.tensor([1.0]))
+    metric.update([RecordScores(won, paraphrase=alone)])
+    assert metric.compute() == 100
+
+
+def test_no_record_gives_nan_and_reset_forgets():
+    metrics = edit_metrics()
+    metrics.update(make_records(9))
+    metrics.reset()
+    metrics.update([])
+    assert all(value.isnan() for value in metrics.compute().values())
+    assert all(metric.interval().isnan().all() for metric in metrics.values())
+
+
+def test_interval_is_that_of_the_records():
+    records = make_records(31)
+    values = [100 * float(r.efficacy.nll[0] < r.efficacy.nll_other[0]) for r in records]
+    metric = EfficacyScore()
+    metric.update(records)
+    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5
+    assert metric.interval().tolist() == pytest.approx(
+        [statistics.fmean(values) - half, statistics.fmean(values) + half]
+    )
+    assert metric.compute().item() == pytest.approx(statistics.fmean(values))
+
+
+def test_edit_score_interval_is_that_of_the_records():
+    records = make_records(31)
+
+    def share(scores):
+        return float("nan") if scores is None else (scores.nll < scores.nll_other).double().mean().item()
+
+    rows = [[share(r.efficacy), share(r.paraphrase), share(r.neighborhood)] for r in records]
+    expected = 100 * edit_score_interval(torch.tensor(rows, dtype=torch.float64))
+    assert one_process(records)["S"][1:] == pytest.approx(expected.tolist())
+
+
+def _evaluate_in_one_of_two_processes(rank, path, results):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    records = make_records(11)
+    metrics = edit_metrics()
+    if rank == 0:  # the other process has no record at first
+        metrics.update(records)
+    results["lone", rank] = summary(metrics)
+    # had gathering changed a process's own state, records would now count twice
+    metrics.update(records[:7] if rank == 0 else records[7:])
+    results["shared", rank] = summary(metrics)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_processes_give_what_one_gives(tmp_path):
+    records = make_records(11)
+    expected = {"lone": one_process(records), "shared": one_process(records * 2)}
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_evaluate_in_one_of_two_processes, (tmp_path / "store", results), nprocs=2)
+        for (stage, rank), found in results.items():
+            for name in NAMES:
+                assert found[name] == pytest.approx(expected[stage][name]), (stage, rank, name)
+        assert len(results) == 4

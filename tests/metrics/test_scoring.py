@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+
+from lightedit.data.facts import FactError
+from lightedit.lm import LanguageModel
+from lightedit.metrics import score_targets
+from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+PAIRS = [
+    ("The capital of France is", "Paris"),
+    ("The capital of France is", "the city of Rome, in Italy"),
+    ("She was born in", "a village near Tokyo"),
+    ("In 1985 the king of the old country in the north of the continent, who was a physicist, moved to", "東京"),
+    ("He", "is"),
+    ("The song was written by the piano player Müller and is played on", "every radio station"),
+    ("The official language of the state was", "English"),
+]
+PROMPTS, TARGETS = map(list, zip(*PAIRS, strict=True))
+
+
+def build(model_type="llama", kind="bytelevel-bos", **kwargs):
+    return LanguageModel(tiny_model(model_type, **kwargs), tiny_tokenizer(kind))
+
+
+def one_full_forward(lm, prompt, target):
+    """Mean NLL and share of argmax tokens from all logits of the bare model on one unpadded row."""
+    encoding = lm.tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
+    ids = encoding["input_ids"]
+    positions = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([ids])).logits[0].double()
+    losses, hits = [], []
+    for position in positions:
+        scores = logits[position - 1].tolist()
+        largest = max(scores)
+        log_sum = largest + math.log(sum(math.exp(score - largest) for score in scores))
+        losses.append(log_sum - scores[ids[position]])
+        hits.append(scores[ids[position]] == largest)
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def assert_naive(lm, prompts, targets, **kwargs):
+    scores = score_targets(lm, prompts, targets, **kwargs)
+    naive = [one_full_forward(lm, *pair) for pair in zip(prompts, targets, strict=True)]
+    nll, token_accuracy = torch.tensor(naive, dtype=torch.float64).T
+    torch.testing.assert_close(scores.nll, nll, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.token_accuracy, token_accuracy)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_padded_batches_score_as_one_full_forward_a_row(model_type):
+    assert_naive(build(model_type, "bytelevel"), PROMPTS, TARGETS)
+
+
+@pytest.mark.parametrize("kind", ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"])
+def test_target_tokens_are_found_with_every_kind_of_tokenizer(kind):
+    assert_naive(build(kind=kind), PROMPTS, TARGETS)
+
+
+def test_token_accuracy_is_the_share_of_tokens_that_the_model_would_say():
+    lm = build("gptj", "bytelevel")
+    tokens = lm.encode([" Paris"])[0]
+    assert len(set(tokens)) == len(tokens) > 1
+    lm.model.lm_head.bias[tokens[-1]] += 1000  # now it says nothing else
+    shares = score_targets(lm, ["He is in"] * 2, ["Paris", "Rome"]).token_accuracy
+    assert shares.tolist() == pytest.approx([1 / len(tokens), 0])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 4096])
+def test_scores_depend_on_neither_batch_size_nor_order(max_tokens):
+    lm = build("gpt2", "bytelevel")
+    expected = score_targets(lm, PROMPTS, TARGETS)
+    order = torch.randperm(len(PAIRS)).tolist()
+    shuffled = score_targets(lm, [PROMPTS[i] for i in order], [TARGETS[i] for i in order], max_tokens)
+    torch.testing.assert_close(shuffled.nll, expected.nll[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shuffled.token_accuracy, expected.token_accuracy[order])
+
+
+def test_equal_pairs_are_scored_once_and_given_everywhere(monkeypatch):
+    lm = build()
+    rows = []
+    forward = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda batch, **kwargs: rows.append(len(batch.ids)) or forward(batch, **kwargs))
+    scores = score_targets(lm, PROMPTS[:3] * 3, TARGETS[:3] * 3)
+    assert sum(rows) == 3
+    assert scores.nll.tolist() == scores.nll[:3].tolist() * 3
+
+
+def test_head_sees_target_positions_only():
+    lm = build(kind="bytelevel")
+    seen = []
+    hook = lm.model.get_output_embeddings().register_forward_hook(
+        lambda _, args, output: seen.append(output.numel() // output.shape[-1])
+    )
+    score_targets(lm, PROMPTS, TARGETS)
+    hook.remove()
+    spelled = [len(lm.encode([f" {target}"])[0]) for target in TARGETS]
+    assert sum(seen) == sum(spelled)
+
+
+def test_bfloat16_logits_are_normalised_in_float32(monkeypatch):
+    lm = build("llama", dtype=torch.bfloat16)
+    seen = []
+    forward = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda *args, **kwargs: seen.append(forward(*args, **kwargs)) or seen[-1])
+    scores = score_targets(lm, PROMPTS[:1], TARGETS[:1])
+    (logits,) = seen
+    assert logits.dtype == torch.bfloat16
+    wanted = lm.encode([f" {TARGETS[0]}"])[0][1:]  # without BOS
+    expected = -logits.double().log_softmax(-1)[torch.arange(len(wanted)), wanted].mean()
+    assert scores.nll.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_progress_reaches_the_total():
+    calls = []
+    score_targets(build(), PROMPTS, TARGETS, max_tokens=40, progress=lambda *call: calls.append(call))
+    done, totals = zip(*calls, strict=True)
+    assert len(calls) > 1
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {done[-1]}
+
+
+def test_nothing_to_score_gives_empty_tensors():
+    scores = score_targets(build(), [], [])
+    assert scores.nll.shape == scores.token_accuracy.shape == (0,)
+
+
+def test_prompts_and_targets_must_pair_up():
+    with pytest.raises(ValueError, match="shorter"):
+        score_targets(build(), PROMPTS, TARGETS[:-1])
+
+
+def test_untokenisable_target_is_named_before_any_pass(monkeypatch):
+    lm = build()
+    monkeypatch.setattr(lm, "forward", lambda *_, **__: pytest.fail("a forward pass was run"))
+    with pytest.raises(FactError, match="target ''"):
+        score_targets(lm, PROMPTS[:2], ["Paris", ""])
+
+
+def test_ruined_model_is_reported_and_not_scored():
+    lm = build()
+    lm.weight(0).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"'Paris' after 'The capital of France is' is nan.*revert"):
+        score_targets(lm, PROMPTS[:1], TARGETS[:1])

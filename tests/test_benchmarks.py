@@ -1,0 +1,163 @@
+"""The benchmarks' counts, checks and records, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import Options, Result, WrongResultError, run, values
+from lightedit.data.facts import Fact, read_facts
+from lightedit.data.prompts import Contexts, tokenize_facts
+from lightedit.lm import LanguageModel
+from lightedit.values import ValueSettings
+from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
+
+CONTEXTS = Contexts(("{}", "The river is long. {}"), (0.5, 0.5))
+FACTS = [Fact("The capital of {}", "France", "Rome"), Fact("{} is a city in the north of", "London", "Spain and Italy")]
+LAYER, LAYERS = 1, 4
+# q and o, k and v, then the three matrices of the MLP, in one block of the tiny llama
+MATRICES = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80
+
+
+@pytest.fixture(autouse=True)
+def _cheap_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "SQUARE", 64)
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return LanguageModel(tiny_model("llama", layers=LAYERS), tiny_tokenizer("bytelevel"))
+
+
+def measure(lm: LanguageModel, reference_facts: int | None = None, threshold: float = 0.0) -> Result:
+    settings = ValueSettings(lr=0.3, steps=5, clamp_norm_factor=2.0, loss_threshold=threshold)
+    return values.run(lm, FACTS, CONTEXTS, LAYER, settings, reference_facts)
+
+
+# Without a threshold all 4 steps are taken; a loss below it ends a fact at its first evaluation, before any step.
+@pytest.mark.parametrize(("threshold", "steps", "evaluations"), [(0.0, 4, 4), (1e6, 0, 1)])
+def test_counts_are_those_of_the_rows_and_evaluations(
+    lm: LanguageModel, threshold: float, steps: int, evaluations: int
+) -> None:
+    figures = measure(lm, threshold=threshold).figures
+    prompts = tokenize_facts(lm.tokenizer, FACTS, CONTEXTS)
+    rows = [row for fact in prompts for row in (*fact.rows, fact.subject)]
+    assert figures["steps_per_fact"] == figures["reference_steps_per_fact"] == steps
+    assert figures["evaluations"] == evaluations * len(FACTS)
+    assert figures["tokens_real"] == evaluations * sum(len(row.ids) - row.lookup for row in rows)
+    assert figures["head_reads"] == evaluations * sum(max(1, len(row.targets)) for row in rows)
+
+
+def test_derived_figures_follow_from_the_measured_ones(lm: LanguageModel) -> None:
+    figures = measure(lm).figures
+    ours = sum(figures["ours_seconds"]) / 2 / len(FACTS)
+    assert figures["ratio"] == pytest.approx(figures["reference_seconds"] / len(FACTS) / ours)
+    rate = max(figures["matrix_rates"].values())
+    blocks = 4 * figures["tokens_real"] * (LAYERS - 1 - LAYER) * MATRICES
+    head = 4 * figures["head_reads"] * 32 * VOCABULARY
+    assert figures["time_over_floor"] == pytest.approx(ours * len(FACTS) / (blocks / rate))
+    assert figures["time_over_floor_with_head"] == pytest.approx(ours * len(FACTS) / ((blocks + head) / rate))
+
+
+def test_matrix_rate_is_flops_over_the_median_time(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([0.0, 0.5, 1.0, 1.25, 2.0, 9.0] * 2)  # 0.5, 0.25 and 7 s for each size
+    monkeypatch.setattr(values, "_REPEATS", 3)
+    monkeypatch.setattr(values.time, "perf_counter", lambda: next(readings))
+    assert values._matrix_rates(lm) == {
+        "[1024, 32] x [32, 80]": 2 * 1024 * 32 * 80 / 0.5,
+        "[64, 64] x [64, 64]": 2 * 64**3 / 0.5,
+    }
+
+
+@pytest.mark.parametrize("wrong", [1 + 3e-4, float("nan")])
+def test_a_target_unlike_the_reference_ends_the_row(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    right = values.published_values
+    calls = 0
+
+    def second_is_wrong(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        value = right(*args, **kwargs)
+        return value if calls == 1 else value._replace(target=value.target * wrong)
+
+    monkeypatch.setattr(values, "published_values", second_is_wrong)
+    with pytest.raises(WrongResultError, match="Spain and Italy"):
+        measure(lm)
+
+
+def test_the_second_run_is_checked_too(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = values._ours
+
+    def drifted(*args):
+        run = right(*args)
+        if "after" in args[-1]:
+            run.values.targets.mul_(1 + 3e-4)
+        return run
+
+    monkeypatch.setattr(values, "_ours", drifted)
+    with pytest.raises(WrongResultError, match="France"):
+        measure(lm)
+
+
+def test_a_limited_reference_says_so_and_counts_its_own_facts(lm: LanguageModel) -> None:
+    result = measure(lm, reference_facts=1)
+    assert result.figures["reference_facts"] == 1
+    assert result.figures["reference_seconds_per_fact"] == result.figures["reference_seconds"]
+    assert "first 1 of 2 facts only" in result.notes[0]
+    assert measure(lm).notes == []
+
+
+def test_built_in_facts_replace_missing_data_and_say_so(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTEDIT_DATA", str(tmp_path))
+    facts, source = values.load_facts(32)
+    assert len({fact.subject for fact in facts}) == 32
+    assert len({fact.relation for fact in facts}) > 1
+    assert "built-in" in source
+    with pytest.raises(ValueError, match="100000 facts asked"):
+        values.load_facts(100_000)
+
+
+def test_counterfact_of_the_data_folder_comes_first(data_dir) -> None:
+    facts, source = values.load_facts(2)
+    assert facts == read_facts(data_dir / "counterfact_1000.json")[:2]
+    assert "CounterFact" in source
+
+
+def test_a_run_prints_the_table_and_writes_where_it_was_measured(
+    tmp_path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setitem(run.ROWS, "values", lambda options: measure(lm, options.reference_facts))
+    assert run.main(["values", "--facts", "2", "--reference-facts", "1"]) == 0
+    record = json.loads((tmp_path / "values.json").read_text())
+    assert record["figures"]["reference_facts"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"].keys() == {"python", "torch", "transformers", "lightedit"}
+    assert record["machine"].keys() == {"cpu", "cores", "threads", "memory_gib"}
+    assert record.keys() >= {"commit", "uncommitted_changes", "date", "notes"}
+    printed = capsys.readouterr().out
+    assert f"{record['figures']['ratio']:.2f}\n" in printed
+    assert "note: values: a quick look" in printed
+
+
+def test_a_wrong_row_reports_no_speed(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(options: Options) -> Result:
+        raise WrongResultError("targets differ")
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setitem(run.ROWS, "values", wrong)
+    assert run.main([]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "values: targets differ" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["--facts", "0"], ["--facts", "2", "--reference-facts", "3"]])
+def test_bad_arguments_end_before_any_row(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run.ROWS, "values", lambda options: pytest.fail("a row ran"))
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
