@@ -44,7 +44,8 @@ class EditModule(LightningModule):
         covariance: second moments of the keys at the method's layers.
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
             subject: "error" refuses them before work starts, "keep" writes them all the same.
-        collision_similarity: cosine, in the metric of the preservation term, from which two keys collide.
+        collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
+            subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
 
     Attributes:
@@ -59,7 +60,7 @@ class EditModule(LightningModule):
         method: Method,
         covariance: Covariance,
         on_collision: OnCollision = "error",
-        collision_similarity: float = 0.95,
+        collision_similarity: float = 0.85,
         max_tokens: int = 1024,
     ) -> None:
         super().__init__()

