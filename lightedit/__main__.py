@@ -4,9 +4,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -163,7 +164,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Any] = {
     "demo": demo,
     "edit": edit,
     "covariance": covariance,

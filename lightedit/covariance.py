@@ -26,7 +26,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
 from lightedit.lm import LanguageModel
@@ -87,7 +87,7 @@ class CovarianceModule(LightningModule):
 
     @torch.no_grad()
     def predict_step(self, batch: Batch) -> None:
-        modules = {layer: self.lm.mlp_output(layer) for layer in self.moments}
+        modules: dict[int, nn.Module] = {layer: self.lm.mlp_output(layer) for layer in self.moments}
         with capture(modules, len(batch.ids), inputs=True) as keys, stop_after(modules[max(modules)]):
             self.lm.forward(batch)
         for layer, moment in self.moments.items():

@@ -76,7 +76,8 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
             while queue and queue[0].subject in chosen:
                 queue.pop(0)
             if queue and len(chosen) < count:
-                chosen[queue[0].subject] = queue.pop(0)
+                fact = queue.pop(0)
+                chosen[fact.subject] = fact
     if len(chosen) < count:
         raise FactError(f"{lm.name} knows built-in facts about {len(chosen)} countries, not {count}; ask for fewer")
     edited = {fact.text for fact in chosen.values()}

@@ -27,7 +27,7 @@ class Contexts:
     key_weights: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if self.templates[0] != "{}" or any(template.count("{}") != 1 for template in self.templates):
+        if self.templates[:1] != ("{}",) or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"contexts start with the bare '{{}}' and each holds one '{{}}', got {self.templates}")
         if len(self.key_weights) != len(self.templates) or abs(sum(self.key_weights) - 1) > 1e-9:
             raise ValueError(
@@ -57,7 +57,7 @@ class ContextSettings:
         for start, count, length in self.prefixes:
             begin = lm.encode([start])[0] if start else [_text_start(lm.tokenizer, lm.pad_id)]
             new = max(1, length - len(begin))
-            # a seed of its own for each line: reordering the lines does not change what they yield
+            # a seed of its own for each line, or lines with the same start would yield the same texts
             for ids in lm.generate([begin] * count, new, top_k=5, seed=self.seed + len(templates)):
                 text = lm.decode([*begin, *ids]).replace("{", " ").replace("}", " ").strip()
                 templates.append(f"{text}. {{}}")

@@ -119,12 +119,12 @@ def write_texts(
         for index in range(batches):
             rows = count // batches + (index < count % batches)
             ids = torch.full((rows, 1), _text_start(lm.tokenizer, lm.pad_id), device=lm.device)
-            cache = DynamicCache(config=lm.model.config)  # type: ignore[arg-type]
+            cache = DynamicCache(config=lm.model.config)
             while (position := ids.shape[1]) < length:
                 batch = Batch(
                     ids[:, -1:], ids.new_ones(rows, position, dtype=torch.bool), ids.new_full((rows, 1), position - 1)
                 )
-                logits = lm.forward(batch, cache=cache)[:, -1]  # type: ignore[arg-type]
+                logits = lm.forward(batch, cache=cache)[:, -1]
                 best = logits.float().topk(min(top_k, logits.shape[-1]))
                 # Drawing among the k best only: torch's draw over a whole vocabulary takes a third of the time
                 drawn = torch.multinomial(best.values.softmax(-1).to(lm.device), 1, generator=generator)

@@ -1,6 +1,6 @@
 """Hooks on transformer blocks, safe for blocks that return a tensor and for those that return a tuple."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capture(
-    modules: dict[int, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
+    modules: Mapping[int, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
 ) -> Iterator[dict[int, Tensor]]:
     """Collect what enters or leaves each module.
 
@@ -82,7 +82,7 @@ def skip_blocks(blocks: Iterable[nn.Module], hidden: Tensor, as_tuple: bool) -> 
         for block in blocks:
             # accelerate's hooks also live in the instance's __dict__; they must come back as they were
             previous = block.__dict__.get("forward")
-            block.forward = lambda *_, **__: output  # type: ignore[method-assign]
+            block.forward = lambda *_, **__: output
             if previous is None:
                 stack.callback(block.__dict__.pop, "forward")
             else:
@@ -103,8 +103,3 @@ def select_positions(head: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[Non
         yield
     finally:
         handle.remove()
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """Put `model` in evaluation mode and stop gradients into its parameters."""
-    return model.eval().requires_grad_(False)

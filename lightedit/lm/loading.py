@@ -46,7 +46,9 @@ def load_pretrained(
     source = {"pretrained_model_name_or_path": str(builtin_model())} if name == BUILTIN else _source(name)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, device_map=device_map)
-    return model if device is None else model.to(device), tokenizer
+    if device is not None:
+        torch.nn.Module.to(model, device=torch.device(device))
+    return model, tokenizer
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -135,6 +137,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # Loading dequantised the weights; without these marks they are saved as the plain weights they are
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
 from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.fingerprint import fingerprint
-from lightedit.lm.hooks import frozen, select_positions, skip_blocks, stop_after
+from lightedit.lm.hooks import select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
@@ -36,6 +36,7 @@ class LanguageModel:
         name: its name or path.
         fingerprint: short hash of the unedited weights.
         weights: the edited matrices and what was written to them.
+        returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
@@ -45,12 +46,13 @@ class LanguageModel:
                 f"{type(tokenizer).__name__} gives no character offsets, which finding the subject needs; "
                 "load the fast tokenizer of this model."
             )
-        self.model = frozen(model)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.blocks = blocks_of(model, self.architecture)
         self.fingerprint = fingerprint(model)
         self.weights = EditedWeights(self.weight)
+        self.returns_tuple = self._returns_tuple()
 
     @classmethod
     def load(
@@ -89,7 +91,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        return torch.device(self.model.get_input_embeddings().weight.device)
 
     @property
     def pad_id(self) -> int:
@@ -99,9 +101,7 @@ class LanguageModel:
                 return int(token)
         return 0
 
-    @cached_property
-    def returns_tuple(self) -> bool:
-        """Whether blocks return (hidden, attention weights) rather than the hidden state alone."""
+    def _returns_tuple(self) -> bool:
         seen: list[bool] = []
         handle = self.blocks[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
         try:
@@ -120,9 +120,9 @@ class LanguageModel:
         if layers[0] < 0 or layers[-1] >= self.n_layers:
             raise ValueError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
-    def mlp_output(self, layer: int) -> nn.Module:
+    def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
         """The module of the MLP's second matrix in block `layer`."""
-        return self.blocks[layer].get_submodule(self.architecture.mlp_output)
+        return cast(nn.Linear | Conv1D, self.blocks[layer].get_submodule(self.architecture.mlp_output))
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
@@ -149,20 +149,20 @@ class LanguageModel:
     # Running it
 
     def forward(
-        self, batch: Batch, cache: PrefixCache | None = None, head_at: tuple[Tensor, Tensor] | None = None
+        self, batch: Batch, cache: DynamicCache | None = None, head_at: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """One forward pass of the stock model.
 
         Args:
             batch: rows of token ids; with a cache, the mask covers prefix and tokens.
-            cache: states of the prefix.
+            cache: states of earlier tokens, such as a `PrefixCache`.
             head_at: (rows, positions), each [n]: apply the LM head there only.
 
         Returns:
             Logits, [rows, tokens, vocabulary] or [n, vocabulary].
         """
         batch = batch.to(self.device)
-        arguments = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
+        arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
         if cache is not None:
             arguments["past_key_values"] = cache
         with ExitStack() as stack:
@@ -254,4 +254,4 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
