@@ -120,12 +120,18 @@ class Edit:
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             (scratch / "edit.safetensors").write_bytes(tensors)
-            (scratch / "edit.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            (scratch / "edit.json").write_text(
+                json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             scratch.chmod(0o777 & ~_umask())
             if folder.exists():
                 old = scratch.with_name(scratch.name + ".old")
                 folder.rename(old)
-                scratch.rename(folder)
+                try:
+                    scratch.rename(folder)
+                except OSError:
+                    old.rename(folder)
+                    raise
                 shutil.rmtree(old)
             else:
                 scratch.rename(folder)
@@ -146,7 +152,7 @@ class Edit:
         if not path.is_file():
             raise FileNotFoundError(f"no edit in {folder}: {path} does not exist")
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != _FORMAT:
                 raise EditError(f"{path} has format {record['format']}, this version reads {_FORMAT}")
             data = (folder / "edit.safetensors").read_bytes()
@@ -170,7 +176,9 @@ class Edit:
                 scores=record["scores"],
                 id=record["id"],
             )
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
+        except EditError:
+            raise
+        except (ValueError, LookupError, TypeError, OSError) as error:
             raise EditError(f"{folder} does not hold a whole edit: {type(error).__name__}: {error}") from error
 
 

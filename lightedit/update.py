@@ -54,6 +54,10 @@ class Preservation:
         return torch.cholesky_solve(keys.to(self._factor), self._factor)
 
 
+# Share of a key's squared length that must not be in the span of other keys, well above float64's rounding
+_DEPENDENT = 1e-12
+
+
 def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float) -> LowRankUpdate:
     """The update that writes `residuals` at `keys`.
 
@@ -74,10 +78,12 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
     system = keys.T @ solved
     system.diagonal().add_(gamma)
     factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
+    # A pivot is the squared length of what a key has beyond those before it; rounding may leave a trace of nothing
+    dependent = gamma == 0 and (factor.diagonal().square() <= _DEPENDENT * system.diagonal()).any()
+    if failed or dependent:
         raise ValueError(
-            f"the keys of {keys.shape[1]} facts are linearly dependent (minor {int(failed)}), so their residuals "
-            "cannot all be met exactly; write them in separate rounds"
+            f"the keys of {keys.shape[1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
+            "write them in separate rounds"
         )
     return LowRankUpdate(residuals.to(solved), torch.cholesky_solve(solved.T, factor).T)
 
@@ -126,12 +132,17 @@ def write_facts(
             residuals = targets - lm.mlp_values(layer, keys)
         else:
             residuals = _before_norm(walk, targets - walk.present(method.value_layer))
+        _check_finite(layer, keys, residuals)
         update = low_rank_update(preservation[layer], keys, method.spread(layer) * residuals, method.gamma)
-        if not (torch.isfinite(update.left).all() and torch.isfinite(update.right).all()):
-            raise FloatingPointError(f"the update of layer {layer} holds NaN or infinity; load the model in float32")
+        _check_finite(layer, update.left, update.right)
         update = update.to(lm.weight(layer).device, torch.promote_types(lm.dtype, torch.float32))
         lm.weights.add(owner, layer, update)
         yield layer, update
+
+
+def _check_finite(layer: int, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise FloatingPointError(f"the update of layer {layer} holds NaN or infinity; load the model in float32")
 
 
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:

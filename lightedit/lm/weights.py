@@ -103,11 +103,13 @@ class EditedWeights:
     def _accumulate(self, layer: int, update: LowRankUpdate) -> None:
         weight = self._matrix(layer)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        update = update.to(weight.device, dtype)
+        # contiguous, because a BLAS may sum in another order for factors of another memory layout
+        left = update.left.to(weight.device, dtype).contiguous()
+        right = update.right.to(weight.device, dtype).contiguous()
         if weight.dtype == dtype:
-            weight.addmm_(update.left, update.right.T)
+            weight.addmm_(left, right.T)
             return
         if layer not in self._sum:
             self._sum[layer] = self._base[layer].to(dtype)
-        self._sum[layer].addmm_(update.left, update.right.T)
+        self._sum[layer].addmm_(left, right.T)
         weight.copy_(self._sum[layer])

@@ -1,0 +1,124 @@
+"""The command line, end to end on a tiny model in a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightedit as le
+from lightedit.__main__ import main
+from tests.models import tiny_model, tiny_tokenizer
+
+FACTS = [
+    le.Fact("The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France's capital is",),
+            neighborhood_prompts=("The Eiffel Tower is in",)),
+    le.Fact("{} is a city in the north of", "Old London Town", "Spain", target_true="England"),
+    le.Fact("The river {} flows through", "Rhine", "Paris", target_true="Bonn"),
+]  # fmt: skip
+QUICK = ["--method", "MEMIT", "--method.layers", "[1,2]", "--method.lambda_", "10", "--method.values.steps", "3"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and facts; also the working directory and the cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTEDIT_CACHE", str(tmp_path / "cache"))
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer("bytelevel").save_pretrained("model")
+    le.write_facts("facts.jsonl", FACTS)
+    Path("text.txt").write_text("The river is long and the city is old. Paris is in France. " * 200)
+    return tmp_path
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
+          "--sequence_length", "32", "--out", "stats"])  # fmt: skip
+    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--out", "edits/first"])
+    main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "edits/first", "--out", "scores.json"])
+    main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--limit", "2"])
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed and "ES" in printed
+
+    saved = le.Edit.load("edits/first")
+    assert saved.layers == [1, 2] and saved.facts == FACTS
+    assert saved.provenance["method"]["lambda_"] == 10
+    scores = json.loads(Path("scores.json").read_text())["scores"]
+    assert saved.scores["after"] == pytest.approx(scores)
+    assert saved.scores["before"] != pytest.approx(scores)
+
+
+def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
+    arguments = ["edit", "--lm", "model", "--facts", "facts.jsonl", "--limit", "1", "--method", "ROME",
+                 "--method.layers", "[1]", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip
+    main([*arguments, "--out", "edits/one"])
+    assert list((place / "cache" / "stats").rglob("covariance.safetensors"))
+    main([*arguments, "--out", "edits/two"])
+    one, two = le.Edit.load("edits/one"), le.Edit.load("edits/two")
+    assert torch.equal(one.rounds[0][1].left, two.rounds[0][1].left)
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["edit", "--config", str(config), "--facts", "facts.json", "--out", "edits/x", "--print_config"])
+    assert not stop.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["method"]["init_args"]["values"]["lr"] > 0
+    assert printed["facts_per_chunk"] >= 1
+
+
+def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["env"])
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "MEMIT, ROME" in printed
+
+
+# Wrong input ends with one line and status 2, and leaves nothing behind
+
+
+def edit(*changes: str) -> list[str]:
+    return ["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--out", "edits/x", *changes]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (edit("--facts", "missing.json"), "missing.json"),
+        (edit("--lm", "./missing"), "missing"),
+        (edit("--limit", "0"), "limit"),
+        (edit("--method.layers", "[3,4]"), "layers 0 to 3"),
+        (edit("--method.layers", "[2,1]"), "ascending"),
+        (edit("--method.values.lr", "-1"), "lr"),
+        (edit("--dtype", "float3"), "float3"),
+        (edit("--covariance", "nowhere"), "nowhere"),
+        (edit("--method", "MEMOT"), "MEMOT"),
+        (edit("--on_collision", "merge"), "merge"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
+        (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
+        (["covariance", "--lm", "model", "--layers", "[1]", "--text", "missing.txt", "--out", "stats"], "missing.txt"),
+        (["covariance", "--lm", "model", "--layers", "[1]", "--tokens", "3", "--out", "stats"], "3 tokens"),
+        (["edt"], "edt"),
+    ],
+)  # fmt: skip
+def test_wrong_input(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in fails(capsys, arguments)
+    assert not Path("edits").exists() and not Path("stats").exists()
+
+
+def test_an_existing_edit_is_kept_unless_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(edit("--evaluate", "false"))
+    first = Path("edits/x/edit.json").read_text()
+    assert "exists" in fails(capsys, edit("--evaluate", "false"))
+    assert Path("edits/x/edit.json").read_text() == first
+    main(edit("--evaluate", "false", "--overwrite", "true"))
+    assert Path("edits/x/edit.json").read_text() != first
