@@ -28,7 +28,7 @@ def covariance(
     out: Path,
     text: str | None = None,
     tokens: int | None = None,
-    sequence_length: int = 256,
+    sequence_length: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -41,7 +41,7 @@ def covariance(
         out: folder for covariance.safetensors.
         text: a text file or the id of a data set; by default the model writes its own text.
         tokens: how many tokens to read; by default 10 per input dimension of the matrix.
-        sequence_length: tokens of one window of text.
+        sequence_length: tokens of one window of text; by default 256, or 128 for the model's own writing.
         seed: of the model's own writing.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.

@@ -6,15 +6,13 @@ C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matri
 
 import hashlib
 import json
-import logging
 import os
 import re
 import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +31,7 @@ from lightedit.lm import LanguageModel
 from lightedit.lm.batch import Batch
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.loading import cache_folder
-from lightedit.progress import Report, progress
+from lightedit.progress import Report, progress, quiet_lightning
 
 _FILE = "covariance.safetensors"
 _TOKENS_PER_DIMENSION = 10  # keep at least 95 % of the full score (arXiv 2506.04226)
@@ -193,13 +191,15 @@ class Covariance:
 
     @classmethod
     def load(cls, path: str | Path) -> "Covariance":
-        """Read what `save` wrote, from its folder or file.
+        """Read what `save` wrote, from its folder or file; or a folder of published `.npz` files (see `from_npz`).
 
         Raises:
             FileNotFoundError: there is no covariance.
             CovarianceError: the file is truncated or something else.
         """
         file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file() and any(Path(path).glob("*_mom2_*.npz")):
+            return cls.from_npz(path)
         if not file.is_file():
             raise FileNotFoundError(f"no covariance at {file}")
         try:
@@ -260,10 +260,10 @@ def estimate_covariance(
     layers: Sequence[int],
     text: str | Path | None = None,
     tokens: int | None = None,
-    sequence_length: int = 256,
+    sequence_length: int | None = None,
     max_batch_tokens: int = 4096,
     seed: int = 0,
-    show_progress: bool = True,
+    progress_bar: bool = True,
     cache: bool | Path = False,
 ) -> Covariance:
     """Estimate the second moments at `layers` of the unedited model.
@@ -276,10 +276,11 @@ def estimate_covariance(
         text: a `.txt` file or a data set (see `read_texts`); None lets the model write the text itself.
         tokens: how many; default 10 * d_in, which keeps at least 95 % of the score of 100 times as many (arXiv
             2506.04226).
-        sequence_length: tokens of one window.
+        sequence_length: tokens of one window; default 256, or 128 where the model writes, so that it writes more
+            windows at once.
         max_batch_tokens: tokens of one forward pass at most; bounds memory.
         seed: of the model's own writing.
-        show_progress: show progress and the time left on standard error.
+        progress_bar: show progress and the time left on standard error.
         cache: keep the result in the user's cache folder, or in the given one, and take it from there if it is there.
 
     Raises:
@@ -293,6 +294,8 @@ def estimate_covariance(
     enough = f"at least d_in = {d_in} are needed and {_TOKENS_PER_DIMENSION * d_in} recommended"
     if tokens < d_in:
         raise CovarianceError(f"{tokens} tokens give no positive definite covariance; {enough}")
+    if sequence_length is None:
+        sequence_length = 128 if text is None else 256
     limit = getattr(lm.model.config, "max_position_embeddings", None) or sequence_length
     if not 2 <= sequence_length <= limit:
         raise ValueError(f"sequence_length must be from 2 to the {limit} positions of {lm.name}, got {sequence_length}")
@@ -309,7 +312,7 @@ def estimate_covariance(
             layers = sorted({*layers, *known.moments})
 
     if text is None:
-        windows = write_texts(lm, tokens, sequence_length, seed, show_progress=show_progress)
+        windows = write_texts(lm, tokens, sequence_length, seed, progress_bar=progress_bar)
     else:
         windows = token_windows(lm, read_texts(text), tokens, sequence_length)
     held = sum(map(len, windows))
@@ -319,7 +322,7 @@ def estimate_covariance(
         warnings.warn(f"{text} holds {held} of {tokens} tokens asked for; {enough}", stacklevel=2)
 
     module = CovarianceModule(lm, layers)
-    with progress("covariance", show_progress) as report, quiet_lightning():
+    with progress("covariance", progress_bar) as report, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
             devices=1,
@@ -383,17 +386,3 @@ class _Progress(Callback):
     ) -> None:
         self.done += int(batch.mask.sum())
         self.report(self.done, self.total)
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)

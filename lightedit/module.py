@@ -1,10 +1,7 @@
 """Both steps of an edit as one fit: an epoch is a round of facts, a training step one Adam step on a chunk's δ."""
 
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal
@@ -23,7 +20,7 @@ from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
-from lightedit.progress import progress
+from lightedit.progress import progress, quiet_lightning
 from lightedit.update import Preservation, key_similarity, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
@@ -278,7 +275,7 @@ def edit(
     """
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision)
-    with progress(f"editing {len(data.facts)} facts", progress_bar) as report, _quiet_lightning():
+    with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
             max_epochs=len(data.rounds),
@@ -297,18 +294,3 @@ def edit(
             raise
     assert module.edit is not None
     return module.edit
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep the trainer's advice about devices and loaders, which does not apply here, off the screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,7 +1,9 @@
 """Progress of long work on standard error: how far it is and how long it will take."""
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -51,3 +53,17 @@ def _lines(description: str) -> Report:
             print(f"{description}: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     return report
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

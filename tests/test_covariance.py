@@ -48,7 +48,7 @@ def make(
 
 
 def estimate(lm: LanguageModel, **options: Any) -> Covariance:
-    return estimate_covariance(lm, **{"layers": LAYERS, "sequence_length": 32, "show_progress": False} | options)
+    return estimate_covariance(lm, **{"layers": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_data_set_that_cannot_be_opened_says_what_to_do(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("model_type", ["llama", "bloom", "gemma3", "falcon", "opt"])
 def test_own_writing_is_drawn_from_the_models_most_probable_tokens(model_type: str) -> None:
     lm = make(model_type)
-    windows = write_texts(lm, 200, 24, top_k=3, show_progress=False)
+    windows = write_texts(lm, 200, 24, top_k=3, progress_bar=False)
     assert [len(window) for window in windows] == [24] * 9
     assert {window[0] for window in windows} == {BOS}
     batch = pad(windows, lm.pad_id)
@@ -317,7 +317,7 @@ def test_own_writing_is_drawn_from_the_models_most_probable_tokens(model_type: s
 
 def test_own_writing_follows_its_seed_and_leaves_the_global_one(lm: LanguageModel) -> None:
     state = torch.get_rng_state()
-    first, again, other = (write_texts(lm, 100, 10, seed=seed, show_progress=False) for seed in (1, 1, 2))
+    first, again, other = (write_texts(lm, 100, 10, seed=seed, progress_bar=False) for seed in (1, 1, 2))
     assert first == again != other
     assert len({tuple(window) for window in first}) == 10
     assert torch.equal(torch.get_rng_state(), state)
@@ -329,7 +329,7 @@ def test_estimate_without_text_uses_the_models_own_writing(lm: LanguageModel) ->
     assert not torch.equal(first[2], other[2])
     assert (first.provenance.corpus, first.provenance.seed) == ("own writing", 1)
     torch.testing.assert_close(
-        first[1].double(), naive(lm, write_texts(lm, 850, 32, 1, show_progress=False), 1), rtol=1e-4, atol=1e-4
+        first[1].double(), naive(lm, write_texts(lm, 850, 32, 1, progress_bar=False), 1), rtol=1e-4, atol=1e-4
     )
 
 

@@ -55,7 +55,7 @@ class ContextSettings:
         """Let `lm` write the prefixes (top-5 sampling)."""
         templates = ["{}"]
         for start, count, length in self.prefixes:
-            begin = lm.encode([start])[0] if start else [_text_start(lm.tokenizer, lm.pad_id)]
+            begin = lm.encode([start])[0] if start else [lm.text_start]
             new = max(1, length - len(begin))
             # a seed of its own for each line, or lines with the same start would yield the same texts
             for ids in lm.generate([begin] * count, new, top_k=5, seed=self.seed + len(templates)):
@@ -64,13 +64,6 @@ class ContextSettings:
         others = len(templates) - 1
         bare = 1 / (others + 1) if self.bare_weight is None or not others else self.bare_weight
         return Contexts(tuple(templates), (bare, *([(1 - bare) / others] * others)) if others else (1.0,))
-
-
-def _text_start(tokenizer: PreTrainedTokenizerBase, default: int) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return default
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
-from lightedit.data.prompts import _text_start
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import Batch, pad
 from lightedit.progress import progress
@@ -102,7 +101,7 @@ def _token_stream(lm: LanguageModel, texts: Iterable[str]) -> Iterator[int]:
 
 @torch.no_grad()
 def write_texts(
-    lm: LanguageModel, tokens: int, length: int, seed: int = 0, top_k: int = 50, show_progress: bool = True
+    lm: LanguageModel, tokens: int, length: int, seed: int = 0, top_k: int = 50, progress_bar: bool = True
 ) -> list[list[int]]:
     """Let the model write windows of `length` tokens from the text-start token, by top-k sampling.
 
@@ -115,10 +114,10 @@ def write_texts(
     batches = -(-count // _ROWS)
     generator = torch.Generator(lm.device).manual_seed(seed)
     windows: list[list[int]] = []
-    with progress("sampling text", show_progress) as report:
+    with progress("sampling text", progress_bar) as report:
         for index in range(batches):
             rows = count // batches + (index < count % batches)
-            ids = torch.full((rows, 1), _text_start(lm.tokenizer, lm.pad_id), device=lm.device)
+            ids = torch.full((rows, 1), lm.text_start, device=lm.device)
             cache = DynamicCache(config=lm.model.config)
             while (position := ids.shape[1]) < length:
                 batch = Batch(

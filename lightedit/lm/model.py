@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,8 @@ from lightedit.lm.hooks import select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
+
+_PREFIX_TOKENS = 1024  # tokens of one pass over prefixes at most
 
 
 class LanguageModel:
@@ -100,6 +103,14 @@ class LanguageModel:
             if token is not None:
                 return int(token)
         return 0
+
+    @property
+    def text_start(self) -> int:
+        """The token that a text begins with: beginning-of-text, or else end-of-text."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return self.pad_id
 
     def _returns_tuple(self) -> bool:
         seen: list[bool] = []
@@ -192,19 +203,43 @@ class LanguageModel:
         Returns:
             The cache (None if all prefixes are empty) and the prefix's mask, [rows, prefix], padded on the left.
         """
-        batch = pad(rows, self.pad_id, left=True).to(self.device)
-        if batch.ids.shape[1] == 0:
-            return None, batch.mask
+        width = max(map(len, rows))
+        mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=self.device)
+        if not width:
+            return None, mask.reshape(len(rows), 0)
+        # equal prefixes are run once, and each with others of its length, which needs less padding
+        distinct = list(dict.fromkeys(map(tuple, rows)))
+        order: list[int] = []
+        parts: list[list[tuple[Tensor, Tensor]]] = []
+        for group in by_length([len(row) for row in distinct], _PREFIX_TOKENS):
+            order += group
+            parts.append(self._prefix_states([distinct[i] for i in group], width))
+        place = {distinct[i]: position for position, i in enumerate(order)}
+        index = torch.tensor([place[tuple(row)] for row in rows])
+        layers = []
+        for states in zip(*parts, strict=True):
+            keys, values = (
+                torch.cat(part).index_select(0, index.to(part[0].device)) for part in zip(*states, strict=True)
+            )
+            layers.append((keys, values))
+        return PrefixCache(layers, width), mask
+
+    def _prefix_states(self, rows: Sequence[Sequence[int]], width: int) -> list[tuple[Tensor, Tensor]]:
+        """Attention keys and values of every layer, each [rows, heads, width, head_dim], zero at the padding's left."""
+        batch = pad(rows, self.pad_id, left=True)
+        if not batch.ids.shape[1]:
+            batch = pad([[self.pad_id]] * len(rows), self.pad_id)  # one token, masked out in the caller's mask
         states: dict[int, tuple[Tensor, Tensor]] = {}
 
         class _Recorder(PrefixCache):
             def update(self, key_states, value_states, layer_idx, *_, **__):  # type: ignore[no-untyped-def]
-                states[layer_idx] = (key_states, value_states)
+                missing = width - key_states.shape[-2]
+                states[layer_idx] = (F.pad(key_states, (0, 0, missing, 0)), F.pad(value_states, (0, 0, missing, 0)))
                 return key_states, value_states
 
         with stop_after(self.blocks[-1]):
             self.forward(batch, cache=_Recorder([], 0))
-        return PrefixCache([states[layer] for layer in range(self.n_layers)], batch.ids.shape[1]), batch.mask
+        return [states[layer] for layer in range(self.n_layers)]
 
     # Text
 

@@ -13,8 +13,8 @@ from lightedit.lm.hooks import capture, hidden_of, select_positions, skip_blocks
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 # Text and padding longer than the tiny models' sliding windows of 8 tokens, and one row without any prefix
-PREFIXES = [3, 0, 1, 12]
-SUFFIXES = [4, 14, 1, 2]
+PREFIXES = [3, 0, 1, 12, 3]
+SUFFIXES = [4, 14, 1, 2, 3]
 
 
 def language_model(architecture: str, **kwargs) -> LanguageModel:
@@ -24,6 +24,12 @@ def language_model(architecture: str, **kwargs) -> LanguageModel:
 def random_rows(lengths: list[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def prefixes_and_suffixes() -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of `PREFIXES` and `SUFFIXES`; the last row has the first one's prefix."""
+    prefixes = random_rows(PREFIXES)
+    return [*prefixes[:-1], prefixes[0]], random_rows(SUFFIXES, seed=1)
 
 
 @torch.no_grad()
@@ -74,7 +80,7 @@ def test_by_length_puts_every_row_into_one_small_group_longest_first() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_suffixes_after_a_prefix_cache_equal_full_passes(architecture: str, dtype: torch.dtype) -> None:
     lm = language_model(architecture, dtype=dtype)
-    prefixes, suffixes = random_rows(PREFIXES), random_rows(SUFFIXES, seed=1)
+    prefixes, suffixes = prefixes_and_suffixes()
     cache, prefix_mask = lm.prefix_cache(prefixes)
     assert prefix_mask.sum(1).tolist() == PREFIXES
     with torch.no_grad():
@@ -94,7 +100,7 @@ def test_without_any_prefix_there_is_no_cache() -> None:
 
 def test_a_prefix_cache_is_not_changed_by_use() -> None:
     lm = language_model("gpt2")
-    prefixes, suffixes = random_rows(PREFIXES), random_rows(SUFFIXES, seed=1)
+    prefixes, suffixes = prefixes_and_suffixes()
     cache, prefix_mask = lm.prefix_cache(prefixes)
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
     with torch.no_grad():
@@ -105,7 +111,7 @@ def test_a_prefix_cache_is_not_changed_by_use() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "bloom"])
 def test_rows_of_a_prefix_cache_equal_full_passes(architecture: str) -> None:
     lm = language_model(architecture)
-    prefixes, suffixes = random_rows(PREFIXES), random_rows(SUFFIXES, seed=1)
+    prefixes, suffixes = prefixes_and_suffixes()
     cache, prefix_mask = lm.prefix_cache(prefixes)
     kept = torch.tensor([3, 0])
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
@@ -120,7 +126,7 @@ def test_rows_of_a_prefix_cache_equal_full_passes(architecture: str) -> None:
 def test_suffixes_from_a_later_block_on_equal_full_passes(architecture: str) -> None:
     """What the value optimisation runs: no prefix tokens, and no blocks below the edited one."""
     lm = language_model(architecture)
-    prefixes, suffixes = random_rows(PREFIXES), random_rows(SUFFIXES, seed=1)
+    prefixes, suffixes = prefixes_and_suffixes()
     cache, prefix_mask = lm.prefix_cache(prefixes)
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
     with torch.no_grad():
