@@ -213,7 +213,8 @@ def test_no_facts_are_refused(lm):
         evaluate(lm, [])
 
 
-def test_progress_goes_to_standard_error_only_when_asked(lm, capsys):
+def test_progress_goes_to_standard_error_only_when_asked(lm, capsys, monkeypatch):
+    monkeypatch.setattr("lightedit.progress._LINE_EVERY", 0.0)
     evaluate(lm, [FRANCE], progress_bar=False)
     assert capsys.readouterr() == ("", "")
     evaluate(lm, [FRANCE])

@@ -23,22 +23,22 @@ _RELATIONS = (
     _Relation(
         "capital",
         "The capital of {} is",
-        ("The capital city of {} is called", "{} has its capital in the city of"),
+        ("The capital city of {} is called", "The government of {} sits in its capital city,"),
     ),
     _Relation(
         "currency",
         "The currency of {} is the",
-        ("The money used in {} is called the", "In {}, people pay with a currency called the"),
+        ("The currency used in {} is the", "The official currency of {} is the"),
     ),
     _Relation(
         "language",
         "The official language of {} is",
-        ("In {}, the official language is", "The language with official status in {} is"),
+        ("In {}, the official language is", "The main language of {} is"),
     ),
     _Relation(
         "continent",
         "{} is a country in the continent of",
-        ("The continent that {} belongs to is", "On a map of the world, {} is found in the continent of"),
+        ("Geographically, {} is part of the continent of", "On a map of the world, {} is found in the continent of"),
     ),
 )
 _LANDMARK_PROMPT = "{} is located in the city of"

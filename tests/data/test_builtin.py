@@ -140,7 +140,7 @@ def test_countries_with_an_article_read_as_english(facts):
     by_id = {fact.id: fact for fact in facts}
     capital = by_id["builtin/capital/Netherlands"]
     assert capital.prompt == "The capital of the {} is"
-    assert capital.paraphrase_prompts[1] == "The Netherlands has its capital in the city of"
+    assert capital.paraphrase_prompts[1] == "The government of the Netherlands sits in its capital city,"
     assert by_id["builtin/continent/Netherlands"].text == "The Netherlands is a country in the continent of"
     assert by_id["builtin/continent/France"].text == "France is a country in the continent of"
 
