@@ -18,6 +18,7 @@ from lightedit.data.prompts import FactPrompts, Row
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import Batch, pad
 from lightedit.lm.hooks import capture, stop_after
+from lightedit.lm.packed import Span
 from lightedit.lm.prefix import PrefixCache
 
 Site = Literal["block", "mlp"]
@@ -149,7 +150,9 @@ class ValueOptimization:
         rows = [(index, row) for index, fact in enumerate(prompts) for row in (*fact.rows, fact.subject)]
         initial: dict[int, Tensor] = {}
         self._rows = []
-        for group in _rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens):
+        self._max_tokens = max_tokens
+        pass_cost = 0 if lm.architecture.packs else _PASS_COST  # packed rectangles share a pass, and need no padding
+        for group in _rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens, pass_cost):
             captured, activations = self._capture([rows[i] for i in group])
             self._rows.append(captured)
             for i, activation in zip(group, activations, strict=True):
@@ -198,8 +201,8 @@ class ValueOptimization:
         losses = self._weight_decay()
         losses[self.active].sum().backward()
         losses = losses.detach()
-        for rows in self._rows:
-            partial = self._loss(rows)
+        for rectangles in self._passes():
+            partial = self._loss(rectangles)
             partial.sum().backward()
             losses += partial.detach()
         bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
@@ -242,8 +245,54 @@ class ValueOptimization:
     def _weight_decay(self) -> Tensor:
         return self.settings.weight_decay * self.delta.norm(dim=1) / self.initial.norm(dim=1).square()
 
-    def _loss(self, rows: _Rows) -> Tensor:
-        """What `rows` contribute to each fact's loss, [facts]."""
+    def _passes(self) -> list[list[_Rows]]:
+        """The rectangles of each forward and backward pass: one alone, or as many as fit where they can be packed."""
+        passes: list[list[_Rows]] = []
+        room = 0
+        for rows in self._rows:
+            tokens = rows.batch.ids.numel()
+            if not self.lm.architecture.packs or tokens > room:
+                passes.append([])
+                room = self._max_tokens
+            passes[-1].append(rows)
+            room -= tokens
+        return passes
+
+    def _loss(self, rectangles: list[_Rows]) -> Tensor:
+        """What the rows of one pass contribute to each fact's loss, [facts]."""
+        hidden = [self._with_delta(rows) for rows in rectangles]
+        if self.lm.architecture.packs:
+            flat, starts = torch.cat([states.flatten(0, 1) for states in hidden]), []
+            start = 0
+            for rows in rectangles:
+                starts.append(start + rows.at[0] * rows.batch.ids.shape[1] + rows.at[1])
+                start += rows.batch.ids.numel()
+            with self.lm.starting_at(self.layer + 1, flat[None]):
+                logits = self.lm.forward_packed(
+                    torch.cat([rows.batch.ids.flatten() for rows in rectangles]),
+                    torch.cat([rows.batch.positions.flatten() for rows in rectangles]),
+                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache) for rows in rectangles],
+                    torch.cat(starts),
+                )
+        else:
+            (rows,) = rectangles
+            with self.lm.starting_at(self.layer + 1, hidden[0]):
+                logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
+        total = self.delta.new_zeros(len(self.prompts))
+        logits = logits.to(self.delta.dtype)
+        for rows, read in zip(rectangles, logits.split([len(rows.weight) for rows in rectangles]), strict=True):
+            fact = rows.fact[rows.at[0]]
+            count = len(rows.targets)
+            nll = F.cross_entropy(read[:count], rows.targets, reduction="none")
+            loss = torch.cat([nll, self._kl(read[count:], fact[count:])])
+            weighted = (loss * rows.weight.to(loss.device)).to(total.device)
+            total = total.index_add(0, fact, weighted)
+            self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
+            self.tokens.computed += rows.batch.ids.numel()
+        return total
+
+    def _with_delta(self, rows: _Rows) -> Tensor:
+        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d]."""
         delta = self.delta[rows.fact]
         if rows.mlp is not None:
             norm = self.lm.mlp_norm(self.layer)
@@ -251,18 +300,7 @@ class ValueOptimization:
             shifted = norm((rows.mlp + delta).to(rows.hidden.dtype)) - norm(rows.mlp.to(rows.hidden.dtype))
             delta = shifted.to(delta.dtype)
         first = (rows.hidden[:, 0].to(delta.dtype) + delta).to(rows.hidden.dtype)
-        hidden = torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
-        with self.lm.starting_at(self.layer + 1, hidden):
-            logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
-        logits = logits.to(self.delta.dtype)
-        fact = rows.fact[rows.at[0]]
-        count = len(rows.targets)
-        nll = F.cross_entropy(logits[:count], rows.targets, reduction="none")
-        loss = torch.cat([nll, self._kl(logits[count:], fact[count:])])
-        self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
-        self.tokens.computed += rows.batch.ids.numel()
-        weighted = (loss * rows.weight.to(loss.device)).to(self.delta.device)
-        return weighted.new_zeros(len(self.prompts)).index_add(0, fact, weighted)
+        return torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
 
     def _kl(self, logits: Tensor, facts: Tensor) -> Tensor:
         """kl_factor * KL(edited || unedited) of each row, [rows]; the first call, at δ = 0, sets the reference."""
@@ -344,10 +382,10 @@ def optimize_values(
 _PASS_COST = 40
 
 
-def _rectangles(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _rectangles(lengths: Sequence[int], max_tokens: int, pass_cost: int = _PASS_COST) -> list[list[int]]:
     """Partition rows of the given lengths into rectangles of at most `max_tokens`, at the least cost.
 
-    The cost of a rectangle is its tokens, padding included, and `_PASS_COST`. Rows sorted by length are cut by
+    The cost of a rectangle is its tokens, padding included, and `pass_cost`. Rows sorted by length are cut by
     dynamic programming over their distinct lengths.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
@@ -357,7 +395,7 @@ def _rectangles(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         width = lengths[order[end - 1]]
         rows_of_pass = max(1, max_tokens // width)
         best[end] = min(
-            (best[start][0] + (end - start) * width + -(-(end - start) // rows_of_pass) * _PASS_COST, start)
+            (best[start][0] + (end - start) * width + -(-(end - start) // rows_of_pass) * pass_cost, start)
             for start in best
         )
     groups: list[list[int]] = []

@@ -1,6 +1,6 @@
 """Where each architecture keeps its blocks and the matrices that are edited: one row a `model_type`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +20,8 @@ class Architecture:
         attention_output: path inside a block to the attention's output matrix.
         mlp_norm: path inside a block to a norm between the MLP's output and the residual stream, if any.
         takes_position_ids: whether the model's forward accepts `position_ids`.
+        packs: whether its attention can be exchanged (transformers' attention interface, no soft-capping), so that rows
+            can be packed without padding.
     """
 
     blocks: str
@@ -27,20 +29,22 @@ class Architecture:
     attention_output: str
     mlp_norm: str | None = None
     takes_position_ids: bool = True
+    packs: bool = True
 
 
 _LLAMA = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj")
 _POST_NORM = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj", mlp_norm="post_feedforward_layernorm")
-_BLOOM = Architecture("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", takes_position_ids=False)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bloom": _BLOOM,
-    "falcon": Architecture("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense"),
-    "gemma2": _POST_NORM,
+    "bloom": Architecture(
+        "transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", takes_position_ids=False, packs=False
+    ),
+    "falcon": Architecture("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", packs=False),
+    "gemma2": replace(_POST_NORM, packs=False),
     "gemma3_text": _POST_NORM,
     "gpt2": Architecture("transformer.h", "mlp.c_proj", "attn.c_proj"),
     "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h", "attention.dense"),
-    "gptj": Architecture("transformer.h", "mlp.fc_out", "attn.out_proj"),
+    "gptj": Architecture("transformer.h", "mlp.fc_out", "attn.out_proj", packs=False),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo2": _POST_NORM,

@@ -16,6 +16,7 @@ from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
+from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
 
@@ -184,6 +185,28 @@ class LanguageModel:
                 attention_mask=batch.mask.long(),
                 use_cache=cache is not None,
                 **arguments,
+            )
+        return output.logits
+
+    def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span], head_at: Tensor) -> Tensor:
+        """One forward pass over the tokens of many rows laid end to end, without padding (see `Span`).
+
+        Args:
+            ids: token ids, [tokens].
+            positions: position of each token in its row, [tokens].
+            spans: the rows, in order.
+            head_at: where to apply the LM head, [n].
+
+        Returns:
+            Logits, [n, vocabulary].
+        """
+        at = (torch.zeros_like(head_at), head_at)
+        with packed_attention(self.model), select_positions(self.model.get_output_embeddings(), at):
+            output = self.model(
+                input_ids=ids[None].to(self.device),
+                position_ids=positions[None].to(self.device),
+                use_cache=False,
+                packed=spans,
             )
         return output.logits
 
