@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightedit.data.prompts import FactPrompts, Row
 from lightedit.lm import LanguageModel
-from lightedit.lm.batch import Batch, pad
+from lightedit.lm.batch import PASS_COST, Batch, pad, rectangles
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.packed import Span
 from lightedit.lm.prefix import PrefixCache
@@ -151,9 +151,10 @@ class ValueOptimization:
         initial: dict[int, Tensor] = {}
         self._rows = []
         self._max_tokens = max_tokens
-        pass_cost = 0 if lm.architecture.packs else _PASS_COST  # packed rectangles share a pass, and need no padding
-        for group in _rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens, pass_cost):
-            captured, activations = self._capture([rows[i] for i in group])
+        prefixes = lm.prefix_cache([row.ids[: row.lookup] for _, row in rows])
+        pass_cost = 0 if lm.architecture.packs else PASS_COST  # packed rectangles share a pass, and need no padding
+        for group in rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens, pass_cost):
+            captured, activations = self._capture([rows[i] for i in group], torch.tensor(group), *prefixes)
             self._rows.append(captured)
             for i, activation in zip(group, activations, strict=True):
                 index, row = rows[i]
@@ -201,8 +202,8 @@ class ValueOptimization:
         losses = self._weight_decay()
         losses[self.active].sum().backward()
         losses = losses.detach()
-        for rectangles in self._passes():
-            partial = self._loss(rectangles)
+        for rows_of_pass in self._passes():
+            partial = self._loss(rows_of_pass)
             partial.sum().backward()
             losses += partial.detach()
         bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
@@ -258,29 +259,29 @@ class ValueOptimization:
             room -= tokens
         return passes
 
-    def _loss(self, rectangles: list[_Rows]) -> Tensor:
+    def _loss(self, together: list[_Rows]) -> Tensor:
         """What the rows of one pass contribute to each fact's loss, [facts]."""
-        hidden = [self._with_delta(rows) for rows in rectangles]
+        hidden = [self._with_delta(rows) for rows in together]
         if self.lm.architecture.packs:
             flat, starts = torch.cat([states.flatten(0, 1) for states in hidden]), []
             start = 0
-            for rows in rectangles:
+            for rows in together:
                 starts.append(start + rows.at[0] * rows.batch.ids.shape[1] + rows.at[1])
                 start += rows.batch.ids.numel()
             with self.lm.starting_at(self.layer + 1, flat[None]):
                 logits = self.lm.forward_packed(
-                    torch.cat([rows.batch.ids.flatten() for rows in rectangles]),
-                    torch.cat([rows.batch.positions.flatten() for rows in rectangles]),
-                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache) for rows in rectangles],
+                    torch.cat([rows.batch.ids.flatten() for rows in together]),
+                    torch.cat([rows.batch.positions.flatten() for rows in together]),
+                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache) for rows in together],
                     torch.cat(starts),
                 )
         else:
-            (rows,) = rectangles
+            (rows,) = together
             with self.lm.starting_at(self.layer + 1, hidden[0]):
                 logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
         total = self.delta.new_zeros(len(self.prompts))
         logits = logits.to(self.delta.dtype)
-        for rows, read in zip(rectangles, logits.split([len(rows.weight) for rows in rectangles]), strict=True):
+        for rows, read in zip(together, logits.split([len(rows.weight) for rows in together]), strict=True):
             fact = rows.fact[rows.at[0]]
             count = len(rows.targets)
             nll = F.cross_entropy(read[:count], rows.targets, reduction="none")
@@ -314,10 +315,17 @@ class ValueOptimization:
         return self.settings.kl_factor * F.kl_div(reference, log_p, log_target=True, reduction="none").sum(dim=-1)
 
     @torch.no_grad()
-    def _capture(self, group: list[tuple[int, Row]]) -> tuple[_Rows, Tensor]:
-        """Run prefix and skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d]."""
+    def _capture(
+        self, group: list[tuple[int, Row]], places: Tensor, prefixes: PrefixCache | None, prefix_mask: Tensor
+    ) -> tuple[_Rows, Tensor]:
+        """Run the skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d].
+
+        `places` [rows] are the group's rows in the prefixes, whose mask is [all rows, prefix].
+        """
         lm, facts, texts = self.lm, [index for index, _ in group], [row for _, row in group]
-        cache, prefix_mask = lm.prefix_cache([row.ids[: row.lookup] for row in texts])
+        width = max(row.lookup for row in texts)
+        cache = None if prefixes is None or not width else prefixes.rows(places, width)
+        prefix_mask = prefix_mask[places.to(prefix_mask.device), prefix_mask.shape[1] - width :]
         suffix = pad([row.ids[row.lookup :] for row in texts], lm.pad_id).to(lm.device)
         lengths = torch.tensor([row.lookup for row in texts], device=lm.device)
         batch = Batch(
@@ -376,34 +384,3 @@ def optimize_values(
         optimizer.step()
         search.after_step()
     return search.values()
-
-
-# What one more pass costs beside its tokens (reading all weights, dispatching all operations), in tokens
-_PASS_COST = 40
-
-
-def _rectangles(lengths: Sequence[int], max_tokens: int, pass_cost: int = _PASS_COST) -> list[list[int]]:
-    """Partition rows of the given lengths into rectangles of at most `max_tokens`, at the least cost.
-
-    The cost of a rectangle is its tokens, padding included, and `pass_cost`. Rows sorted by length are cut by
-    dynamic programming over their distinct lengths.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    ends = [k + 1 for k in range(len(order)) if k + 1 == len(order) or lengths[order[k]] != lengths[order[k + 1]]]
-    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # rows so far -> (cost, start of the last rectangle)
-    for end in ends:
-        width = lengths[order[end - 1]]
-        rows_of_pass = max(1, max_tokens // width)
-        best[end] = min(
-            (best[start][0] + (end - start) * width + -(-(end - start) // rows_of_pass) * pass_cost, start)
-            for start in best
-        )
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        passes = -(-(end - start) // max(1, max_tokens // lengths[order[end - 1]]))
-        size = -(-(end - start) // passes)  # passes of equal size, rather than full ones and a remainder
-        groups += [order[i : min(i + size, end)] for i in range(start, end, size)]
-        end = start
-    return groups[::-1]

@@ -8,7 +8,8 @@ import torch
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
-from lightedit.values import ValueSettings, _rectangles, optimize_values
+from lightedit.lm.batch import rectangles
+from lightedit.values import ValueSettings, optimize_values
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from tests.reference import published_values
 
@@ -110,13 +111,13 @@ def test_settings_are_checked(wrong: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("max_tokens", [10, 100])
 def test_rectangles_hold_every_row_once_and_little_padding(max_tokens: int) -> None:
-    lengths = [1, 2, 2, 8, 1, 3, 8, 8, 40] * 7
-    groups = _rectangles(lengths, max_tokens)
+    lengths = [0, 1, 2, 2, 8, 1, 3, 8, 8, 40] * 7
+    groups = rectangles(lengths, max_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= max_tokens
 
 
 def test_rectangles_pad_only_where_a_pass_costs_more() -> None:
-    assert len(_rectangles([2] * 10 + [3] * 10, 1000)) == 1
-    assert len(_rectangles([2] * 50 + [9] * 50, 1000)) == 2
+    assert len(rectangles([2] * 10 + [3] * 10, 1000)) == 1
+    assert len(rectangles([2] * 50 + [9] * 50, 1000)) == 2

@@ -49,3 +49,34 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         rows = max(1, max_tokens // max(1, lengths[order[start]]))
         yield order[start : start + rows]
         start += rows
+
+
+# What one more pass costs beside its tokens (reading all weights, dispatching all operations), in tokens
+PASS_COST = 40
+
+
+def rectangles(lengths: Sequence[int], max_tokens: int, pass_cost: int = PASS_COST) -> list[list[int]]:
+    """Partition rows of the given lengths into rectangles of at most `max_tokens`, at the least cost.
+
+    The cost of a rectangle is its tokens, padding included, and `pass_cost`. Rows sorted by length are cut by
+    dynamic programming over their distinct lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    ends = [k + 1 for k in range(len(order)) if k + 1 == len(order) or lengths[order[k]] != lengths[order[k + 1]]]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # rows so far -> (cost, start of the last rectangle)
+    for end in ends:
+        width = lengths[order[end - 1]]
+        rows_of_pass = max(1, max_tokens // max(1, width))
+        best[end] = min(
+            (best[start][0] + (end - start) * width + -(-(end - start) // rows_of_pass) * pass_cost, start)
+            for start in best
+        )
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        passes = -(-(end - start) // max(1, max_tokens // max(1, lengths[order[end - 1]])))
+        size = -(-(end - start) // passes)  # passes of equal size, rather than full ones and a remainder
+        groups += [order[i : min(i + size, end)] for i in range(start, end, size)]
+        end = start
+    return groups[::-1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
-from lightedit.lm.batch import Batch, by_length, pad
+from lightedit.lm.batch import Batch, by_length, pad, rectangles
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
@@ -21,6 +22,8 @@ from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
 
 _PREFIX_TOKENS = 1024  # tokens of one pass over prefixes at most
+# A beginning is run once for all rows that share it if it has this many tokens, and if that saves so many in all
+_STEM_TOKENS, _STEM_SAVING = 4, 100
 
 
 class LanguageModel:
@@ -230,14 +233,15 @@ class LanguageModel:
         mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=self.device)
         if not width:
             return None, mask.reshape(len(rows), 0)
-        # equal prefixes are run once, and each with others of its length, which needs less padding
-        distinct = list(dict.fromkeys(map(tuple, rows)))
-        order: list[int] = []
+        distinct = sorted(set(map(tuple, rows)))
+        order: list[tuple[int, ...]] = []
         parts: list[list[tuple[Tensor, Tensor]]] = []
-        for group in by_length([len(row) for row in distinct], _PREFIX_TOKENS):
-            order += group
-            parts.append(self._prefix_states([distinct[i] for i in group], width))
-        place = {distinct[i]: position for position, i in enumerate(order)}
+        for stem, members in _stems(distinct):
+            common = self._prefix_states([stem], None, len(stem)) if stem else None
+            for group in rectangles([len(row) - len(stem) for row in members], _PREFIX_TOKENS):
+                order += [members[i] for i in group]
+                parts.append(self._prefix_states(order[-len(group) :], common, width))
+        place = {row: position for position, row in enumerate(order)}
         index = torch.tensor([place[tuple(row)] for row in rows])
         layers = []
         for states in zip(*parts, strict=True):
@@ -247,21 +251,40 @@ class LanguageModel:
             layers.append((keys, values))
         return PrefixCache(layers, width), mask
 
-    def _prefix_states(self, rows: Sequence[Sequence[int]], width: int) -> list[tuple[Tensor, Tensor]]:
-        """Attention keys and values of every layer, each [rows, heads, width, head_dim], zero at the padding's left."""
-        batch = pad(rows, self.pad_id, left=True)
-        if not batch.ids.shape[1]:
-            batch = pad([[self.pad_id]] * len(rows), self.pad_id)  # one token, masked out in the caller's mask
+    def _prefix_states(
+        self, rows: Sequence[Sequence[int]], common: list[tuple[Tensor, Tensor]] | None, width: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Attention keys and values of every layer, each [rows, heads, width, head_dim], aligned to the right.
+
+        Args:
+            rows: token ids; what stands left of a row is of no meaning, and for the caller to mask.
+            common: the states of a stem that all rows begin with, [1, heads, stem, head_dim] a layer.
+            width: positions to return.
+        """
+        stem = 0 if common is None else common[0][0].shape[-2]
+        # an empty row, too, runs one token: the whole of it is masked
+        rest = pad([row[stem:] or [self.pad_id] for row in rows], self.pad_id)
+        batch = Batch(rest.ids, F.pad(rest.mask, (stem, 0), value=True), rest.positions + stem)
+        shift = torch.arange(width) - (width - torch.tensor([len(row) for row in rows]))[:, None]  # [rows, width]
         states: dict[int, tuple[Tensor, Tensor]] = {}
 
         class _Recorder(PrefixCache):
             def update(self, key_states, value_states, layer_idx, *_, **__):  # type: ignore[no-untyped-def]
-                missing = width - key_states.shape[-2]
-                states[layer_idx] = (F.pad(key_states, (0, 0, missing, 0)), F.pad(value_states, (0, 0, missing, 0)))
+                if self.prefix:
+                    key_states, value_states = super().update(key_states, value_states, layer_idx)
+                index = shift.clamp(min=0)[:, None, :, None].to(key_states.device)
+                states[layer_idx] = (
+                    key_states.take_along_dim(index, dim=-2),
+                    value_states.take_along_dim(index, dim=-2),
+                )
                 return key_states, value_states
 
+        recorder = _Recorder(common or [], stem)
+        if common is not None:
+            many = torch.zeros(len(rows), dtype=torch.long)
+            recorder.prefix = [(k[many.to(k.device)], v[many.to(v.device)]) for k, v in common]
         with stop_after(self.blocks[-1]):
-            self.forward(batch, cache=_Recorder([], 0))
+            self.forward(batch, cache=recorder)
         return [states[layer] for layer in range(self.n_layers)]
 
     # Text
@@ -313,3 +336,27 @@ class LanguageModel:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _stems(rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """Split sorted rows into runs with a common beginning worth computing once, such as a context; yields both.
+
+    A stem is shorter than each of its rows. Rows that share nothing much come with an empty stem.
+    """
+    alone: list[tuple[int, ...]] = []
+    start = 0
+    while start < len(rows):
+        stem, stop = rows[start][:-1], start + 1
+        while stop < len(rows):
+            pairs = zip(stem, rows[stop][:-1], strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if shared < _STEM_TOKENS:
+                break
+            stem, stop = stem[:shared], stop + 1
+        if (stop - start - 1) * len(stem) > _STEM_SAVING:
+            yield stem, list(rows[start:stop])
+        else:
+            alone += rows[start:stop]
+        start = stop
+    if alone:
+        yield (), alone

@@ -35,10 +35,14 @@ class PrefixCache(DynamicCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.length + query_length, 0
 
-    def rows(self, index: Tensor) -> "PrefixCache":
-        """The cache of the rows `index` [n] alone."""
-        kept = [layer and (layer[0].index_select(0, index), layer[1].index_select(0, index)) for layer in self.prefix]
-        return PrefixCache(kept, self.length)
+    def rows(self, index: Tensor, length: int | None = None) -> "PrefixCache":
+        """The cache of the rows `index` [n] alone, and of the last `length` positions if that is given."""
+        length = self.length if length is None else length
+        start = self.length - length
+        kept = [
+            None if layer is None else (layer[0][index, :, start:], layer[1][index, :, start:]) for layer in self.prefix
+        ]
+        return PrefixCache(kept, length)
 
     def without(self, layers: range) -> "PrefixCache":
         """The cache without the states of `layers`, to free memory once their blocks are skipped."""
