@@ -4,6 +4,7 @@ All take the same update, a sequence of `RecordScores`, so they live in one coll
 Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229). Values are in percent.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -67,9 +68,9 @@ class RecordMean(Metric):
         self.add_state(self._sums, torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     @staticmethod
+    @abstractmethod
     def values(scores: PromptScores) -> Tensor | None:
         """The value on each prompt, [n]; None if the scores do not allow it."""
-        raise NotImplementedError
 
     @classmethod
     def of(cls, record: RecordScores) -> float | None:
