@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -90,6 +91,7 @@ def run(
         for values in (first.values, second.values)
         for fact, ours, published in zip(facts, values.targets, reference.targets, strict=False)
     ]
+    products = _products_seconds(lm, layer, first)
     again = _matrix_rates(lm)
     rates = {size: max(rate, again[size]) for size, rate in rates.items()}
     notes = list(notes)
@@ -98,7 +100,7 @@ def run(
             f"a quick look: the reference ran on the first {len(reference.targets)} of {len(facts)} facts only; "
             "targets were compared for these, and the ratio sets its time per fact against ours over all facts"
         )
-    return _result(lm, layer, first, second, reference, max(differences), rates, notes)
+    return _result(lm, layer, first, second, reference, max(differences), rates, products, notes)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Ours:
     tokens: TokenCount
     evaluations: int  # of single facts' losses
     head_reads: int  # positions where the LM head was needed, over all evaluations
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,10 @@ def _ours(
         prompts = tokenize_facts(lm.tokenizer, facts, contexts)
         search = ValueOptimization(lm, prompts, layer, SITE, settings)
         optimizer = search.make_optimizer()
-        evaluations = torch.zeros(len(facts), dtype=torch.long)
+        evaluations, passes = torch.zeros(len(facts), dtype=torch.long), 0
         while not search.done:
             evaluations += search.active
+            passes += search.n_passes
             search.backward()
             optimizer.step()
             search.after_step()
@@ -136,7 +140,7 @@ def _ours(
         values = search.values()
         seconds = time.perf_counter() - start
     reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
-    return _Ours(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads))
+    return _Ours(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), passes)
 
 
 def _reference(
@@ -192,13 +196,36 @@ def _matrix_rates(lm: LanguageModel) -> dict[str, float]:
     rates = {}
     for rows, inner, columns in ((1024, d, d_in), (SQUARE, SQUARE, SQUARE)):
         left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-        seconds = []
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - start)
-        rates[f"[{rows}, {inner}] x [{inner}, {columns}]"] = 2 * rows * inner * columns / median(seconds)
+        seconds = _median_seconds(lambda a=left, b=right: a @ b)
+        rates[f"[{rows}, {inner}] x [{inner}, {columns}]"] = 2 * rows * inner * columns / seconds
     return rates
+
+
+def _products_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
+    """Seconds that our run's matrix products take by themselves: forward, and backward to the input, at its shapes."""
+    blocks = [parameter for block in lm.blocks[layer + 1 :] for parameter in block.parameters() if parameter.ndim == 2]
+    shapes = Counter(tuple(matrix.shape) for matrix in blocks)
+    seconds = 0.0
+    for shape, count, rows in [(shape, count, ours.tokens.real) for shape, count in shapes.items()] + [
+        (tuple(lm.head.weight.shape), 1, ours.head_reads)
+    ]:
+        inputs, gradient = torch.randn(rows // ours.passes, shape[1]), torch.randn(rows // ours.passes, shape[0])
+        weight = torch.randn(shape)
+        both = [
+            _median_seconds(lambda x=inputs, w=weight: x @ w.T),
+            _median_seconds(lambda g=gradient, w=weight: g @ w),
+        ]
+        seconds += count * ours.passes * sum(both)
+    return seconds
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def _result(
@@ -209,6 +236,7 @@ def _result(
     reference: _Reference,
     difference: float,
     rates: dict[str, float],
+    products: float,
     notes: list[str],
 ) -> Result:
     count = len(first.values.targets)
@@ -244,6 +272,8 @@ def _result(
         "matrix_rates": rates,
         "floor_seconds_per_fact": floor,
         "time_over_floor": ours / floor,
+        "products_seconds_per_fact": products / count,
+        "products_over_floor": products / count / floor,
         "floor_with_head_seconds_per_fact": floor_with_head,
         "time_over_floor_with_head": ours / floor_with_head,
     }
@@ -259,6 +289,7 @@ def _result(
         *((f"matrix rate, {size}", f"{rate / 1e9:.0f} Gflop/s") for size, rate in rates.items()),
         ("floor: the blocks' arithmetic", f"{floor:.2f} s/fact"),
         ("time over the floor", f"{ours / floor:.2f}"),
+        ("the products alone over the floor, head included", f"{products / count / floor:.2f}"),
         ("floor with the LM head's arithmetic", f"{floor_with_head:.2f} s/fact"),
         ("time over the floor with the head", f"{ours / floor_with_head:.2f}"),
     ]

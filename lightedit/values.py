@@ -8,11 +8,11 @@ output of the last of them. The LM head is applied at target positions only. All
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightedit.data.prompts import FactPrompts, Row
 from lightedit.lm import LanguageModel
@@ -20,6 +20,7 @@ from lightedit.lm.batch import PASS_COST, Batch, pad, rectangles
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.packed import Span
 from lightedit.lm.prefix import PrefixCache
+from lightedit.ops import target_nll_kl
 
 Site = Literal["block", "mlp"]
 
@@ -168,6 +169,7 @@ class ValueOptimization:
         self._steps = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self._losses = torch.full((len(prompts),), torch.nan, device=device, dtype=self.initial.dtype)
         self._reference: dict[int, Tensor] = {}  # fact -> unedited log-probabilities of the KL term, [vocabulary]
+        self._no_reference = torch.empty(0, len(lm.head.weight), dtype=self.initial.dtype, device=lm.head.weight.device)
         if settings.steps == 1:
             self.active[:] = False
         self._bound = settings.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
@@ -246,6 +248,11 @@ class ValueOptimization:
     def _weight_decay(self) -> Tensor:
         return self.settings.weight_decay * self.delta.norm(dim=1) / self.initial.norm(dim=1).square()
 
+    @property
+    def n_passes(self) -> int:
+        """Forward and backward passes that the next evaluation of the loss takes."""
+        return len(self._passes())
+
     def _passes(self) -> list[list[_Rows]]:
         """The rectangles of each forward and backward pass: one alone, or as many as fit where they can be packed."""
         passes: list[list[_Rows]] = []
@@ -262,35 +269,41 @@ class ValueOptimization:
     def _loss(self, together: list[_Rows]) -> Tensor:
         """What the rows of one pass contribute to each fact's loss, [facts]."""
         hidden = [self._with_delta(rows) for rows in together]
+        reads = [(rows, slice(None, len(rows.targets))) for rows in together]
+        reads += [(rows, slice(len(rows.targets), None)) for rows in together]  # targets of all rows, then KL terms
         if self.lm.architecture.packs:
-            flat, starts = torch.cat([states.flatten(0, 1) for states in hidden]), []
-            start = 0
-            for rows in together:
-                starts.append(start + rows.at[0] * rows.batch.ids.shape[1] + rows.at[1])
-                start += rows.batch.ids.numel()
-            with self.lm.starting_at(self.layer + 1, flat[None]):
-                logits = self.lm.forward_packed(
+            flat = torch.cat([states.flatten(0, 1) for states in hidden])
+            starts = accumulate((rows.batch.ids.numel() for rows in together), initial=0)
+            places = {
+                id(rows): start + rows.at[0] * rows.batch.ids.shape[1] + rows.at[1]
+                for rows, start in zip(together, starts, strict=False)
+            }
+            at = torch.cat([places[id(rows)][read] for rows, read in reads])
+            with (
+                self.lm.starting_at(self.layer + 1, flat[None]),
+                self.lm.before_head(1, (torch.zeros_like(at), at)) as states,
+            ):
+                self.lm.forward_packed(
                     torch.cat([rows.batch.ids.flatten() for rows in together]),
                     torch.cat([rows.batch.positions.flatten() for rows in together]),
-                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache) for rows in together],
-                    torch.cat(starts),
+                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache, flat.dtype) for rows in together],
                 )
         else:
             (rows,) = together
-            with self.lm.starting_at(self.layer + 1, hidden[0]):
-                logits = self.lm.forward(rows.batch, rows.cache, head_at=rows.at)
-        total = self.delta.new_zeros(len(self.prompts))
-        logits = logits.to(self.delta.dtype)
-        for rows, read in zip(together, logits.split([len(rows.weight) for rows in together]), strict=True):
-            fact = rows.fact[rows.at[0]]
-            count = len(rows.targets)
-            nll = F.cross_entropy(read[:count], rows.targets, reduction="none")
-            loss = torch.cat([nll, self._kl(read[count:], fact[count:])])
-            weighted = (loss * rows.weight.to(loss.device)).to(total.device)
-            total = total.index_add(0, fact, weighted)
+            with (
+                self.lm.starting_at(self.layer + 1, hidden[0]),
+                self.lm.before_head(len(rows.batch.ids), rows.at) as states,
+            ):
+                self.lm.forward(rows.batch, rows.cache)
+        for rows in together:
             self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
             self.tokens.computed += rows.batch.ids.numel()
-        return total
+        targets = torch.cat([rows.targets for rows in together])
+        fact = torch.cat([rows.fact[rows.at[0][read]] for rows, read in reads])
+        weight = torch.cat([rows.weight[read] for rows, read in reads])
+        reference = self._unedited(states[0][len(targets) :], fact[len(targets) :])
+        loss = target_nll_kl(states[0], self.lm.head, targets, reference) * weight.to(reference.device)
+        return self.delta.new_zeros(len(self.prompts)).index_add(0, fact, loss.to(self.delta.device))
 
     def _with_delta(self, rows: _Rows) -> Tensor:
         """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d]."""
@@ -303,16 +316,15 @@ class ValueOptimization:
         first = (rows.hidden[:, 0].to(delta.dtype) + delta).to(rows.hidden.dtype)
         return torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
 
-    def _kl(self, logits: Tensor, facts: Tensor) -> Tensor:
-        """kl_factor * KL(edited || unedited) of each row, [rows]; the first call, at δ = 0, sets the reference."""
+    @torch.no_grad()
+    def _unedited(self, hidden: Tensor, facts: Tensor) -> Tensor:
+        """Log-probabilities of the KL terms at δ = 0, [rows, vocabulary], which the first call takes from its own."""
         index = facts.tolist()
         if not index:
-            return logits.new_zeros(0)
-        log_p = logits.log_softmax(dim=-1)
-        for row, fact in enumerate(index):
-            self._reference.setdefault(fact, log_p[row].detach())
-        reference = torch.stack([self._reference[fact] for fact in index])
-        return self.settings.kl_factor * F.kl_div(reference, log_p, log_target=True, reduction="none").sum(dim=-1)
+            return self._no_reference
+        if index[0] not in self._reference:
+            self._reference.update(zip(index, self.lm.head.log_probs(hidden), strict=True))
+        return torch.stack([self._reference[fact] for fact in index])
 
     @torch.no_grad()
     def _capture(
@@ -350,7 +362,7 @@ class ValueOptimization:
                     count = len(row.targets) or 1
                     last = len(row.ids) - row.lookup
                     reads += [(i, position) for position in range(last - count, last)]
-                    weights += [1.0 if kl else 1 / (count * len(self.prompts[0].rows))] * count
+                    weights += [self.settings.kl_factor if kl else 1 / (count * len(self.prompts[0].rows))] * count
         read_rows, read_positions = torch.tensor(reads, device=device).T
         captured = _Rows(
             batch,
@@ -359,13 +371,10 @@ class ValueOptimization:
             mlp_output[0].to(dtype) if in_mlp and lm.mlp_norm(self.layer) is not None else None,
             torch.tensor(facts, device=device),
             (read_rows, read_positions),
-            torch.tensor([t for row in texts for t in row.targets], dtype=torch.long, device=self._head_device()),
+            torch.tensor([t for row in texts for t in row.targets], dtype=torch.long, device=lm.head.weight.device),
             torch.tensor(weights, dtype=dtype, device=device),
         )
         return captured, site
-
-    def _head_device(self) -> torch.device:
-        return self.lm.model.get_output_embeddings().weight.device
 
 
 def optimize_values(

@@ -17,8 +17,8 @@ def hidden_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def stop_after(module: nn.Module) -> Iterator[None]:
-    """End every forward pass inside the context right after `module` has run.
+def stop_after(module: nn.Module, before: bool = False) -> Iterator[None]:
+    """End every forward pass inside the context right after `module` has run, or right before.
 
     The forward call must be the last statement of the context: leaving it by the internal exception is what ends it.
     """
@@ -26,7 +26,7 @@ def stop_after(module: nn.Module) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _StopForward
 
-    handle = module.register_forward_hook(stop)
+    handle = module.register_forward_pre_hook(stop) if before else module.register_forward_hook(stop)
     try:
         yield
     except _StopForward:

@@ -8,18 +8,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
 from lightedit.lm.batch import Batch, by_length, pad, rectangles
 from lightedit.lm.fingerprint import fingerprint
-from lightedit.lm.hooks import select_positions, skip_blocks, stop_after
+from lightedit.lm.hooks import capture, select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
+from lightedit.ops import Head
 
 _PREFIX_TOKENS = 1024  # tokens of one pass over prefixes at most
 # A beginning is run once for all rows that share it if it has this many tokens, and if that saves so many in all
@@ -128,6 +128,13 @@ class LanguageModel:
 
     # The matrices
 
+    @property
+    def head(self) -> Head:
+        """The LM head."""
+        module = self.model.get_output_embeddings()
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
+
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ValueError unless `layers` are distinct, ascending and exist."""
         if not layers or list(layers) != sorted(set(layers)):
@@ -191,27 +198,36 @@ class LanguageModel:
             )
         return output.logits
 
-    def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span], head_at: Tensor) -> Tensor:
+    def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span]) -> None:
         """One forward pass over the tokens of many rows laid end to end, without padding (see `Span`).
 
         Args:
             ids: token ids, [tokens].
             positions: position of each token in its row, [tokens].
             spans: the rows, in order.
-            head_at: where to apply the LM head, [n].
-
-        Returns:
-            Logits, [n, vocabulary].
         """
-        at = (torch.zeros_like(head_at), head_at)
-        with packed_attention(self.model), select_positions(self.model.get_output_embeddings(), at):
-            output = self.model(
+        with packed_attention(self.model):
+            self.model(
                 input_ids=ids[None].to(self.device),
                 position_ids=positions[None].to(self.device),
                 use_cache=False,
                 packed=spans,
             )
-        return output.logits
+
+    @contextmanager
+    def before_head(self, rows: int, at: tuple[Tensor, Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Within the context, the forward pass ends before the LM head.
+
+        Args:
+            rows: rows of the batch.
+            at: (rows, positions), each [n].
+
+        Yields:
+            A dictionary that will hold, under 0, the states that the head would read at `at`, [n, d].
+        """
+        head = self.model.get_output_embeddings()
+        with capture({0: head}, rows, at, inputs=True) as states, stop_after(head, before=True):
+            yield states
 
     @contextmanager
     def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
@@ -233,14 +249,26 @@ class LanguageModel:
         mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=self.device)
         if not width:
             return None, mask.reshape(len(rows), 0)
-        distinct = sorted(set(map(tuple, rows)))
+        stems: list[tuple[int, ...]] = []
+        texts: list[tuple[tuple[int, ...], int]] = []  # every distinct row, and the number of its stem or -1
+        for stem, members in _stems(sorted(set(map(tuple, rows)))):
+            texts += [(member, len(stems) if stem else -1) for member in members]
+            stems += [stem] if stem else []
+        common = self._prefix_states(stems, max(map(len, stems))) if stems else None
         order: list[tuple[int, ...]] = []
         parts: list[list[tuple[Tensor, Tensor]]] = []
-        for stem, members in _stems(distinct):
-            common = self._prefix_states([stem], None, len(stem)) if stem else None
-            for group in rectangles([len(row) - len(stem) for row in members], _PREFIX_TOKENS):
-                order += [members[i] for i in group]
-                parts.append(self._prefix_states(order[-len(group) :], common, width))
+        for alone in (True, False):  # rows with a stem are continued from it
+            chosen = [(row, stem) for row, stem in texts if (stem < 0) == alone]
+            lengths = [len(row) - (0 if alone else len(stems[stem])) for row, stem in chosen]
+            for group in rectangles(lengths, _PREFIX_TOKENS) if chosen else []:
+                members = [chosen[i][0] for i in group]
+                if alone or common is None:
+                    parts.append(self._prefix_states(members, width))
+                else:
+                    index = torch.tensor([chosen[i][1] for i in group])
+                    cache = PrefixCache(common, common[0][0].shape[-2]).rows(index)
+                    parts.append(self._prefix_states(members, width, cache, [len(stems[i]) for i in index.tolist()]))
+                order += members
         place = {row: position for position, row in enumerate(order)}
         index = torch.tensor([place[tuple(row)] for row in rows])
         layers = []
@@ -252,39 +280,46 @@ class LanguageModel:
         return PrefixCache(layers, width), mask
 
     def _prefix_states(
-        self, rows: Sequence[Sequence[int]], common: list[tuple[Tensor, Tensor]] | None, width: int
+        self,
+        rows: Sequence[Sequence[int]],
+        width: int,
+        stems: PrefixCache | None = None,
+        stem_lengths: Sequence[int] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Attention keys and values of every layer, each [rows, heads, width, head_dim], aligned to the right.
 
         Args:
             rows: token ids; what stands left of a row is of no meaning, and for the caller to mask.
-            common: the states of a stem that all rows begin with, [1, heads, stem, head_dim] a layer.
             width: positions to return.
+            stems: the states of what each row begins with, aligned to the right.
+            stem_lengths: how many tokens that is.
         """
-        stem = 0 if common is None else common[0][0].shape[-2]
+        before = 0 if stems is None else stems.length
+        known = torch.tensor(stem_lengths or [0] * len(rows))
         # an empty row, too, runs one token: the whole of it is masked
-        rest = pad([row[stem:] or [self.pad_id] for row in rows], self.pad_id)
-        batch = Batch(rest.ids, F.pad(rest.mask, (stem, 0), value=True), rest.positions + stem)
-        shift = torch.arange(width) - (width - torch.tensor([len(row) for row in rows]))[:, None]  # [rows, width]
+        rest = pad([row[int(n) :] or [self.pad_id] for row, n in zip(rows, known, strict=True)], self.pad_id)
+        batch = Batch(
+            rest.ids,
+            torch.cat([torch.arange(before) >= before - known[:, None], rest.mask], dim=1),
+            rest.positions + known[:, None],
+        )
+        tokens = torch.arange(width) - (width - torch.tensor([len(row) for row in rows]))[:, None]  # [rows, width]
+        index = (tokens.clamp(min=0) + before - known[:, None])[:, None, :, None]
         states: dict[int, tuple[Tensor, Tensor]] = {}
 
         class _Recorder(PrefixCache):
             def update(self, key_states, value_states, layer_idx, *_, **__):  # type: ignore[no-untyped-def]
-                if self.prefix:
+                if before:
                     key_states, value_states = super().update(key_states, value_states, layer_idx)
-                index = shift.clamp(min=0)[:, None, :, None].to(key_states.device)
+                places = index.to(key_states.device)
                 states[layer_idx] = (
-                    key_states.take_along_dim(index, dim=-2),
-                    value_states.take_along_dim(index, dim=-2),
+                    key_states.take_along_dim(places, dim=-2),
+                    value_states.take_along_dim(places, dim=-2),
                 )
                 return key_states, value_states
 
-        recorder = _Recorder(common or [], stem)
-        if common is not None:
-            many = torch.zeros(len(rows), dtype=torch.long)
-            recorder.prefix = [(k[many.to(k.device)], v[many.to(v.device)]) for k, v in common]
         with stop_after(self.blocks[-1]):
-            self.forward(batch, cache=recorder)
+            self.forward(batch, cache=_Recorder([] if stems is None else stems.prefix, before))
         return [states[layer] for layer in range(self.n_layers)]
 
     # Text

@@ -27,7 +27,7 @@ class Span:
         rows: number of rows.
         length: tokens of each.
         cache: states of the rows' prefixes, if they have any.
-        mask: what each token may attend to, [rows, 1, length, prefix + length].
+        mask: what each token may attend to, [rows, 1, length, prefix + length]; 0 there, and minus infinity elsewhere.
     """
 
     rows: int
@@ -36,19 +36,25 @@ class Span:
     mask: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, length: int, cache: PrefixCache | None) -> "Span":
+    def of(cls, mask: Tensor, length: int, cache: PrefixCache | None, dtype: torch.dtype) -> "Span":
         """Build a span from the mask of real tokens, [rows, prefix + length], whose last `length` are all real."""
         total = mask.shape[1]
         causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
-        return cls(mask.shape[0], length, cache, mask[:, None, None, :] & causal)
+        hidden = ~(mask[:, None, None, :] & causal)
+        return cls(
+            mask.shape[0],
+            length,
+            cache,
+            torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, -torch.inf),
+        )
 
     def visible(self, window: int | None) -> Tensor:
         """The mask, narrowed to the last `window` tokens where the layer's attention slides."""
         length, total = self.mask.shape[-2:]
         if window is None or window >= total:
             return self.mask
-        near = torch.ones(length, total, dtype=torch.bool, device=self.mask.device).triu(total - length - window + 1)
-        return self.mask & near
+        far = torch.ones(length, total, dtype=torch.bool, device=self.mask.device).tril(total - length - window)
+        return self.mask.masked_fill(far, -torch.inf)
 
 
 def _attend(
@@ -65,21 +71,19 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of packed tokens. query [1, heads, N, head_dim]; returns [1, N, heads, head_dim]."""
     groups = query.shape[1] // key.shape[1]
+    sizes = [span.rows * span.length for span in packed]
     outputs = []
-    start = 0
-    for span in packed:
-        stop = start + span.rows * span.length
-        q, k, v = (
-            states[0, :, start:stop].unflatten(1, (span.rows, span.length)).transpose(0, 1)
-            for states in (query, key, value)
-        )  # [rows, heads, length, head_dim]
+    # split and not slices, whose backward would each fill a whole tensor with zeros
+    for span, q, k, v in zip(packed, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True):
+        # [rows, key heads, length, head_dim]; query heads that share a key head stand in line as one longer query
+        q = q.unflatten(1, (span.rows, span.length)).unflatten(0, (-1, groups)).permute(2, 0, 1, 3, 4).flatten(2, 3)
+        k, v = (states.unflatten(1, (span.rows, span.length)).transpose(0, 1) for states in (k, v))
         if span.cache is not None:
             k, v = span.cache.update(k, v, module.layer_idx)  # type: ignore[arg-type]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible(sliding_window), scale=scaling)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start = stop
+        mask = span.visible(sliding_window).repeat(1, 1, groups, 1)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        output = output.unflatten(2, (groups, span.length)).permute(0, 3, 1, 2, 4)  # [rows, length, heads.., head_dim]
+        outputs.append(output.flatten(2, 3).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
