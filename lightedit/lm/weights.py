@@ -1,6 +1,7 @@
 """Edited weight matrices, always materialised from a kept base, so that every edit can be undone exactly."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,18 @@ class EditedWeights:
                 self._accumulate(layer, update)
             if not kept:
                 del self._base[layer], self._updates[layer]
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Within the context, all matrices are the unedited ones; afterwards they are as before, bit for bit."""
+        edited = {layer: self._matrix(layer).clone() for layer in self._base}
+        for layer, base in self._base.items():
+            self._matrix(layer).copy_(base)
+        try:
+            yield
+        finally:
+            for layer, weight in edited.items():
+                self._matrix(layer).copy_(weight)
 
     def _accumulate(self, layer: int, update: LowRankUpdate) -> None:
         weight = self._matrix(layer)

@@ -142,3 +142,19 @@ def test_an_update_of_another_shape_is_refused_and_changes_nothing(written: bool
     assert lm.weights.owners == (["a"] if written else [])
     lm.weights.remove(["a", "b"])
     assert torch.equal(lm.weight(1), base)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unedited_matrices_come_back_for_a_while(architecture: str, dtype: torch.dtype) -> None:
+    lm = language_model(architecture, dtype)
+    base = {layer: lm.weight(layer).clone() for layer in (1, 2)}
+    for owner, layer in (("a", 1), ("a", 2), ("b", 1)):
+        lm.weights.add(owner, layer, random_update())
+    edited = {layer: lm.weight(layer).clone() for layer in base}
+    with pytest.raises(RuntimeError), lm.weights.unedited():
+        assert all(torch.equal(lm.weight(layer), base[layer]) for layer in base)
+        raise RuntimeError
+    assert all(torch.equal(lm.weight(layer), edited[layer]) for layer in base)
+    lm.weights.remove(["a", "b"])
+    assert all(torch.equal(lm.weight(layer), base[layer]) for layer in base)
