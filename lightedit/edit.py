@@ -32,7 +32,7 @@ class Edit:
         model: name of the edited model.
         fingerprint: fingerprint of its unedited weights.
         provenance: method, settings, contexts, covariance, versions, seconds.
-        facts: the facts, in the order they were given.
+        facts: the facts written, round after round, in the order they were given.
         rounds: for each round written, layer -> update.
         facts_in_round: number of facts written in each round.
         scores: named evaluations, such as "before" and "after".

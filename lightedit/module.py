@@ -4,23 +4,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.data.prompts import tokenize_facts
-from lightedit.edit import Edit
+from lightedit.edit import Edit, EditError
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.progress import progress, quiet_lightning
+from lightedit.retention import FILE, RetentionScores, check_validation, curves, defined
+from lightedit.tables import log_folder, write_table
 from lightedit.update import Preservation, key_similarity, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
@@ -47,6 +52,9 @@ class EditModule(LightningModule):
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
+        retention: a row for each validation in a fit and each round written by then: "round", the number of rounds
+            written; "origin", the round in which the scored facts were written, both counted from 1; "facts", their
+            number; and their scores in percent. Also written to retention.csv in the first logger's folder.
         tokens: tokens that the value optimisation computed.
         seconds: time spent in "values" and "update".
     """
@@ -67,6 +75,7 @@ class EditModule(LightningModule):
         self.lm, self.method, self.covariance = lm, method, covariance
         self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
         self.edit: Edit | None = None
+        self.retention: list[dict[str, Any]] = []
         self.tokens = TokenCount()
         self.seconds = {"values": 0.0, "update": 0.0}
         # Stands in for the δ of the chunk at hand, which is exchanged in the optimizer's parameter group
@@ -75,6 +84,7 @@ class EditModule(LightningModule):
         self._chunk: Chunk | None = None
         self._targets: dict[int, Tensor] = {}
         self._metrics = edit_metrics()
+        self._by_origin = RetentionScores()
 
     # Before work starts
 
@@ -90,15 +100,15 @@ class EditModule(LightningModule):
                 f"{data.facts_per_round}; give FactsDataModule(facts, facts_per_round={limit})"
             )
         self.covariance.check(self.lm, self.method.layers)
-        self._rounds = data.rounds
+        self._rounds, self._facts = data.rounds, data.facts
         self._preservation = self._factor()
         self._contexts = self.method.contexts.sample(self.lm)
         self._prompts = tokenize_facts(self.lm.tokenizer, data.facts, self._contexts)
         self._check_collisions(data.facts)
+        self.retention = []
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
-            facts=list(data.facts),
             provenance={
                 "method": self.method.to_dict(),
                 "contexts": asdict(self._contexts),
@@ -214,25 +224,80 @@ class EditModule(LightningModule):
             raise
         self.edit.rounds.append(updates)
         self.edit.facts_in_round.append(len(indices))
+        self.edit.facts += [self._facts[index] for index in indices]
         self.seconds["update"] += time.perf_counter() - started
         self.edit.provenance["seconds"] = dict(self.seconds)
         self._targets.clear()
         for layer, update in updates.items():
             self.log(f"update_norm/layer_{layer}", update.norm(), batch_size=len(indices))
 
+    def roll_back(self) -> None:
+        """Take the last round back, so that the weights are bit for bit what they were before it was written.
+
+        `edit` and `retention` lose it too. The keys that a method keeps of earlier rounds still hold the round's, so
+        the fit must not write another one: set `trainer.should_stop`.
+
+        Raises:
+            EditError: no round is written.
+        """
+        if self.edit is None or not self.edit.rounds:
+            raise EditError("no round is written, so there is none to roll back")
+        self.lm.weights.remove([self.edit.owner(len(self.edit.rounds) - 1)])
+        self.edit.rounds.pop()
+        del self.edit.facts[-self.edit.facts_in_round.pop() :]
+        self.retention = [row for row in self.retention if row["round"] <= len(self.edit.rounds)]
+        self._save_retention()
+
+    @property
+    def in_last_round(self) -> bool:
+        """Whether the fit ends after this round, if nothing stops it before."""
+        epochs = self.trainer.max_epochs
+        rounds = len(self._rounds) if epochs in (None, -1) else min(len(self._rounds), epochs)
+        return self.current_epoch + 1 >= rounds
+
     def on_train_epoch_end(self) -> None:
-        if self.current_epoch + 1 >= len(self._rounds):
+        if self.in_last_round:
             self.trainer.should_stop = True
+        if self.trainer.should_stop and self.trainer.enable_validation:
+            self._validate_the_end()
 
     # Retention
 
     def validation_step(self, chunk: Chunk, batch_idx: int) -> None:
-        self._metrics.update(score_facts(self.lm, chunk.facts))
+        records = score_facts(self.lm, chunk.facts)
+        self._metrics.update(records)
+        self._by_origin.update(chunk.round_ + 1, records)
 
     def on_validation_epoch_end(self) -> None:
-        scores = {name: value for name, value in self._metrics.compute().items() if not torch.isnan(value)}
-        self.log_dict(scores, prog_bar=True)
+        self.log_dict(defined(self._metrics), prog_bar=True)
         self._metrics.reset()
+        scores, self._by_origin = self._by_origin, RetentionScores()
+        if self.edit is None or self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        rows = scores.rows(len(self.edit.rounds))
+        self.log_dict(curves(rows))
+        self.retention += rows
+        self._save_retention()
+
+    def _validate_the_end(self) -> None:
+        """Score the rounds that stay, unless that is done.
+
+        The trainer validates every n-th round, and before a callback may stop the fit or take the round back.
+        """
+        assert self.edit is not None
+        written = len(self.edit.rounds)
+        if not written or (self.retention and self.retention[-1]["round"] == written):
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        assert isinstance(data, FactsDataModule)
+        for index, chunk in enumerate(islice(data.val_dataloader(), written)):
+            self.validation_step(chunk, index)
+        self.on_validation_epoch_end()
+
+    def _save_retention(self) -> None:
+        folder = log_folder(self.trainer)
+        if folder is not None and self.retention:
+            write_table(folder / FILE, self.retention)
 
 
 class _Progress(Callback):
@@ -255,6 +320,9 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     progress_bar: bool = True,
+    validate_every: int | None = None,
+    log: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Edit:
     """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
 
@@ -267,24 +335,33 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: see `EditModule`.
         progress_bar: show progress and the time left on standard error.
+        validate_every: rounds between validations, which score the facts of all rounds so far; the last round is
+            always validated. None: never.
+        log: a folder of this run's own for metrics.csv, retention.csv and the health.csv of a `Health` callback.
+        callbacks: for the trainer, such as `Health`, which may stop the run: `Edit.facts` are those written.
 
     Raises:
+        ValueError: an argument is out of range, or `log` is a file.
         FactError: facts that cannot be edited: none, twice the same, or colliding.
         CovarianceError: a covariance of another model or layer, or one that cannot be solved with.
         FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
     """
+    check_validation(validate_every, None if log is None else Path(log))
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
             max_epochs=len(data.rounds),
-            logger=False,
+            logger=False if log is None else CSVLogger(log, name=None, version=""),
+            log_every_n_steps=1,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[_Progress(report)],
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if validate_every is None else 1.0,
+            check_val_every_n_epoch=validate_every or 1,
+            callbacks=[_Progress(report), *callbacks],
         )
         try:
             trainer.fit(module, datamodule=data)

@@ -2,20 +2,23 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 import lightedit as le
 from lightedit.covariance import Provenance
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import ContextSettings
+from lightedit.retention import curves
 from lightedit.update import Preservation
 from tests.models import tiny_model, tiny_tokenizer
 from tests.reference import Request, published_memit, published_values
 
+QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 LAYERS = (1, 2)
 VALUES = le.ValueSettings(lr=0.3, steps=5, clamp_norm_factor=2.0)
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
@@ -128,6 +131,81 @@ def test_validation_scores_this_round_and_earlier_ones(lm: le.LanguageModel) -> 
     trainer.fit(Watch(lm, MEMIT, covariance_of(lm)), datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=2))
     first, second = [["France", "Old London Town"], ["Rhine", "Mozart"]]
     assert seen == [first, first, second]
+
+
+def retention_table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "retention.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_retention_by_origin_equals_scoring_each_rounds_facts_under_the_weights_of_that_moment(
+    lm: le.LanguageModel, tmp_path: Path
+) -> None:
+    expected: list[tuple[int, int, dict[str, float]]] = []
+
+    class Score(Callback):
+        def on_validation_end(self, trainer, module):
+            for origin in range(0 if trainer.sanity_checking else trainer.current_epoch + 1):
+                scores = le.evaluate(lm, FACTS[2 * origin : 2 * origin + 2], progress_bar=False).scores
+                expected.append((trainer.current_epoch + 1, origin + 1, scores))
+
+    module = le.EditModule(lm, MEMIT, covariance_of(lm))
+    trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, None, ""), callbacks=[Score()],
+                      num_sanity_val_steps=2, log_every_n_steps=1, **QUIET)  # fmt: skip
+    trainer.fit(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2))
+
+    assert [(row["round"], row["origin"]) for row in module.retention] == [(r, o) for r, o, _ in expected]
+    assert [row["facts"] for row in module.retention if row["round"] == 3] == [2, 2, 1]
+    for row, (_, _, scores) in zip(module.retention, expected, strict=True):
+        assert {name: row[name] for name in row if name not in ("round", "origin", "facts")} == pytest.approx(scores)
+    first = [row["efficacy_accuracy"] for row in module.retention if row["origin"] == 1]
+    assert [{k: v and float(v) for k, v in row.items()} for row in retention_table(tmp_path)] == [
+        {**dict.fromkeys(retention_table(tmp_path)[0], ""), **row} for row in module.retention
+    ]
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [value for row in csv.DictReader(file) if (value := row["retention/round_1/efficacy_accuracy"])]
+    assert list(map(float, logged)) == pytest.approx(first)
+
+
+def test_every_second_of_five_rounds_is_validated_and_the_last_one(lm: le.LanguageModel, tmp_path: Path) -> None:
+    unwatched = run(lm, facts_per_round=1)
+    expected = state(lm)
+    unwatched.revert(lm)
+    run(lm, facts_per_round=1, validate_every=2, log=tmp_path / "log")
+    rows = retention_table(tmp_path / "log")
+    assert [(int(row["round"]), int(row["origin"])) for row in rows] == [
+        (round_, origin) for round_ in (2, 4, 5) for origin in range(1, round_ + 1)
+    ]
+    after = le.evaluate(lm, FACTS[:1], progress_bar=False).scores
+    assert {name: float(rows[6][name]) for name in after} == pytest.approx(after)
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        assert sum(bool(row["ES"]) for row in csv.DictReader(file)) == 3
+    for name, parameter in lm.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_of_many_rounds_the_first_and_the_latest_have_curves() -> None:
+    rows = [{"round": 12, "origin": origin, "facts": 1, "ES": float(origin)} for origin in range(1, 13)]
+    assert curves(rows) == {"retention/round_1/ES": 1.0, "retention/latest/ES": 12.0}
+    assert curves(rows[:2]) == {"retention/round_1/ES": 1.0, "retention/round_2/ES": 2.0}
+
+
+def test_validation_outside_of_a_fit_leaves_retention_alone(lm: le.LanguageModel) -> None:
+    module, trainer = le.EditModule(lm, MEMIT, covariance_of(lm)), Trainer(accelerator="cpu", logger=False, **QUIET)
+    scores = trainer.validate(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2), verbose=False)[0]
+    assert scores == pytest.approx(le.evaluate(lm, FACTS, progress_bar=False).scores)
+    assert module.retention == []
+
+
+@pytest.mark.parametrize("arguments", [{"validate_every": 0}, {"log": Path(__file__)}])
+def test_arguments_of_validation_are_checked(lm: le.LanguageModel, arguments) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        run(lm, **arguments)
+
+
+def test_rolling_back_needs_a_round(lm: le.LanguageModel) -> None:
+    with pytest.raises(le.EditError, match="none to roll back"):
+        le.EditModule(lm, MEMIT, covariance_of(lm)).roll_back()
 
 
 @pytest.mark.parametrize("facts_per_chunk", [1, 2, 100])

@@ -15,12 +15,14 @@ class Chunk:
     Attributes:
         indices: positions of the facts in the run's list of facts.
         facts: the facts.
+        round_: the round in which they are written, counted from 0.
         finished: set by the training module once their values are found.
     """
 
-    def __init__(self, indices: Sequence[int], facts: Sequence[Fact]) -> None:
+    def __init__(self, indices: Sequence[int], facts: Sequence[Fact], round_: int) -> None:
         self.indices = tuple(indices)
         self.facts = tuple(facts)
+        self.round_ = round_
         self.finished = False
 
     def __len__(self) -> int:
@@ -35,11 +37,11 @@ class _Rounds(IterableDataset[Chunk]):
 
     def __iter__(self) -> Iterator[Chunk]:
         assert self.data.trainer is not None
-        rounds = self.data.rounds
-        if self.data.trainer.current_epoch >= len(rounds):
+        rounds, round_ = self.data.rounds, self.data.trainer.current_epoch
+        if round_ >= len(rounds):
             return
-        for indices in _by_suffix(self.data.facts, rounds[self.data.trainer.current_epoch], self.data.facts_per_chunk):
-            chunk = Chunk(indices, [self.data.facts[index] for index in indices])
+        for indices in _by_suffix(self.data.facts, rounds[round_], self.data.facts_per_chunk):
+            chunk = Chunk(indices, [self.data.facts[index] for index in indices], round_)
             while not chunk.finished:
                 yield chunk
 
@@ -54,8 +56,8 @@ class _SoFar(IterableDataset[Chunk]):
         trainer = self.data.trainer
         assert trainer is not None
         fitting = trainer.state.fn == "fit"
-        for indices in self.data.rounds[: trainer.current_epoch + 1] if fitting else self.data.rounds:
-            yield Chunk(indices, [self.data.facts[index] for index in indices])
+        for round_, indices in enumerate(self.data.rounds[: trainer.current_epoch + 1 if fitting else None]):
+            yield Chunk(indices, [self.data.facts[index] for index in indices], round_)
 
 
 class FactsDataModule(LightningDataModule):

@@ -1,0 +1,33 @@
+"""Tables of figures as CSV files."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` as a CSV file, which appears or is replaced as a whole.
+
+    A column for every name that occurs, in the order in which they first do; what a row lacks is left empty. Folders
+    above `path` are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def log_folder(trainer: Trainer) -> Path | None:
+    """The folder of a trainer's first logger; None without one, and where nothing should be written twice."""
+    folder = trainer.log_dir if trainer.loggers else None  # without a logger that would be the working directory
+    return Path(folder) if folder and trainer.is_global_zero else None
