@@ -6,6 +6,7 @@ from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
 from lightedit.evaluate import Evaluation, evaluate
+from lightedit.health import Health
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.module import EditModule, edit
@@ -25,6 +26,7 @@ __all__ = [
     "Fact",
     "FactError",
     "FactsDataModule",
+    "Health",
     "LanguageModel",
     "Method",
     "ValueSettings",

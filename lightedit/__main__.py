@@ -16,10 +16,12 @@ from jsonargparse import auto_cli, set_parsing_settings
 import lightedit as le
 from lightedit.demo import demo
 from lightedit.edit import check_free
+from lightedit.health import OnLimit
 from lightedit.lm.architectures import ARCHITECTURES
 from lightedit.lm.loading import cache_folder
 from lightedit.methods import METHODS
 from lightedit.module import OnCollision
+from lightedit.retention import check_validation
 
 
 def covariance(
@@ -62,6 +64,13 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     evaluate: bool = True,
+    validate_every: int | None = None,
+    log: Path | None = None,
+    max_kl: float | None = None,
+    max_perplexity_ratio: float | None = None,
+    max_update_norm: float | None = None,
+    on_limit: OnLimit = "stop",
+    health_text: str | None = None,
     overwrite: bool = False,
     dtype: str | None = None,
     device: str | None = None,
@@ -80,11 +89,22 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: whether facts of one round with nearly equal keys are refused (error) or written (keep).
         evaluate: score the model before and after.
+        validate_every: rounds between validations, which score the facts of all rounds so far; by default none.
+        log: folder for metrics.csv, retention.csv (with validate_every) and health.csv (with a limit or health_text).
+        max_kl: end the run once KL(edited || unedited) on text passes so many nats per token.
+        max_perplexity_ratio: end the run once perplexity on text passes so many times the unedited model's.
+        max_update_norm: end the run once a round's update of a layer passes this Frobenius norm.
+        on_limit: whether the round that passes a limit is kept (stop) or taken back (roll_back).
+        health_text: a text file or the id of a data set for the first two; by default the model writes it.
         overwrite: replace an edit that is in the folder already.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
     check_free(out, overwrite)
+    check_validation(validate_every, log)
+    limits = (max_kl, max_perplexity_ratio, max_update_norm)
+    watched = health_text is not None or any(limit is not None for limit in limits)
+    callbacks = [le.Health(health_text, *limits, on_limit)] if watched else []
     chosen = le.read_facts(facts, limit)
     model = le.LanguageModel.load(lm, dtype, device)
     model.check_layers(method.layers)
@@ -95,14 +115,31 @@ def edit(
     )
     moments.check(model, method.layers)
     before = le.evaluate(model, chosen) if evaluate else None
-    result = le.edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
+    result = le.edit(
+        model,
+        chosen,
+        method,
+        moments,
+        facts_per_round,
+        facts_per_chunk,
+        on_collision,
+        validate_every=validate_every,
+        log=log,
+        callbacks=callbacks,
+    )
+    if not result.facts:
+        raise RuntimeError(f"no facts are left to save: {result.provenance['stopped']}")
     result.save(out, overwrite)
     if before is not None:
-        after = le.evaluate(model, chosen)
+        if len(result.facts) < len(chosen):  # stopped by a limit: the scores are of what was written
+            result.revert(model)
+            before = le.evaluate(model, result.facts)
+            result.apply(model)
+        after = le.evaluate(model, result.facts)
         result.scores = {"before": before.scores, "after": after.scores}
         result.save(out, overwrite=True)
         print(after.table(before))
-    print(f"saved the edit of {len(chosen)} facts in {out}")
+    print(f"saved the edit of {len(result.facts)} facts in {out}")
 
 
 def evaluate(

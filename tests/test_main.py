@@ -102,6 +102,11 @@ def edit(*changes: str) -> list[str]:
         (edit("--covariance", "nowhere"), "nowhere"),
         (edit("--method", "MEMOT"), "MEMOT"),
         (edit("--on_collision", "merge"), "merge"),
+        (edit("--validate_every", "0"), "validate_every"),
+        (edit("--log", "facts.jsonl"), "facts.jsonl is a file"),
+        (edit("--max_kl", "-1"), "max_kl"),
+        (edit("--max_kl", "1", "--on_limit", "pause"), "pause"),
+        (edit("--health_text", "missing.txt"), "missing.txt"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
@@ -113,6 +118,25 @@ def edit(*changes: str) -> list[str]:
 def test_wrong_input(place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert message in fails(capsys, arguments)
     assert not Path("edits").exists() and not Path("stats").exists()
+
+
+def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path) -> None:
+    with pytest.warns(UserWarning, match="max_update_norm=1e-06"):
+        main(edit("--facts_per_round", "2", "--max_update_norm", "1e-6", "--log", "log", "--validate_every", "5"))
+    saved = le.Edit.load("edits/x")
+    assert saved.facts == FACTS[:2]
+    lm = le.LanguageModel.load("model")
+    assert saved.scores["before"] == pytest.approx(le.evaluate(lm, FACTS[:2], progress_bar=False).scores)
+    saved.apply(lm)
+    assert saved.scores["after"] == pytest.approx(le.evaluate(lm, FACTS[:2], progress_bar=False).scores)
+    assert {"metrics.csv", "retention.csv", "health.csv"} <= {path.name for path in Path("log").iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore:stopped in round 1")
+def test_nothing_is_saved_when_the_only_round_is_rolled_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = fails(capsys, edit("--max_kl", "1e-9", "--on_limit", "roll_back", "--health_text", "text.txt"))
+    assert "no facts are left to save" in printed and "max_kl" in printed
+    assert not Path("edits").exists()
 
 
 def test_an_existing_edit_is_kept_unless_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,216 @@
+"""Health of a model that is edited round after round: how far it drifts from the unedited one, and when to stop."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightedit.data.texts import read_texts, token_windows, write_texts
+from lightedit.lm import LanguageModel
+from lightedit.lm.batch import pad
+from lightedit.module import EditModule
+from lightedit.tables import log_folder, write_table
+
+OnLimit = Literal["stop", "roll_back"]
+
+_FILE = "health.csv"
+_TOKENS, _LENGTH = 2048, 128  # of text in all, and of one window
+_SEED = 1  # of the model's own writing; another than that of the covariance, so that this text is held out from it
+_POSITIONS = 256  # where distributions are compared: 256 x 128k tokens of vocabulary are 131 MB
+_PASS_TOKENS, _ROWS = 1024, 128  # tokens of a forward pass, and positions whose logits exist at one time, at most
+
+
+class Health(Callback):
+    """Watches a model while rounds of facts are written into it, and ends the fit when a limit is passed.
+
+        health = Health("wiki.txt", max_kl=0.1, on_limit="roll_back")
+        edit = lightedit.edit(lm, facts, method, covariance, facts_per_round=100, callbacks=[health])
+
+    Args:
+        texts: held-out text: token windows, a `.txt` file, or a data set (see `read_texts`), of which 2048 tokens are
+            taken; None lets the unedited model write them.
+        max_kl: limit of KL(edited || unedited) of the next token, in nats per token.
+        max_perplexity_ratio: limit of the perplexity on the text over that of the unedited model.
+        max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited layer.
+        on_limit: once a limit is passed, "stop" ends the fit after this round and keeps it; "roll_back" takes it back
+            too, so that the weights are bit for bit those before the round.
+        every: rounds between looks at the model; the last round is always looked at.
+        folder: where health.csv goes; default: the folder of the trainer's first logger, if there is one.
+
+    Attributes:
+        records: one for each look: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
+            "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited layers; and of each edited layer
+            "weight_norm/layer_i" and "update_norm/layer_i" of this round. A round that is rolled back has one too.
+        reason: which limit was passed, by what value and in which round; None while all is well.
+
+    Raises:
+        ValueError: a limit that is not positive, `every` below 1, an unknown `on_limit`.
+        FileNotFoundError: there is no such text file.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Sequence[int]] | str | Path | None = None,
+        max_kl: float | None = None,
+        max_perplexity_ratio: float | None = None,
+        max_update_norm: float | None = None,
+        on_limit: OnLimit = "stop",
+        every: int = 1,
+        folder: str | Path | None = None,
+    ) -> None:
+        self._limits = {
+            "max_kl": max_kl,
+            "max_perplexity_ratio": max_perplexity_ratio,
+            "max_update_norm": max_update_norm,
+        }
+        for name, limit in self._limits.items():
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive, or None for no limit, got {limit}")
+        if on_limit not in ("stop", "roll_back"):
+            raise ValueError(f"on_limit is 'stop' or 'roll_back', got {on_limit!r}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1 round, got {every}")
+        if isinstance(texts, str | Path):
+            read_texts(texts)  # what is missing is found out now, not when a model is loaded and facts are scored
+        self.texts, self.on_limit, self.every = texts, on_limit, every
+        self.folder = None if folder is None else Path(folder)
+        self.records: list[dict[str, Any]] = []
+        self.reason: str | None = None
+        self._text: _HeldOutText | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, EditModule):
+            raise TypeError(f"Health watches an EditModule, got {type(module).__name__}")
+        self.records, self.reason = [], None
+        with module.lm.weights.unedited():
+            self._text = _HeldOutText(module.lm, self._windows(module.lm))
+
+    def _windows(self, lm: LanguageModel) -> list[list[int]]:
+        longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+        if self.texts is None:
+            return write_texts(lm, _TOKENS, min(_LENGTH, longest), _SEED, progress_bar=False)
+        if isinstance(self.texts, str | Path):
+            windows = token_windows(lm, read_texts(self.texts), _TOKENS, min(_LENGTH, longest))
+        else:
+            windows = [list(window) for window in self.texts]
+        windows = [window for window in windows if len(window) > 1]  # nothing follows a single token
+        if not windows:
+            raise ValueError("the health text has no window of two tokens or more; give a longer text")
+        return windows
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # before the module's own hook, which then validates what stays
+        assert isinstance(module, EditModule) and module.edit is not None
+        if len(module.edit.rounds) % self.every and not module.in_last_round:
+            return
+        record = self._look(module)
+        self.records.append(record)
+        module.log_dict({f"health/{name}": float(value) for name, value in record.items() if name != "round"})
+        folder = self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
+        if folder is not None:
+            write_table(folder / _FILE, self.records)
+        if passed := self._passed(record):
+            self._end(trainer, module, passed)
+
+    @torch.no_grad()
+    def _look(self, module: EditModule) -> dict[str, Any]:
+        assert module.edit is not None and self._text is not None
+        lm = module.lm
+        nll, kl = self._text.measure()
+        dtype = torch.promote_types(lm.dtype, torch.float32)
+        drift = [
+            (lm.weight(layer).to(dtype) - lm.weights.base(layer).to(dtype)).norm().item()
+            for layer in module.method.layers
+        ]
+        return {
+            "round": len(module.edit.rounds),
+            "facts": len(module.edit.facts),
+            "kl": kl,
+            "perplexity": _exp(nll),
+            "perplexity_ratio": _exp(nll - self._text.nll),
+            "drift": sum(norm**2 for norm in drift) ** 0.5,
+            **{f"weight_norm/layer_{i}": lm.weight(i).to(dtype).norm().item() for i in module.method.layers},
+            **{f"update_norm/layer_{i}": update.norm() for i, update in module.edit.rounds[-1].items()},
+        }
+
+    def _passed(self, record: dict[str, Any]) -> str | None:
+        """Which limit `record` passes, if any."""
+        for name, limit in self._limits.items():
+            measured = name.removeprefix("max_")
+            for key, value in record.items():
+                # not "value > limit", because a ruined model's NaN is past any limit
+                if limit is not None and key.split("/")[0] == measured and not value <= limit:
+                    return f"{key} is {value:.4g}, past {name}={limit:g}"
+        return None
+
+    def _end(self, trainer: Trainer, module: EditModule, passed: str) -> None:
+        assert module.edit is not None
+        round_ = len(module.edit.rounds)
+        if self.on_limit == "roll_back":
+            # past keys that the method keeps still hold this round's, which is of no effect: none is written after it
+            module.roll_back()
+        trainer.should_stop = True
+        kept = "was rolled back" if self.on_limit == "roll_back" else "is kept"
+        self.reason = f"stopped in round {round_}, which {kept}: {passed}; {len(module.edit.facts)} facts are written"
+        module.edit.provenance["stopped"] = self.reason
+        warnings.warn(self.reason, stacklevel=1)
+
+
+class _HeldOutText:
+    """Windows of text, and what the model says about them when this is made.
+
+    Attributes:
+        nll: mean negative log-likelihood of each token given those before it in its window, in nats.
+    """
+
+    def __init__(self, lm: LanguageModel, windows: Sequence[Sequence[int]]) -> None:
+        self.lm, self.windows = lm, windows
+        count = sum(len(window) - 1 for window in windows)
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_POSITIONS]
+        self._sampled = torch.zeros(count, dtype=torch.bool).index_fill(0, chosen, True)
+        self._reference: list[Tensor] = []  # log-probabilities at the sampled positions, part by part, on the CPU
+        nll = 0.0
+        for log_probs, following, sampled in self._parts():
+            nll += _nll(log_probs, following)
+            self._reference.append(log_probs[sampled].cpu())
+        self.nll = nll / count
+
+    def measure(self) -> tuple[float, float]:
+        """Mean NLL per token, and KL(now || then) of the next token at the sampled positions, both in nats."""
+        nll = kl = 0.0
+        for (log_probs, following, sampled), reference in zip(self._parts(), self._reference, strict=True):
+            nll += _nll(log_probs, following)
+            now = log_probs[sampled].double()
+            kl += float((now.exp() * (now - reference.to(now))).sum())
+        return nll / len(self._sampled), kl / int(self._sampled.sum())
+
+    @torch.no_grad()
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(log-probabilities [n, vocabulary], the tokens that follow [n], whether sampled [n]) of all positions."""
+        rows = max(1, _PASS_TOKENS // max(map(len, self.windows)))
+        done = 0
+        for start in range(0, len(self.windows), rows):
+            batch = pad(self.windows[start : start + rows], self.lm.pad_id)
+            at_row, at_position = batch.mask[:, 1:].nonzero(as_tuple=True)  # where another token follows
+            with self.lm.before_head(len(batch.ids), (at_row, at_position)) as states:
+                self.lm.forward(batch)
+            following = batch.ids[at_row, at_position + 1]
+            for hidden, tokens in zip(states[0].split(_ROWS), following.split(_ROWS), strict=True):
+                log_probs = self.lm.head.log_probs(hidden)
+                sampled = self._sampled[done : done + len(tokens)]
+                yield log_probs, tokens.to(log_probs.device), sampled.to(log_probs.device)
+                done += len(tokens)
+
+
+def _nll(log_probs: Tensor, following: Tensor) -> float:
+    """The sum of -log p over the tokens that follow."""
+    return -float(log_probs.gather(1, following[:, None]).double().sum())
+
+
+def _exp(value: float) -> float:
+    """e to the power of `value`; infinity, not an error, where that is too large."""
+    return torch.tensor(value, dtype=torch.float64).exp().item()
