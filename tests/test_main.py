@@ -79,7 +79,7 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
 def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["env"])
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed and "MEMIT, ROME" in printed
+    assert torch.__version__ in printed and "ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE" in printed
 
 
 # Wrong input ends with one line and status 2, and leaves nothing behind
@@ -101,7 +101,7 @@ def edit(*changes: str) -> list[str]:
         (edit("--dtype", "float3"), "float3"),
         (edit("--covariance", "nowhere"), "nowhere"),
         (edit("--method", "MEMOT"), "MEMOT"),
-        (edit("--on_collision", "merge"), "merge"),
+        (edit("--on_collision", "maybe"), "merge"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
