@@ -71,7 +71,8 @@ def edit(
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: CounterFact, zsRE or JSON lines.
-        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_, method.values.lr and so on.
+        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
+            method.values.lr and so on.
         out: folder for the edit.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
             from the model's own writing and kept in the cache.
