@@ -66,13 +66,18 @@ def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
     assert torch.equal(one.rounds[0][1].left, two.rounds[0][1].left)
 
 
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["edit", "--config", str(config), "--facts", "facts.json", "--out", "edits/x", "--print_config"])
     assert not stop.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["method"]["class_path"].rpartition(".")[2].lower() == config.stem
     assert printed["method"]["init_args"]["values"]["lr"] > 0
+    assert bool(printed["method"]["init_args"]["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
     assert printed["facts_per_chunk"] >= 1
 
 
