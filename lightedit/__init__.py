@@ -9,6 +9,8 @@ from lightedit.evaluate import Evaluation, evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.module import EditModule, edit
+from lightedit.resume import RoundCheckpoint
+from lightedit.run_folder import ResumeError
 from lightedit.values import ValueSettings
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ __all__ = [
     "FactsDataModule",
     "LanguageModel",
     "Method",
+    "ResumeError",
+    "RoundCheckpoint",
     "ValueSettings",
     "builtin_facts",
     "edit",

@@ -105,7 +105,7 @@ def write_facts(
     contexts: Contexts,
     targets: Tensor,
     owner: str,
-) -> Iterator[tuple[int, LowRankUpdate]]:
+) -> Iterator[tuple[int, LowRankUpdate, Tensor]]:
     """Step 2 for the facts of one round: solve and write, layer after layer.
 
     Args:
@@ -118,7 +118,7 @@ def write_facts(
         owner: name of the round's updates in the model's weights.
 
     Yields:
-        (layer, update) right after it was written.
+        (layer, update, keys [d_in, B] float64) right after the update was written.
 
     Raises:
         FloatingPointError: an update holds NaN or infinity; it is not written.
@@ -137,7 +137,7 @@ def write_facts(
         _check_finite(layer, update.left, update.right)
         update = update.to(lm.weight(layer).device, torch.promote_types(lm.dtype, torch.float32))
         lm.weights.add(owner, layer, update)
-        yield layer, update
+        yield layer, update, keys
 
 
 def _check_finite(layer: int, *tensors: Tensor) -> None:

@@ -169,7 +169,8 @@ def write(
 ) -> dict[int, LowRankUpdate]:
     preservation = {layer: method.preservation(moment) for layer, moment in moments.items()}
     prompts = prompts_of(lm, contexts, targets.shape[1])
-    return dict(write_facts(lm, method, preservation, prompts, contexts, targets, "round"))
+    rounds = write_facts(lm, method, preservation, prompts, contexts, targets, "round")
+    return {layer: update for layer, update, _ in rounds}
 
 
 def present(lm: LanguageModel, layer: int) -> Tensor:
