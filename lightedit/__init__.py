@@ -9,6 +9,8 @@ from lightedit.evaluate import Evaluation, evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule, edit
+from lightedit.resume import RoundCheckpoint
+from lightedit.run_folder import ResumeError
 from lightedit.stopping import KLBelow, MostProbable
 from lightedit.values import ValueSettings
 
@@ -34,6 +36,8 @@ __all__ = [
     "LanguageModel",
     "Method",
     "MostProbable",
+    "ResumeError",
+    "RoundCheckpoint",
     "ValueSettings",
     "builtin_facts",
     "edit",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,11 @@ from lightedit.edit import Edit
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel
+from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.progress import progress, quiet_lightning
+from lightedit.resume import RoundCheckpoint
 from lightedit.update import Preservation, key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
@@ -249,6 +252,26 @@ class EditModule(LightningModule):
             for layer, of_layer in keys.items():
                 self._preservation[layer].remember(of_layer)
 
+    def restore_round(self, updates: dict[int, LowRankUpdate], facts: int, keys: dict[int, Tensor]) -> None:
+        """Write a round again that an earlier process found; call it once a round, in their order, as a fit starts.
+
+        Args:
+            updates: layer -> update, in the order in which the layers were written.
+            facts: how many facts the round holds.
+            keys: layer -> the round's keys, [d_in, B] float64.
+        """
+        assert self.edit is not None
+        owner = self.edit.owner(len(self.edit.rounds))
+        # listed first, so that reverting the edit also undoes a round that fails between two layers
+        self.edit.rounds.append({})
+        for layer, update in updates.items():
+            update = update.to(self.lm.weight(layer).device)
+            self.lm.weights.add(owner, layer, update)
+            self.edit.rounds[-1][layer] = update
+        self.edit.facts_in_round.append(facts)
+        self.round_keys = keys
+        self._remember(keys)
+
     def on_train_epoch_end(self) -> None:
         if self.current_epoch + 1 >= len(self._rounds):
             self.trainer.should_stop = True
@@ -300,6 +323,7 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     progress_bar: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Edit:
     """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
 
@@ -312,24 +336,30 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: see `EditModule`.
         progress_bar: show progress and the time left on standard error.
+        checkpoint: a folder that keeps every finished round, so that the same call goes on from there after the
+            process was killed, to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
 
     Raises:
         FactError: facts that cannot be edited: none, twice the same, or colliding.
         CovarianceError: a covariance of another model or layer, or one that cannot be solved with.
         FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
+        ResumeError: `checkpoint` holds another run, or a damaged file.
     """
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
+        callbacks: list[Callback] = [_Progress(report)]
+        if checkpoint is not None:
+            callbacks.append(RoundCheckpoint(checkpoint))
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
             max_epochs=len(data.rounds),
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=checkpoint is not None,
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
-            callbacks=[_Progress(report)],
+            callbacks=callbacks,
         )
         try:
             trainer.fit(module, datamodule=data)
