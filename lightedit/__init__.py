@@ -8,15 +8,22 @@ from lightedit.edit import Edit, EditError
 from lightedit.evaluate import Evaluation, evaluate
 from lightedit.health import Health
 from lightedit.lm import LanguageModel
-from lightedit.methods import MEMIT, ROME, Method
+from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule, edit
+from lightedit.resume import RoundCheckpoint
+from lightedit.run_folder import ResumeError
+from lightedit.stopping import KLBelow, MostProbable
 from lightedit.values import ValueSettings
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMMET",
+    "ENCORE",
     "MEMIT",
+    "PMET",
     "ROME",
+    "AlphaEdit",
     "Covariance",
     "CovarianceError",
     "Edit",
@@ -27,8 +34,12 @@ __all__ = [
     "FactError",
     "FactsDataModule",
     "Health",
+    "KLBelow",
     "LanguageModel",
     "Method",
+    "MostProbable",
+    "ResumeError",
+    "RoundCheckpoint",
     "ValueSettings",
     "builtin_facts",
     "edit",

@@ -13,7 +13,7 @@ from lightedit.data.texts import read_texts, token_windows, write_texts
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.module import EditModule
-from lightedit.tables import log_folder, write_table
+from lightedit.tables import log_folder, read_table, write_table
 
 OnLimit = Literal["stop", "roll_back"]
 
@@ -81,13 +81,25 @@ class Health(Callback):
         self.records: list[dict[str, Any]] = []
         self.reason: str | None = None
         self._text: _HeldOutText | None = None
+        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, EditModule):
             raise TypeError(f"Health watches an EditModule, got {type(module).__name__}")
-        self.records, self.reason = [], None
+        self._resumed, self.records, self.reason = False, [], None
         with module.lm.weights.unedited():
             self._text = _HeldOutText(module.lm, self._windows(module.lm))
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # the first time is after a checkpoint's hook: what an earlier process found of the rounds that it kept
+        assert isinstance(module, EditModule) and module.edit is not None
+        folder = self._folder(trainer)
+        if not self._resumed and folder is not None:
+            self.records = read_table(folder / _FILE, len(module.edit.rounds))
+        self._resumed = True
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        return self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
 
     def _windows(self, lm: LanguageModel) -> list[list[int]]:
         longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
@@ -110,7 +122,7 @@ class Health(Callback):
         record = self._look(module)
         self.records.append(record)
         module.log_dict({f"health/{name}": float(value) for name, value in record.items() if name != "round"})
-        folder = self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
+        folder = self._folder(trainer)
         if folder is not None:
             write_table(folder / _FILE, self.records)
         if passed := self._passed(record):
