@@ -1,7 +1,7 @@
 """Both steps of an edit as one fit: an epoch is a round of facts, a training step one Adam step on a chunk's δ."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal
@@ -44,6 +44,9 @@ class EditModule(LightningModule):
         collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
             subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
+        targets: fact's index -> value [d], found before under the same settings on the model as it is when the fit
+            starts. A chunk of the first round whose facts are all among them skips step 1; later rounds, which
+            start from another model, do not heed them.
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
@@ -59,6 +62,7 @@ class EditModule(LightningModule):
         on_collision: OnCollision = "error",
         collision_similarity: float = 0.85,
         max_tokens: int = 1024,
+        targets: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -74,6 +78,7 @@ class EditModule(LightningModule):
         self._search: ValueOptimization | None = None
         self._chunk: Chunk | None = None
         self._targets: dict[int, Tensor] = {}
+        self._known = dict(targets or {})
         self._metrics = edit_metrics()
 
     # Before work starts
@@ -144,6 +149,11 @@ class EditModule(LightningModule):
 
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
         if chunk.finished:  # the loader reads one batch ahead, so a chunk comes once more after its last step
+            return
+        if self.current_epoch == 0 and all(index in self._known for index in chunk.indices):
+            device = self.lm.weight(self.method.value_layer).device
+            self._targets.update((index, self._known[index].to(device, torch.float64)) for index in chunk.indices)
+            chunk.finished = True
             return
         started = time.perf_counter()
         optimizer: Any = self.optimizers()
@@ -255,6 +265,7 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     progress_bar: bool = True,
+    targets: Mapping[int, Tensor] | None = None,
 ) -> Edit:
     """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
 
@@ -267,6 +278,7 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: see `EditModule`.
         progress_bar: show progress and the time left on standard error.
+        targets: values known from before; see `EditModule`.
 
     Raises:
         FactError: facts that cannot be edited: none, twice the same, or colliding.
@@ -274,7 +286,7 @@ def edit(
         FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
     """
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
-    module = EditModule(lm, method, covariance, on_collision=on_collision)
+    module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is

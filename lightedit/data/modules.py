@@ -38,7 +38,9 @@ class _Rounds(IterableDataset[Chunk]):
         rounds = self.data.rounds
         if self.data.trainer.current_epoch >= len(rounds):
             return
-        for indices in _by_suffix(self.data.facts, rounds[self.data.trainer.current_epoch], self.data.facts_per_chunk):
+        for indices in chunks_by_suffix(
+            self.data.facts, rounds[self.data.trainer.current_epoch], self.data.facts_per_chunk
+        ):
             chunk = Chunk(indices, [self.data.facts[index] for index in indices])
             while not chunk.finished:
                 yield chunk
@@ -98,7 +100,7 @@ class FactsDataModule(LightningDataModule):
         return batch
 
 
-def _by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+def chunks_by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """Split `indices` into chunks of facts with a similar number of characters after the subject (less padding)."""
 
     def suffix(index: int) -> int:
