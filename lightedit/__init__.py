@@ -9,6 +9,7 @@ from lightedit.evaluate import Evaluation, evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.module import EditModule, edit
+from lightedit.sweep import sweep
 from lightedit.values import ValueSettings
 
 __version__ = "0.1.0"
@@ -33,5 +34,6 @@ __all__ = [
     "estimate_covariance",
     "evaluate",
     "read_facts",
+    "sweep",
     "write_facts",
 ]
