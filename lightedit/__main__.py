@@ -20,6 +20,7 @@ from lightedit.lm.architectures import ARCHITECTURES
 from lightedit.lm.loading import cache_folder
 from lightedit.methods import METHODS
 from lightedit.module import OnCollision
+from lightedit.run_folder import kept_rounds, remove_run
 from lightedit.sweep.plan import plan
 
 
@@ -64,24 +65,31 @@ def edit(
     on_collision: OnCollision = "error",
     evaluate: bool = True,
     overwrite: bool = False,
+    restart: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """Write facts into a language model and save the edit.
 
+    Finished rounds are kept beside the result, in a folder that ends in .run, until it is saved. After the process was
+    killed, the same command goes on after the last of them.
+
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: CounterFact, zsRE or JSON lines.
-        method: ROME or MEMIT, with its settings as method.layers, method.lambda_, method.values.lr and so on.
+        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
+            method.values.lr and so on.
         out: folder for the edit.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
             from the model's own writing and kept in the cache.
         limit: take the first facts only.
         facts_per_round: facts written together; by default all, or as many as the method takes.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: whether facts of one round with nearly equal keys are refused (error) or written (keep).
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
         evaluate: score the model before and after.
         overwrite: replace an edit that is in the folder already.
+        restart: throw away the rounds that an interrupted run has kept.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -95,14 +103,20 @@ def edit(
         else le.Covariance.load(covariance)
     )
     moments.check(model, method.layers)
-    before = le.evaluate(model, chosen) if evaluate else None
-    result = le.edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
-    result.save(out, overwrite)
-    if before is not None:
+    run = out.with_name(out.name + ".run")
+    if restart:
+        remove_run(run)
+    before = le.evaluate(model, chosen) if evaluate and not kept_rounds(run) else None
+    result = le.edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision, checkpoint=run)
+    if evaluate:
         after = le.evaluate(model, chosen)
+        if before is None:  # scored by an earlier process, to find bad facts before the work; the scores died with it
+            result.revert(model)
+            before = le.evaluate(model, chosen)
         result.scores = {"before": before.scores, "after": after.scores}
-        result.save(out, overwrite=True)
         print(after.table(before))
+    result.save(out, overwrite)
+    remove_run(run)
     print(f"saved the edit of {len(chosen)} facts in {out}")
 
 
@@ -171,7 +185,8 @@ def sweep(
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
             from the model's own writing and kept in the cache.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: whether facts of one round with nearly equal keys are refused (error) or written (keep).
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -231,17 +246,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        auto_cli(
-            COMMANDS, as_positional=False, prog="lightedit", args=list(arguments) if arguments is not None else None
-        )
+        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=given)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lightedit: interrupted; nothing half-written stays", file=sys.stderr)
+        kept = {
+            "edit": "the same command goes on after the last finished round",
+            "sweep": "the same command goes on after the last finished run",
+        }
+        state = kept.get(given[0] if given else "", "nothing was written")
+        print(f"lightedit: interrupted; {state}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
-from lightedit.data.prompts import tokenize_facts
+from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
 from lightedit.edit import Edit
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel
+from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.progress import progress, quiet_lightning
-from lightedit.update import Preservation, key_similarity, write_facts
+from lightedit.resume import RoundCheckpoint
+from lightedit.update import Preservation, key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
-OnCollision = Literal["error", "keep"]
+OnCollision = Literal["error", "merge", "keep"]
 
 
 class EditModule(LightningModule):
@@ -40,16 +43,17 @@ class EditModule(LightningModule):
         method: what to run.
         covariance: second moments of the keys at the method's layers.
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "error" refuses them before work starts, "keep" writes them all the same.
+            subject: "error" refuses them before work starts, "merge" gives them one key and finds one value that
+            serves the texts of all, "keep" writes each by itself all the same.
         collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
             subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
         targets: fact's index -> value [d], found before under the same settings on the model as it is when the fit
-            starts. A chunk of the first round whose facts are all among them skips step 1; later rounds, which
-            start from another model, do not heed them.
+            starts. In the first round these facts skip step 1, unless they are merged.
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
+        round_keys: layer -> the keys of the round written last, [d_in, B].
         tokens: tokens that the value optimisation computed.
         seconds: time spent in "values" and "update".
     """
@@ -66,11 +70,12 @@ class EditModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if on_collision not in ("error", "keep"):
-            raise ValueError(f"on_collision is 'error' or 'keep', got {on_collision!r}")
+        if on_collision not in ("error", "merge", "keep"):
+            raise ValueError(f"on_collision is 'error', 'merge' or 'keep', got {on_collision!r}")
         self.lm, self.method, self.covariance = lm, method, covariance
         self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
         self.edit: Edit | None = None
+        self.round_keys: dict[int, Tensor] = {}
         self.tokens = TokenCount()
         self.seconds = {"values": 0.0, "update": 0.0}
         # Stands in for the δ of the chunk at hand, which is exchanged in the optimizer's parameter group
@@ -98,8 +103,9 @@ class EditModule(LightningModule):
         self._rounds = data.rounds
         self._preservation = self._factor()
         self._contexts = self.method.contexts.sample(self.lm)
-        self._prompts = tokenize_facts(self.lm.tokenizer, data.facts, self._contexts)
-        self._check_collisions(data.facts)
+        # None stands for a fact that was merged into an earlier one
+        self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
+        self._resolve_collisions(data.facts)
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
@@ -117,30 +123,40 @@ class EditModule(LightningModule):
         factors = {}
         for layer in self.method.layers:
             try:
-                factors[layer] = self.method.preservation(self.covariance[layer].to(self.lm.weight(layer).device))
+                factors[layer] = self.method.preservation(self.covariance, layer).to(self.lm.weight(layer).device)
             except ValueError as error:
                 raise CovarianceError(f"layer {layer}: {error}") from error
         return factors
 
-    def _check_collisions(self, facts: Sequence[Fact]) -> None:
+    def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
         # Nothing upstream of the first edited matrix ever changes, so its keys can be read for all rounds at once
         layer = self.method.layers[0]
-        keys = KeyWalk(self.lm, self._prompts, self._contexts.key_weights, layer).keys()
+        prompts = [prompt for prompt in self._prompts if prompt is not None]
+        keys = KeyWalk(self.lm, prompts, layer).keys()
         if not torch.isfinite(keys).all():
             raise FloatingPointError(f"keys at layer {layer} hold NaN or infinity; load the model in float32")
         if self.on_collision == "keep":
             return
         for round_ in self._rounds:
             similarity = key_similarity(self._preservation[layer], keys[:, round_]).triu(1)
-            if (highest := similarity.max()) >= self.collision_similarity:
-                first, second = divmod(int(similarity.argmax()), len(round_))
-                one, other = facts[round_[first]], facts[round_[second]]
-                raise FactError(
-                    f"the keys of {one.text!r} -> {one.target_new!r} (fact {round_[first]}) and {other.text!r} -> "
-                    f"{other.target_new!r} (fact {round_[second]}) collide: their cosine is {highest:.3f} at layer "
-                    f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
-                    "(facts_per_round), leave one out, or pass on_collision='keep'"
-                )
+            if (highest := similarity.max()) < self.collision_similarity:
+                continue
+            if self.on_collision == "merge":
+                for group in _groups(similarity >= self.collision_similarity):
+                    members = [round_[i] for i in group]
+                    merged = merge_prompts([prompts[member] for member in members])
+                    for member in members:
+                        self._prompts[member] = merged if member == members[0] else None
+                        self._known.pop(member, None)
+                continue
+            first, second = divmod(int(similarity.argmax()), len(round_))
+            one, other = facts[round_[first]], facts[round_[second]]
+            raise FactError(
+                f"the keys of {one.text!r} -> {one.target_new!r} (fact {round_[first]}) and {other.text!r} -> "
+                f"{other.target_new!r} (fact {round_[second]}) collide: their cosine is {highest:.3f} at layer "
+                f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
+                "(facts_per_round), leave one out, or pass on_collision='merge' or 'keep'"
+            )
 
     def configure_optimizers(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.delta], lr=self.method.values.lr)
@@ -150,17 +166,14 @@ class EditModule(LightningModule):
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
         if chunk.finished:  # the loader reads one batch ahead, so a chunk comes once more after its last step
             return
-        if self.current_epoch == 0 and all(index in self._known for index in chunk.indices):
-            device = self.lm.weight(self.method.value_layer).device
-            self._targets.update((index, self._known[index].to(device, torch.float64)) for index in chunk.indices)
-            chunk.finished = True
-            return
         started = time.perf_counter()
         optimizer: Any = self.optimizers()
         if chunk is not self._chunk:
             self._start(chunk, optimizer.optimizer)
         search = self._search
-        assert search is not None
+        if search is None:  # all of its facts were merged into others, or are known
+            chunk.finished = True
+            return
         if not search.done:
             losses = search.backward()
             optimizer.step()
@@ -176,9 +189,19 @@ class EditModule(LightningModule):
 
     def _start(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> None:
         self._chunk = chunk
+        self._search = None
+        prompts = {index: prompt for index in chunk.indices if (prompt := self._prompts[index]) is not None}
+        if self.current_epoch == 0:  # later rounds start from another model
+            device = self.lm.weight(self.method.value_layer).device
+            for index in prompts.keys() & self._known.keys():
+                self._targets[index] = self._known[index].to(device, torch.float64)
+                del prompts[index]
+        if not prompts:
+            return
+        self._searched = list(prompts)
         self._search = ValueOptimization(
             self.lm,
-            [self._prompts[index] for index in chunk.indices],
+            list(prompts.values()),
             self.method.value_layer,
             self.method.site,
             self.method.values,
@@ -190,7 +213,7 @@ class EditModule(LightningModule):
     def _finish(self, chunk: Chunk, search: ValueOptimization) -> None:
         chunk.finished = True
         values = search.values()
-        self._targets.update(zip(chunk.indices, values.targets.double(), strict=True))
+        self._targets.update(zip(self._searched, values.targets.double(), strict=True))
         self.tokens += search.tokens
         self._search = self._chunk = None
 
@@ -212,16 +235,20 @@ class EditModule(LightningModule):
         """Write one round of facts; on any failure none of it stays."""
         assert self.edit is not None
         started = time.perf_counter()
-        prompts = [self._prompts[index] for index in indices]
-        targets = torch.stack([self._targets[index] for index in indices]).T
+        prompts = {index: prompt for index in indices if (prompt := self._prompts[index]) is not None}
+        units = list(prompts.values())
+        targets = torch.stack([self._targets[index] for index in prompts]).T
         owner = self.edit.owner(len(self.edit.rounds))
+        updates, self.round_keys = {}, {}
         try:
-            updates = dict(
-                write_facts(self.lm, self.method, self._preservation, prompts, self._contexts, targets, owner)
-            )
+            for layer, update, keys in write_facts(self.lm, self.method, self._preservation, units, targets, owner):
+                updates[layer], self.round_keys[layer] = update, keys
         except BaseException:
             self.lm.weights.remove([owner])
             raise
+        if self.method.reads_keys_after_writing:
+            self.round_keys = read_keys(self.lm, self.method, units)
+        self._remember(self.round_keys)
         self.edit.rounds.append(updates)
         self.edit.facts_in_round.append(len(indices))
         self.seconds["update"] += time.perf_counter() - started
@@ -229,6 +256,31 @@ class EditModule(LightningModule):
         self._targets.clear()
         for layer, update in updates.items():
             self.log(f"update_norm/layer_{layer}", update.norm(), batch_size=len(indices))
+
+    def _remember(self, keys: dict[int, Tensor]) -> None:
+        if self.method.keeps_past_keys:
+            for layer, of_layer in keys.items():
+                self._preservation[layer].remember(of_layer)
+
+    def restore_round(self, updates: dict[int, LowRankUpdate], facts: int, keys: dict[int, Tensor]) -> None:
+        """Write a round again that an earlier process found; call it once a round, in their order, as a fit starts.
+
+        Args:
+            updates: layer -> update, in the order in which the layers were written.
+            facts: how many facts the round holds.
+            keys: layer -> the round's keys, [d_in, B] float64.
+        """
+        assert self.edit is not None
+        owner = self.edit.owner(len(self.edit.rounds))
+        # listed first, so that reverting the edit also undoes a round that fails between two layers
+        self.edit.rounds.append({})
+        for layer, update in updates.items():
+            update = update.to(self.lm.weight(layer).device)
+            self.lm.weights.add(owner, layer, update)
+            self.edit.rounds[-1][layer] = update
+        self.edit.facts_in_round.append(facts)
+        self.round_keys = keys
+        self._remember(keys)
 
     def on_train_epoch_end(self) -> None:
         if self.current_epoch + 1 >= len(self._rounds):
@@ -243,6 +295,22 @@ class EditModule(LightningModule):
         scores = {name: value for name, value in self._metrics.compute().items() if not torch.isnan(value)}
         self.log_dict(scores, prog_bar=True)
         self._metrics.reset()
+
+
+def _groups(linked: Tensor) -> list[list[int]]:
+    """Connected components of more than one member in a [n, n] relation, each ascending."""
+    linked = linked | linked.T
+    left = set(linked.any(1).nonzero().flatten().tolist())
+    groups = []
+    while left:
+        group: set[int] = set()
+        border = {min(left)}
+        while border:
+            group |= border
+            border = {j for i in border for j in linked[i].nonzero().flatten().tolist()} - group
+        left -= group
+        groups.append(sorted(group))
+    return groups
 
 
 class _Progress(Callback):
@@ -265,6 +333,7 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     progress_bar: bool = True,
+    checkpoint: str | Path | None = None,
     targets: Mapping[int, Tensor] | None = None,
 ) -> Edit:
     """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
@@ -278,25 +347,31 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: see `EditModule`.
         progress_bar: show progress and the time left on standard error.
+        checkpoint: a folder that keeps every finished round, so that the same call goes on from there after the
+            process was killed, to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
         targets: values known from before; see `EditModule`.
 
     Raises:
         FactError: facts that cannot be edited: none, twice the same, or colliding.
         CovarianceError: a covariance of another model or layer, or one that cannot be solved with.
         FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
+        ResumeError: `checkpoint` holds another run, or a damaged file.
     """
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
+        callbacks: list[Callback] = [_Progress(report)]
+        if checkpoint is not None:
+            callbacks.append(RoundCheckpoint(checkpoint))
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
             max_epochs=len(data.rounds),
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=checkpoint is not None,
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
-            callbacks=[_Progress(report)],
+            callbacks=callbacks,
         )
         try:
             trainer.fit(module, datamodule=data)

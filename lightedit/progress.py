@@ -1,6 +1,7 @@
 """Progress of long work on standard error: how far it is and how long it will take."""
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -43,13 +44,16 @@ def progress(description: str, show: bool = True) -> Iterator[Report]:
 
 def _lines(description: str) -> Report:
     started = last = time.monotonic()
+    before: float | None = None  # work done before the first report, by an earlier process for the most part
 
     def report(done: float, total: float) -> None:
-        nonlocal last
+        nonlocal last, before
+        if before is None:
+            before = done
         now = time.monotonic()
-        if now - last >= _LINE_EVERY and 0 < done <= total:
+        if now - last >= _LINE_EVERY and before < done <= total:
             last = now
-            left = (now - started) * (total - done) / done
+            left = (now - started) * (total - done) / (done - before)
             print(f"{description}: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     return report
@@ -57,13 +61,22 @@ def _lines(description: str) -> Report:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen."""
+    """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, which a trainer turns into an exit of the process.
+    """
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, interrupt = logger.level, signal.getsignal(signal.SIGINT)
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, interrupt or signal.default_int_handler)  # which the trainer has set to be ignored
+        raise KeyboardInterrupt from stop
     finally:
         logger.setLevel(level)

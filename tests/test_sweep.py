@@ -85,16 +85,22 @@ def test_rows_equal_separate_runs(lm: le.LanguageModel, tmp_path: Path) -> None:
     assert len(seen) > 4  # or equal rows would say nothing
 
 
-def test_known_targets_give_the_same_bits_as_a_run_of_its_own(lm: le.LanguageModel, tmp_path: Path) -> None:
-    runs = plan({"MEMIT": MEMIT}, 5)
+@pytest.mark.parametrize("kind", [le.MEMIT, le.EMMET, le.PMET, le.AlphaEdit, le.ENCORE], ids=lambda kind: kind.__name__)
+def test_known_targets_give_the_same_bits_as_a_run_of_its_own(
+    lm: le.LanguageModel, tmp_path: Path, kind: type[le.Method]
+) -> None:
+    stopping = kind(layers=(1,)).values.stopping
+    threshold = {"threshold": 0.9} if kind is le.AlphaEdit else {}
+    method = kind(layers=(1, 2), values=replace(VALUES, stopping=stopping), contexts=CONTEXTS, **threshold)
+    runs = plan({"it": method}, 5)
     for _ in range(2):  # found, then read
         known, seconds = TargetStore(tmp_path, lm, FACTS, runs).find(runs[0], progress_bar=False)
         assert sorted(known) == [0, 1, 2, 3, 4] and seconds > 0
-        edit = le.edit(lm, FACTS, MEMIT, covariance_of(lm), progress_bar=False, targets=known)
+        edit = le.edit(lm, FACTS, method, covariance_of(lm), progress_bar=False, targets=known)
         weights = {layer: lm.weight(layer).clone() for layer in (1, 2)}
         assert edit.provenance["seconds"]["values"] == 0
         edit.revert(lm)
-        own = le.edit(lm, FACTS, MEMIT, covariance_of(lm), progress_bar=False)
+        own = le.edit(lm, FACTS, method, covariance_of(lm), progress_bar=False)
         assert own.provenance["seconds"]["values"] > 0
         for layer, weight in weights.items():
             assert torch.equal(lm.weight(layer), weight) and not torch.equal(weight, lm.weights.base(layer))
@@ -111,9 +117,24 @@ def test_targets_serve_the_first_round_only(lm: le.LanguageModel) -> None:
     assert not torch.allclose(first, expected.rounds[0][2].left)  # the zeros were written
     assert (second.norm() / expected.rounds[1][2].left.norm()).log().abs() < 2  # but not in the second round
     edit.revert(lm)
-    # one unknown fact in a chunk: the whole chunk is searched
+    # the zeros serve the one fact they are for; the other is searched
     partly = le.edit(lm, FACTS[:4], MEMIT, covariance_of(lm), 2, progress_bar=False, targets={0: known[0]})
-    assert torch.equal(partly.rounds[0][2].left, expected.rounds[0][2].left)
+    left, whole = partly.rounds[0][2].left, expected.rounds[0][2].left
+    assert not torch.allclose(left[:, 0], whole[:, 0]) and not torch.allclose(left[:, 1], first[:, 1])
+
+
+def test_merged_facts_are_searched_anew(lm: le.LanguageModel, tmp_path: Path) -> None:
+    facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is near")]
+    expected = le.edit(lm, facts, MEMIT, covariance_of(lm), on_collision="merge", progress_bar=False)
+    expected.revert(lm)
+    runs = plan({"MEMIT": MEMIT}, 6)
+    known, _ = TargetStore(tmp_path, lm, facts, runs).find(runs[0], progress_bar=False)
+    edit = le.edit(
+        lm, facts, MEMIT, covariance_of(lm), on_collision="merge", progress_bar=False,
+        targets={0: 0 * known[0], 5: 0 * known[5]},
+    )  # fmt: skip
+    for one, other in zip(edit.rounds[0].values(), expected.rounds[0].values(), strict=True):
+        assert torch.equal(one.left, other.left)
 
 
 def test_step_1_runs_once_for_settings_it_does_not_depend_on(lm: le.LanguageModel, tmp_path: Path) -> None:
@@ -260,14 +281,16 @@ def test_damaged_files_are_named(lm: le.LanguageModel, tmp_path: Path) -> None:
         sweep(lm, tmp_path / "s")
 
 
-@pytest.mark.parametrize("tiny", [0, 1])
-def test_a_run_that_fails_does_not_stop_the_others(lm: le.LanguageModel, tmp_path: Path, tiny: int) -> None:
-    lambdas = [1e-320, 5.0] if tiny == 0 else [5.0, 1e-320]  # so small that nothing is left of the covariance
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"1 of \d runs failed[\s\S]*lambda_=.*, 5 facts: the keys of"):
-            sweep(lm, tmp_path / "s", grid={"lambda_": lambdas})
+@pytest.mark.parametrize("thresholds", [[1e-9, 0.9], [0.9, 1e-9]])
+def test_a_run_that_fails_does_not_stop_the_others(
+    lm: le.LanguageModel, tmp_path: Path, thresholds: list[float]
+) -> None:
+    alphaedit = le.AlphaEdit(layers=(1, 2), values=VALUES, contexts=CONTEXTS)
+    for _ in range(2):  # no eigenvalue is below the smaller one
+        with pytest.raises(RuntimeError, match=r"1 of \d runs failed[\s\S]*threshold=1e-09, 5 facts: layer 1: "):
+            sweep(lm, tmp_path / "s", {"AlphaEdit": alphaedit}, grid={"threshold": thresholds})
         with (tmp_path / "s" / "runs.csv").open() as file:
-            assert [row["lambda_"] for row in csv.DictReader(file)] == ["", "5.0"]
+            assert [row["threshold"] for row in csv.DictReader(file)] == ["", "0.9"]
     assert (tmp_path / "s" / "sweep.svg").exists()
     assert not lm.weights.owners
 

@@ -67,6 +67,11 @@ class EditedWeights:
         """Names of the edits that are active, oldest first."""
         return list(dict.fromkeys(owner for updates in self._updates.values() for owner, _ in updates))
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose matrices carry updates."""
+        return sorted(self._updates)
+
     def base(self, layer: int) -> Tensor:
         """The unedited matrix of `layer`, [d_out, d_in]."""
         return self._base.get(layer, self._matrix(layer))

@@ -60,7 +60,7 @@ def sweep(
         grid: field of a method -> values, such as {"lambda_": [100.0, 1000.0], "values.lr": [0.1, 0.5]}. Every
             combination is run; a method that lacks a field is run without it.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: see `EditModule`.
+        on_collision: see `EditModule`. The value of merged facts is found in every run.
         progress_bar: show progress and the time left on standard error.
 
     Returns:
@@ -108,7 +108,7 @@ def sweep(
             started = time.perf_counter()
             chosen = facts[: run.facts]
             written = edit(lm, chosen, run.method, covariance, run.facts_per_round, facts_per_chunk, on_collision,
-                           progress_bar, targets)  # fmt: skip
+                           progress_bar, targets=targets)  # fmt: skip
             scoring = time.perf_counter()
             try:
                 scores = evaluate(lm, chosen, progress_bar=progress_bar)

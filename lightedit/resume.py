@@ -1,0 +1,148 @@
+"""A run that outlives its process: every finished round is kept on disk, and the same run goes on after the last."""
+
+import fcntl
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightedit.data.modules import FactsDataModule
+from lightedit.run_folder import ResumeError, Round, check_run, checksum, kept_rounds, start_run
+
+if TYPE_CHECKING:
+    from lightedit.module import EditModule
+
+
+class RoundCheckpoint(Checkpoint):
+    """Keeps every round of an `EditModule`'s fit in a folder, and starts a fit after the rounds that are there.
+
+    A fit that goes on ends with the bits of one that was never stopped, given the same machine. A round that another
+    callback took back is not kept, and a fit that had ended by itself ends again at the same round.
+
+        trainer = Trainer(callbacks=[RoundCheckpoint("edits/first.run")])
+        trainer.fit(module, datamodule=data)  # killed, and started again
+
+    Args:
+        folder: of this run alone; it is made if need be. Delete it once the edit is saved.
+
+    Raises:
+        ResumeError: as a fit starts: the folder holds another run, a file is damaged, or another process is at work
+            in the folder. The model is left as it was.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._lock: int | None = None
+        self._kept = 0
+
+    # By now the module has read contexts and keys from the unedited model, and other callbacks what they need of it:
+    # checkpoint callbacks come last
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("EditModule", pl_module)
+        assert module.edit is not None
+        data = cast(FactsDataModule, getattr(trainer, "datamodule"))  # noqa: B009
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        settings, files = _settings(module, data), kept_rounds(self.folder)
+        self._kept = len(files)
+        if not files:
+            start_run(self.folder, module.edit.id, settings)
+            return
+        module.edit.id = check_run(self.folder, settings)
+        try:
+            for number, file in enumerate(files, 1):
+                round_ = Round.load(file, module.edit.id, number)
+                module.restore_round(round_.updates, round_.facts, round_.keys)
+        except BaseException:
+            if module.edit.is_applied(module.lm):
+                module.edit.revert(module.lm)
+            raise
+        torch.set_rng_state(round_.random)
+        module.seconds.update(round_.seconds)
+        module.edit.provenance["seconds"] = dict(module.seconds)
+        for name, count in round_.tokens.items():
+            setattr(module.tokens, name, count)
+        loop = trainer.fit_loop
+        loop.epoch_progress.increment_by(len(files))
+        # loggers count batches and users optimizer steps; both go on from where they were
+        loop.epoch_loop.on_load_checkpoint(round_.batches)
+        loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(round_.steps)
+        if round_.last:
+            trainer.should_stop = True
+        print(f"continuing after round {len(files)} of {len(data.rounds)}", file=sys.stderr)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("EditModule", pl_module)
+        assert module.edit is not None
+        if len(module.edit.rounds) == self._kept:
+            return
+        self._kept += 1
+        round_ = Round(
+            run=module.edit.id,
+            number=self._kept,
+            facts=module.edit.facts_in_round[-1],
+            last=trainer.should_stop,
+            seconds=dict(module.seconds),
+            tokens=asdict(module.tokens),
+            steps=trainer.global_step,
+            batches=trainer.fit_loop.epoch_loop.on_save_checkpoint(),
+            updates=module.edit.rounds[-1],
+            keys=module.round_keys,
+            random=torch.get_rng_state(),
+        )
+        round_.save(self.folder)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    # The system gives the lock back when the process dies, however it dies
+
+    def _acquire(self) -> None:
+        self._release()
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise ResumeError(
+                f"another process is at work on the run in {self.folder}; let it finish, or choose another folder"
+            ) from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
+    """All that determines a run, under names that its user knows, as JSON gives it back."""
+    lm, edit = module.lm, module.edit
+    assert edit is not None
+    covariance = {str(layer): module.covariance[layer] for layer in module.method.layers}
+    # also layers that carry an earlier edit
+    weights = {str(layer): lm.weight(layer) for layer in sorted({*module.method.layers, *lm.weights.layers})}
+    settings = {
+        **{name: value for name, value in edit.provenance.items() if name != "seconds"},
+        "model": edit.fingerprint,
+        "weights": checksum("", weights),
+        "covariance tensors": checksum("", covariance),
+        "facts": checksum(json.dumps([fact.to_dict() for fact in data.facts]), {}),
+        "facts_per_round": data.facts_per_round,
+        "facts_per_chunk": data.facts_per_chunk,
+        "on_collision": module.on_collision,
+        "collision_similarity": module.collision_similarity,
+        "max_tokens": module.max_tokens,
+        "device": lm.device.type,
+        "threads": torch.get_num_threads(),
+    }
+    return cast(dict[str, Any], json.loads(json.dumps(settings)))

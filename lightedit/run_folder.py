@@ -1,0 +1,209 @@
+"""The files of a run that can be continued.
+
+`run.json` names all that determines the run, and for each finished round there is one file such as
+`round-0001.safetensors` with its updates and keys. Files are only added, each whole or not at all, so a process may be
+killed at any moment and a checkpoint costs the same after a thousand rounds as after one.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lightedit.lm.weights import LowRankUpdate
+
+_FORMAT = 1
+_RUN = "run.json"
+_ROUNDS = "round-*.safetensors"
+_TENSORS = ("updates", "keys", "random")
+_ANEW = (
+    "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart true)"
+)
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from its folder; the message names the file or setting and the way out."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One finished round, and what a process needs to go on after it.
+
+    Attributes:
+        run: id of the run's edit.
+        number: of the round, from 1.
+        facts: facts in the round.
+        last: whether the fit ended with it.
+        seconds: of the run so far, by step.
+        tokens: of the run so far, by kind.
+        steps: optimizer steps of the run so far.
+        batches: the trainer's count of batches.
+        updates: layer -> update.
+        keys: layer -> keys, [d_in, B] float64.
+        random: state of torch's random numbers on the CPU after the round.
+    """
+
+    run: str
+    number: int
+    facts: int
+    last: bool
+    seconds: dict[str, float]
+    tokens: dict[str, int]
+    steps: int
+    batches: dict[str, int]
+    updates: dict[int, LowRankUpdate]
+    keys: dict[int, Tensor]
+    random: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write the round's file into `folder`."""
+        tensors = {"random": self.random}
+        for layer, update in self.updates.items():
+            tensors |= {f"{layer}.left": update.left, f"{layer}.right": update.right}
+        # as rows: a round reads its keys row by row, and another memory layout may change the order of sums
+        tensors |= {f"{layer}.keys": keys.T for layer, keys in self.keys.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        record = json.dumps({name: value for name, value in vars(self).items() if name not in _TENSORS})
+        content = save_tensors(tensors, {"record": record, "sha256": checksum(record, tensors)})
+        _write(_round_file(folder, self.number), content)
+
+    @classmethod
+    def load(cls, file: Path, run: str, number: int) -> Self:
+        """Read round `number` of `run` and check that it is whole.
+
+        Raises:
+            ResumeError: it is damaged, or of another run.
+        """
+        way_out = "delete it and the rounds after it to repeat them"
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                # copies, because views into the file may be unaligned, which changes sums' order
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            if metadata["sha256"] != checksum(metadata["record"], tensors):
+                raise ValueError("its checksum is wrong")
+            record = json.loads(metadata["record"])
+        except (SafetensorError, ValueError, LookupError) as error:
+            raise ResumeError(f"{file} is truncated or was altered ({error}); {way_out}") from error
+        if (record["run"], record["number"]) != (run, number):
+            raise ResumeError(
+                f"{file} is round {record['number']} of run {record['run']}, not round {number} of {run}; {way_out}"
+            )
+        layers = sorted(int(name.removesuffix(".left")) for name in tensors if name.endswith(".left"))
+        return cls(
+            **record,
+            updates={layer: LowRankUpdate(tensors[f"{layer}.left"], tensors[f"{layer}.right"]) for layer in layers},
+            keys={layer: tensors[f"{layer}.keys"].T for layer in layers},
+            random=tensors["random"],
+        )
+
+
+def kept_rounds(folder: Path) -> list[Path]:
+    """The files of the finished rounds in a run's folder, in order; none if there is no such folder.
+
+    Raises:
+        ResumeError: a file is missing between others.
+    """
+    files = sorted(folder.glob(_ROUNDS), key=lambda file: (len(file.name), file.name))
+    for number, file in enumerate(files, 1):
+        if file != _round_file(folder, number):
+            raise ResumeError(
+                f"{_round_file(folder, number)} is missing, but {file.name} is there; restore it, or delete the "
+                "rounds after it to repeat them"
+            )
+    return files
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's files, and their folder unless it holds anything else."""
+    for pattern in (_ROUNDS, _RUN, ".*.tmp"):
+        # the last round first, so that what a kill leaves is a run that can go on
+        for file in sorted(folder.glob(pattern), reverse=True):
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def start_run(folder: Path, id_: str, settings: dict[str, Any]) -> None:
+    """Write `run.json` for a run without finished rounds."""
+    run = {"format": _FORMAT, "id": id_, "settings": settings}
+    _write(folder / _RUN, (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def check_run(folder: Path, settings: dict[str, Any]) -> str:
+    """The id of the run in `folder`, which must have these settings.
+
+    Raises:
+        ResumeError: `run.json` is missing, damaged or of another format, or a setting differs; names what differs.
+    """
+    file = folder / _RUN
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        known, id_, format_ = run["settings"], run["id"], run["format"]
+        if not isinstance(id_, str):
+            raise TypeError(f"id {id_!r}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ResumeError(
+            f"{file} is missing or damaged ({type(error).__name__}: {error}), so the rounds beside it cannot be "
+            f"continued; {_ANEW}"
+        ) from error
+    if format_ != _FORMAT:
+        raise ResumeError(f"{file} has format {format_}, this version continues {_FORMAT}; {_ANEW}")
+    if differences := _differences(known, settings):
+        raise ResumeError(
+            f"{folder} holds another run, which differs in {', '.join(differences)}; to continue that run give its "
+            f"settings, else {_ANEW}"
+        )
+    return id_
+
+
+def _differences(known: Any, now: Any, name: str = "") -> list[str]:
+    """Names of the settings that differ, with their values where these are short."""
+    if known == now:
+        return []
+    if isinstance(known, dict) and isinstance(now, dict):
+        return [
+            difference
+            for key in dict.fromkeys([*known, *now])
+            for difference in _differences(known.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    values = f" ({known!r} there, {now!r} now)"
+    return [name + (values if len(values) < 60 else "")]
+
+
+def _round_file(folder: Path, number: int) -> Path:
+    return folder / _ROUNDS.replace("*", f"{number:04}")
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and onto the disk before returning."""
+    unfinished = file.with_name(f".{file.name}.tmp")  # the same after a kill, so what it left is overwritten
+    try:
+        with unfinished.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
