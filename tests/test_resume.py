@@ -400,14 +400,16 @@ def run(lm: le.LanguageModel, folder: Path | None) -> le.Edit:
     return le.edit(lm, FACTS, METHOD, covariance_of(lm), facts_per_round=2, progress_bar=False, checkpoint=folder)
 
 
-def test_edit_interrupted_in_the_second_round_goes_on(
-    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# The solves are the collision check of each round, then one a layer
+@pytest.mark.parametrize(("solves", "rounds"), [(1, 0), (ROUNDS + 4, 1)])
+def test_edit_goes_on_after_ctrl_c(
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solves: int, rounds: int
 ) -> None:
     solve, calls = Preservation.solve, []
 
     def interrupt(self, keys):
         calls.append(keys)
-        if len(calls) == ROUNDS + 4:  # after the collision check of each round, the first round and one layer more
+        if len(calls) == solves:
             raise KeyboardInterrupt
         return solve(self, keys)
 
@@ -417,7 +419,7 @@ def test_edit_interrupted_in_the_second_round_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run(lm, tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert len(kept_rounds(tmp_path)) == 1
+    assert len(kept_rounds(tmp_path)) == rounds
     assert not lm.weights.owners  # the caller keeps the unedited model
     assert_same(lm, run(lm, tmp_path), *uninterrupted)
 
