@@ -7,17 +7,22 @@ from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
 from lightedit.evaluate import Evaluation, evaluate
 from lightedit.lm import LanguageModel
-from lightedit.methods import MEMIT, ROME, Method
+from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule, edit
 from lightedit.resume import RoundCheckpoint
 from lightedit.run_folder import ResumeError
+from lightedit.stopping import KLBelow, MostProbable
 from lightedit.values import ValueSettings
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMMET",
+    "ENCORE",
     "MEMIT",
+    "PMET",
     "ROME",
+    "AlphaEdit",
     "Covariance",
     "CovarianceError",
     "Edit",
@@ -27,8 +32,10 @@ __all__ = [
     "Fact",
     "FactError",
     "FactsDataModule",
+    "KLBelow",
     "LanguageModel",
     "Method",
+    "MostProbable",
     "ResumeError",
     "RoundCheckpoint",
     "ValueSettings",

@@ -76,14 +76,16 @@ def edit(
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: CounterFact, zsRE or JSON lines.
-        method: ROME or MEMIT, with its settings as method.layers, method.lambda_, method.values.lr and so on.
+        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
+            method.values.lr and so on.
         out: folder for the edit.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
             from the model's own writing and kept in the cache.
         limit: take the first facts only.
         facts_per_round: facts written together; by default all, or as many as the method takes.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: whether facts of one round with nearly equal keys are refused (error) or written (keep).
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
         evaluate: score the model before and after.
         overwrite: replace an edit that is in the folder already.
         restart: throw away the rounds that an interrupted run has kept.

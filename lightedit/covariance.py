@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,13 @@ class Covariance:
     Attributes:
         moments: layer -> E[k kᵀ], [d_in, d_in] float32, on the CPU.
         provenance: where they come from.
+        folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
     """
 
     moments: dict[int, Tensor]
     provenance: Provenance
+    folder: Path | None = None
+    _eigen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __getitem__(self, layer: int) -> Tensor:
         """E[k kᵀ] of `layer`, [d_in, d_in]."""
@@ -144,6 +147,24 @@ class Covariance:
                 f"the covariance has no layer {layer}, only {sorted(self.moments)}; estimate it for the layers to edit"
             )
         return self.moments[layer]
+
+    def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a layer's moment, in float64.
+
+        Computed once, and kept beside the covariance where that is on disk.
+        """
+        if layer not in self._eigen:
+            digest = hashlib.sha256(self[layer].contiguous().numpy().tobytes()).hexdigest()
+            file = None if self.folder is None else self.folder / f"eigen.{layer}.safetensors"
+            if file is None or (found := _read_eigen(file, digest)) is None:
+                values, vectors = torch.linalg.eigh(self[layer].double())
+                found = values, vectors.contiguous()
+                if file is not None:
+                    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+                    save_file({"values": found[0], "vectors": found[1]}, unfinished, metadata={"moment": digest})
+                    os.replace(unfinished, file)
+            self._eigen[layer] = found
+        return self._eigen[layer]
 
     def check(self, lm: LanguageModel, layers: Sequence[int]) -> None:
         """Make sure that `layers` of `lm` can be edited with this covariance.
@@ -210,7 +231,7 @@ class Covariance:
             raise CovarianceError(
                 f"{file} is damaged or not a covariance ({type(error).__name__}: {error}); delete it and estimate anew"
             ) from error
-        return cls(dict(sorted(moments.items())), provenance)
+        return cls(dict(sorted(moments.items())), provenance, file.parent)
 
     @classmethod
     def from_npz(cls, files: Mapping[int, str | Path] | str | Path, model: str = "unknown") -> "Covariance":
@@ -240,6 +261,17 @@ class Covariance:
             counts.append(count)
         corpus = f"published statistics, {Path(next(iter(files.values()))).parent.name}"
         return cls(moments, Provenance(model, None, corpus, min(counts), None, "float32"))
+
+
+def _read_eigen(file: Path, digest: str) -> tuple[Tensor, Tensor] | None:
+    """The decomposition kept in `file`, unless there is none, it is damaged, or it is of another moment."""
+    try:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("moment") == digest:
+                return opened.get_tensor("values").clone(), opened.get_tensor("vectors").clone()
+    except (FileNotFoundError, SafetensorError):
+        pass
+    return None
 
 
 def _published_files(folder: Path) -> dict[int, Path]:
@@ -349,7 +381,7 @@ def estimate_covariance(
     )
     if folder is not None:
         covariance.save(folder)
-    return covariance
+    return replace(covariance, folder=folder)
 
 
 def covariance_folder(

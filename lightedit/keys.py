@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightedit.data.prompts import FactPrompts
 from lightedit.lm import LanguageModel
@@ -21,7 +21,6 @@ class KeyWalk:
     Args:
         lm: the language model, under its weights of the moment.
         prompts: B facts.
-        key_weights: the weight of each context in a fact's averaged key.
         layer: the first edited layer.
         max_tokens: tokens of one forward pass at most.
     """
@@ -31,68 +30,62 @@ class KeyWalk:
         self,
         lm: LanguageModel,
         prompts: Sequence[FactPrompts],
-        key_weights: Sequence[float],
         layer: int,
         max_tokens: int = 4096,
     ) -> None:
         self.lm, self.count, self.layer = lm, len(prompts), layer
-        self._groups: list[tuple[Batch, Tensor, Tensor, bool]] = []  # batch, fact index [r], key weight [r], bare?
+        # batch, fact index [r], weight in the averaged key [r], weight among the bare prompts [r]
+        self._groups: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
-        bare = [(i, fact.rows[0], key_weights[0]) for i, fact in enumerate(prompts)]
-        others = [
-            (i, row, weight)
+        rows = [
+            (i, row, weight, (number in fact.bare) / len(fact.bare))
             for i, fact in enumerate(prompts)
-            for row, weight in zip(fact.rows[1:], key_weights[1:], strict=True)
+            for number, (row, weight) in enumerate(zip(fact.rows, fact.key_weights, strict=True))
         ]
-        for rows in (bare, others):
-            for group in by_length([row.lookup + 1 for _, row, _ in rows], max_tokens):
-                batch = pad([rows[j][1].ids[: rows[j][1].lookup + 1] for j in group], lm.pad_id)
-                facts = torch.tensor([rows[j][0] for j in group])
-                weights = torch.tensor([rows[j][2] for j in group], dtype=torch.float64)
-                self._groups.append((batch, facts, weights, rows is bare))
+        bare, others = [row for row in rows if row[3]], [row for row in rows if not row[3]]
+        for part in (bare, others):
+            for group in by_length([row.lookup + 1 for _, row, *_ in part], max_tokens):
+                batch = pad([part[j][1].ids[: part[j][1].lookup + 1] for j in group], lm.pad_id)
+                facts = torch.tensor([part[j][0] for j in group])
+                weights = torch.tensor([part[j][2:] for j in group], dtype=torch.float64)
+                self._groups.append((batch, facts, weights[:, 0], weights[:, 1]))
                 with capture({0: lm.blocks[layer]}, len(group), inputs=True) as states, stop_after(lm.blocks[layer]):
                     lm.forward(batch)
                 self._hidden.append(states[0])
 
-    @torch.no_grad()
-    def keys(self) -> Tensor:
-        """K: the averaged inputs of the present layer's MLP output matrix, [d_in, B] float64."""
-        module = self.lm.mlp_output(self.layer)
-        total: Tensor | None = None
-        for (batch, facts, weights, _), hidden in zip(self._groups, self._hidden, strict=True):
-            with (
-                capture({0: module}, len(batch.ids), _last(batch), inputs=True) as states,
-                stop_after(module),
-                self.lm.starting_at(self.layer, hidden),
-            ):
-                self.lm.forward(batch)
-            states_ = states[0].double()
-            if total is None:
-                total = states_.new_zeros(self.count, states_.shape[1])
-            total.index_add_(0, facts.to(states_.device), states_ * weights.to(states_.device)[:, None])
-        assert total is not None
-        return total.T
+    def keys(self, bare: bool = False) -> Tensor:
+        """K: the averaged inputs of the present layer's MLP output matrix, [d_in, B] float64.
 
-    @torch.no_grad()
+        Args:
+            bare: average over the bare prompts alone.
+        """
+        return self._mean(self.lm.mlp_output(self.layer), inputs=True, bare=bare)
+
     def present(self, layer: int, site: Site = "block") -> Tensor:
         """The site's activation at `layer` on the bare prompts, under the weights of the moment, [d, B] float64."""
         module = self.lm.blocks[layer] if site == "block" else self.lm.mlp_output(layer)
-        result: Tensor | None = None
-        for (batch, facts, _, bare), hidden in zip(self._groups, self._hidden, strict=True):
-            if not bare:
+        return self._mean(module, inputs=False, bare=True)
+
+    @torch.no_grad()
+    def _mean(self, module: nn.Module, inputs: bool, bare: bool) -> Tensor:
+        """Each fact's mean of what enters or leaves `module` at the subject's last token, [width, B] float64."""
+        total: Tensor | None = None
+        for (batch, facts, averaged, of_bare), hidden in zip(self._groups, self._hidden, strict=True):
+            weights = of_bare if bare else averaged
+            if not weights.any():
                 continue
             with (
-                capture({0: module}, len(batch.ids), _last(batch)) as states,
+                capture({0: module}, len(batch.ids), _last(batch), inputs=inputs) as states,
                 stop_after(module),
                 self.lm.starting_at(self.layer, hidden),
             ):
                 self.lm.forward(batch)
             state = states[0].double()
-            if result is None:
-                result = state.new_empty(self.count, state.shape[1])
-            result[facts.to(state.device)] = state
-        assert result is not None
-        return result.T
+            if total is None:
+                total = state.new_zeros(self.count, state.shape[1])
+            total.index_add_(0, facts.to(state.device), state * weights.to(state.device)[:, None])
+        assert total is not None
+        return total.T
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
-from lightedit.data.prompts import tokenize_facts
+from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
 from lightedit.edit import Edit
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
@@ -24,10 +24,10 @@ from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.progress import progress, quiet_lightning
 from lightedit.resume import RoundCheckpoint
-from lightedit.update import Preservation, key_similarity, write_facts
+from lightedit.update import Preservation, key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
-OnCollision = Literal["error", "keep"]
+OnCollision = Literal["error", "merge", "keep"]
 
 
 class EditModule(LightningModule):
@@ -43,16 +43,17 @@ class EditModule(LightningModule):
         method: what to run.
         covariance: second moments of the keys at the method's layers.
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "error" refuses them before work starts, "keep" writes them all the same.
+            subject: "error" refuses them before work starts, "merge" gives them one key and finds one value that
+            serves the texts of all, "keep" writes each by itself all the same.
         collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
             subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
+        round_keys: layer -> the keys of the round written last, [d_in, B].
         tokens: tokens that the value optimisation computed.
         seconds: time spent in "values" and "update".
-        round_keys: for each layer the keys of the round written last, [d_in, B] float64.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class EditModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if on_collision not in ("error", "keep"):
-            raise ValueError(f"on_collision is 'error' or 'keep', got {on_collision!r}")
+        if on_collision not in ("error", "merge", "keep"):
+            raise ValueError(f"on_collision is 'error', 'merge' or 'keep', got {on_collision!r}")
         self.lm, self.method, self.covariance = lm, method, covariance
         self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
         self.edit: Edit | None = None
+        self.round_keys: dict[int, Tensor] = {}
         self.tokens = TokenCount()
         self.seconds = {"values": 0.0, "update": 0.0}
-        self.round_keys: dict[int, Tensor] = {}
         # Stands in for the δ of the chunk at hand, which is exchanged in the optimizer's parameter group
         self.delta = nn.Parameter(torch.zeros(1))
         self._search: ValueOptimization | None = None
@@ -98,8 +99,9 @@ class EditModule(LightningModule):
         self._rounds = data.rounds
         self._preservation = self._factor()
         self._contexts = self.method.contexts.sample(self.lm)
-        self._prompts = tokenize_facts(self.lm.tokenizer, data.facts, self._contexts)
-        self._check_collisions(data.facts)
+        # None stands for a fact that was merged into an earlier one
+        self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
+        self._resolve_collisions(data.facts)
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
@@ -117,30 +119,39 @@ class EditModule(LightningModule):
         factors = {}
         for layer in self.method.layers:
             try:
-                factors[layer] = self.method.preservation(self.covariance[layer].to(self.lm.weight(layer).device))
+                factors[layer] = self.method.preservation(self.covariance, layer).to(self.lm.weight(layer).device)
             except ValueError as error:
                 raise CovarianceError(f"layer {layer}: {error}") from error
         return factors
 
-    def _check_collisions(self, facts: Sequence[Fact]) -> None:
+    def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
         # Nothing upstream of the first edited matrix ever changes, so its keys can be read for all rounds at once
         layer = self.method.layers[0]
-        keys = KeyWalk(self.lm, self._prompts, self._contexts.key_weights, layer).keys()
+        prompts = [prompt for prompt in self._prompts if prompt is not None]
+        keys = KeyWalk(self.lm, prompts, layer).keys()
         if not torch.isfinite(keys).all():
             raise FloatingPointError(f"keys at layer {layer} hold NaN or infinity; load the model in float32")
         if self.on_collision == "keep":
             return
         for round_ in self._rounds:
             similarity = key_similarity(self._preservation[layer], keys[:, round_]).triu(1)
-            if (highest := similarity.max()) >= self.collision_similarity:
-                first, second = divmod(int(similarity.argmax()), len(round_))
-                one, other = facts[round_[first]], facts[round_[second]]
-                raise FactError(
-                    f"the keys of {one.text!r} -> {one.target_new!r} (fact {round_[first]}) and {other.text!r} -> "
-                    f"{other.target_new!r} (fact {round_[second]}) collide: their cosine is {highest:.3f} at layer "
-                    f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
-                    "(facts_per_round), leave one out, or pass on_collision='keep'"
-                )
+            if (highest := similarity.max()) < self.collision_similarity:
+                continue
+            if self.on_collision == "merge":
+                for group in _groups(similarity >= self.collision_similarity):
+                    members = [round_[i] for i in group]
+                    merged = merge_prompts([prompts[member] for member in members])
+                    for member in members:
+                        self._prompts[member] = merged if member == members[0] else None
+                continue
+            first, second = divmod(int(similarity.argmax()), len(round_))
+            one, other = facts[round_[first]], facts[round_[second]]
+            raise FactError(
+                f"the keys of {one.text!r} -> {one.target_new!r} (fact {round_[first]}) and {other.text!r} -> "
+                f"{other.target_new!r} (fact {round_[second]}) collide: their cosine is {highest:.3f} at layer "
+                f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
+                "(facts_per_round), leave one out, or pass on_collision='merge' or 'keep'"
+            )
 
     def configure_optimizers(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.delta], lr=self.method.values.lr)
@@ -155,7 +166,9 @@ class EditModule(LightningModule):
         if chunk is not self._chunk:
             self._start(chunk, optimizer.optimizer)
         search = self._search
-        assert search is not None
+        if search is None:  # all of its facts were merged into others
+            chunk.finished = True
+            return
         if not search.done:
             losses = search.backward()
             optimizer.step()
@@ -171,9 +184,14 @@ class EditModule(LightningModule):
 
     def _start(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> None:
         self._chunk = chunk
+        self._search = None
+        prompts = {index: prompt for index in chunk.indices if (prompt := self._prompts[index]) is not None}
+        if not prompts:
+            return
+        self._searched = list(prompts)
         self._search = ValueOptimization(
             self.lm,
-            [self._prompts[index] for index in chunk.indices],
+            list(prompts.values()),
             self.method.value_layer,
             self.method.site,
             self.method.values,
@@ -185,7 +203,7 @@ class EditModule(LightningModule):
     def _finish(self, chunk: Chunk, search: ValueOptimization) -> None:
         chunk.finished = True
         values = search.values()
-        self._targets.update(zip(chunk.indices, values.targets.double(), strict=True))
+        self._targets.update(zip(self._searched, values.targets.double(), strict=True))
         self.tokens += search.tokens
         self._search = self._chunk = None
 
@@ -207,18 +225,20 @@ class EditModule(LightningModule):
         """Write one round of facts; on any failure none of it stays."""
         assert self.edit is not None
         started = time.perf_counter()
-        prompts = [self._prompts[index] for index in indices]
-        targets = torch.stack([self._targets[index] for index in indices]).T
+        prompts = {index: prompt for index in indices if (prompt := self._prompts[index]) is not None}
+        units = list(prompts.values())
+        targets = torch.stack([self._targets[index] for index in prompts]).T
         owner = self.edit.owner(len(self.edit.rounds))
+        updates, self.round_keys = {}, {}
         try:
-            written = list(
-                write_facts(self.lm, self.method, self._preservation, prompts, self._contexts, targets, owner)
-            )
+            for layer, update, keys in write_facts(self.lm, self.method, self._preservation, units, targets, owner):
+                updates[layer], self.round_keys[layer] = update, keys
         except BaseException:
             self.lm.weights.remove([owner])
             raise
-        updates = {layer: update for layer, update, _ in written}
-        self.round_keys = {layer: keys for layer, _, keys in written}
+        if self.method.reads_keys_after_writing:
+            self.round_keys = read_keys(self.lm, self.method, units)
+        self._remember(self.round_keys)
         self.edit.rounds.append(updates)
         self.edit.facts_in_round.append(len(indices))
         self.seconds["update"] += time.perf_counter() - started
@@ -226,6 +246,11 @@ class EditModule(LightningModule):
         self._targets.clear()
         for layer, update in updates.items():
             self.log(f"update_norm/layer_{layer}", update.norm(), batch_size=len(indices))
+
+    def _remember(self, keys: dict[int, Tensor]) -> None:
+        if self.method.keeps_past_keys:
+            for layer, of_layer in keys.items():
+                self._preservation[layer].remember(of_layer)
 
     def restore_round(self, updates: dict[int, LowRankUpdate], facts: int, keys: dict[int, Tensor]) -> None:
         """Write a round again that an earlier process found; call it once a round, in their order, as a fit starts.
@@ -245,6 +270,7 @@ class EditModule(LightningModule):
             self.edit.rounds[-1][layer] = update
         self.edit.facts_in_round.append(facts)
         self.round_keys = keys
+        self._remember(keys)
 
     def on_train_epoch_end(self) -> None:
         if self.current_epoch + 1 >= len(self._rounds):
@@ -259,6 +285,22 @@ class EditModule(LightningModule):
         scores = {name: value for name, value in self._metrics.compute().items() if not torch.isnan(value)}
         self.log_dict(scores, prog_bar=True)
         self._metrics.reset()
+
+
+def _groups(linked: Tensor) -> list[list[int]]:
+    """Connected components of more than one member in a [n, n] relation, each ascending."""
+    linked = linked | linked.T
+    left = set(linked.any(1).nonzero().flatten().tolist())
+    groups = []
+    while left:
+        group: set[int] = set()
+        border = {min(left)}
+        while border:
+            group |= border
+            border = {j for i in border for j in linked[i].nonzero().flatten().tolist()} - group
+        left -= group
+        groups.append(sorted(group))
+    return groups
 
 
 class _Progress(Callback):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightedit.data.prompts import Contexts, FactPrompts
+from lightedit.data.prompts import FactPrompts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel
 from lightedit.lm.weights import LowRankUpdate
@@ -26,32 +26,92 @@ if TYPE_CHECKING:
     from lightedit.methods import Method
 
 
+_FOLD = 1 / 3  # past keys beyond this share of the matrix's size are folded into its factor
+
+
 class Preservation:
     """The term A that keeps a matrix's outputs on everything else, factored once in float64.
 
     Args:
-        matrix: A, [d_in, d_in], symmetric positive definite.
+        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within it, [r, r].
+        basis: U [d_in, r], orthonormal: changes stay within its span, A⁻¹ = U matrix⁻¹ Uᵀ. None is the whole space.
 
     Raises:
         ValueError: A is not positive definite.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        self._factor, failed = torch.linalg.cholesky_ex(matrix.double())
-        if failed:
-            raise ValueError(
-                f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "
-                "estimate the covariance from more tokens, at least 10 per input dimension"
-            )
+    def __init__(self, matrix: Tensor, basis: Tensor | None = None) -> None:
+        self._basis = basis
+        self._factor = _cholesky(matrix)
+        self._past = self._solved = matrix.new_empty(matrix.shape[0], 0, dtype=torch.float64)
+        self._gram_factor = matrix.new_empty(0, 0, dtype=torch.float64)
 
     @classmethod
-    def from_covariance(cls, covariance: Tensor, scale: float = 1.0) -> "Preservation":
-        """A = scale * C0, with C0 the mean second moment of the keys, [d_in, d_in]."""
-        return cls(scale * covariance.double())
+    def from_covariance(cls, covariance: Tensor, scale: float = 1.0, ridge: float = 0.0) -> "Preservation":
+        """A = scale * C0 + ridge * I, with C0 the mean second moment of the keys, [d_in, d_in]."""
+        matrix = scale * covariance.double()
+        matrix.diagonal().add_(ridge)
+        return cls(matrix)
+
+    @classmethod
+    def from_null_space(
+        cls, eigenvalues: Tensor, eigenvectors: Tensor, threshold: float, ridge: float
+    ) -> "Preservation":
+        """A⁻¹ = P / ridge, P projecting on the eigenvectors [d_in, d_in] whose eigenvalue [d_in] is below `threshold`.
+
+        Raises:
+            ValueError: no eigenvalue is below the threshold.
+        """
+        basis = eigenvectors[:, eigenvalues < threshold].double()
+        if not basis.shape[1]:
+            raise ValueError(
+                f"no eigenvalue of the covariance is below {threshold:g}: they go from {float(eigenvalues.min()):.2g} "
+                f"to {float(eigenvalues.max()):.2g}; raise the threshold, or make it relative"
+            )
+        return cls(ridge * torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device), basis)
+
+    def to(self, device: torch.device) -> "Preservation":
+        """Itself, on `device`; before it remembers keys."""
+        self._factor, self._past = self._factor.to(device), self._past.to(device)
+        self._solved, self._gram_factor = self._past, self._gram_factor.to(device)
+        self._basis = None if self._basis is None else self._basis.to(device)
+        return self
 
     def solve(self, keys: Tensor) -> Tensor:
-        """A⁻¹ K for K [d_in, B], in float64."""
-        return torch.cholesky_solve(keys.to(self._factor), self._factor)
+        """(A + Kp Kpᵀ)⁻¹ K for K [d_in, B] and the past keys Kp, in float64."""
+        keys = self._within(keys)
+        solved = torch.cholesky_solve(keys, self._factor)
+        if self._past.shape[1]:  # Woodbury: the factor of A stays as it is
+            solved -= self._solved @ torch.cholesky_solve(self._past.T @ solved, self._gram_factor)
+        return solved if self._basis is None else self._basis @ solved
+
+    def remember(self, keys: Tensor) -> None:
+        """Preserve the outputs at `keys` [d_in, B] as well from now on: A grows by K Kᵀ."""
+        keys = self._within(keys)
+        self._past = torch.cat([self._past, keys], dim=1)
+        if self._past.shape[1] > _FOLD * len(self._factor):
+            lower = self._factor.tril()
+            self._factor = _cholesky(lower @ lower.T + self._past @ self._past.T)
+            self._past = self._solved = self._past[:, :0]
+            return
+        self._solved = torch.cat([self._solved, torch.cholesky_solve(keys, self._factor)], dim=1)
+        gram = self._past.T @ self._solved
+        gram.diagonal().add_(1.0)
+        self._gram_factor = _cholesky(gram)
+
+    def _within(self, keys: Tensor) -> Tensor:
+        keys = keys.to(self._factor)
+        return keys if self._basis is None else self._basis.T @ keys
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix.double())
+    if failed:
+        raise ValueError(
+            f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "
+            "estimate the covariance from more tokens, at least 10 per input dimension"
+        )
+    return factor
 
 
 # Share of a key's squared length that must not be in the span of other keys, well above float64's rounding
@@ -102,7 +162,6 @@ def write_facts(
     method: "Method",
     preservation: dict[int, Preservation],
     prompts: Sequence[FactPrompts],
-    contexts: Contexts,
     targets: Tensor,
     owner: str,
 ) -> Iterator[tuple[int, LowRankUpdate, Tensor]]:
@@ -113,7 +172,6 @@ def write_facts(
         method: the method.
         preservation: A of each edited layer, factored.
         prompts: B facts.
-        contexts: the contexts of the keys.
         targets: v at the method's site in its value layer, [d, B] float64.
         owner: name of the round's updates in the model's weights.
 
@@ -123,36 +181,32 @@ def write_facts(
     Raises:
         FloatingPointError: an update holds NaN or infinity; it is not written.
     """
-    walk = KeyWalk(lm, prompts, contexts.key_weights, method.layers[0])
+    walk = KeyWalk(lm, prompts, method.layers[0])
     for layer in method.layers:
         if layer != walk.layer:
             walk.advance(layer)
-        keys = walk.keys()
-        if method.site == "mlp":
-            residuals = targets - lm.mlp_values(layer, keys)
-        else:
-            residuals = _before_norm(walk, targets - walk.present(method.value_layer))
+        keys = method.keys(walk)
+        residuals = method.spread(layer) * method.residuals(walk, keys, targets)
         _check_finite(layer, keys, residuals)
-        update = low_rank_update(preservation[layer], keys, method.spread(layer) * residuals, method.gamma)
+        update = method.update(preservation[layer], keys, residuals, walk)
         _check_finite(layer, update.left, update.right)
         update = update.to(lm.weight(layer).device, torch.promote_types(lm.dtype, torch.float32))
         lm.weights.add(owner, layer, update)
         yield layer, update, keys
 
 
+@torch.no_grad()
+def read_keys(lm: LanguageModel, method: "Method", prompts: Sequence[FactPrompts]) -> dict[int, Tensor]:
+    """The keys [d_in, B] of every edited layer under the weights of the moment."""
+    walk = KeyWalk(lm, prompts, method.layers[0])
+    keys = {}
+    for layer in method.layers:
+        if layer != walk.layer:
+            walk.advance(layer)
+        keys[layer] = method.keys(walk)
+    return keys
+
+
 def _check_finite(layer: int, *tensors: Tensor) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise FloatingPointError(f"the update of layer {layer} holds NaN or infinity; load the model in float32")
-
-
-def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
-    """Carry residuals of the residual stream [d, B] back to the MLP's output, through the norm between them, if any.
-
-    An RMS norm y = g m / rms(m) is inverted at the present rms(m), which is exact but for the change of that scale.
-    """
-    norm = walk.lm.mlp_norm(walk.layer)
-    if norm is None:
-        return residuals
-    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=residuals.device)).double().T
-    rms = walk.present(walk.layer, "mlp").square().mean(0).sqrt()
-    return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)

@@ -6,7 +6,8 @@ tokens before the subject's last one live on as a prefix cache, and the blocks u
 output of the last of them. The LM head is applied at target positions only. All of this is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -21,8 +22,9 @@ from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.packed import Span
 from lightedit.lm.prefix import PrefixCache
 from lightedit.ops import target_nll_kl
+from lightedit.stopping import Evaluated, KLBelow, MostProbable
 
-Site = Literal["block", "mlp"]
+Site = Literal["block", "mlp", "attention+mlp"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ValueSettings:
         kl_factor: weight of KL(edited || unedited) at the subject's last token of "{subject} is a".
         weight_decay: weight of ||δ|| / ||h0||² (the norm of δ is not squared).
         loss_threshold: a fact is done once its loss is below this.
+        stopping: a further rule that ends a fact; none by default.
     """
 
     lr: float = 0.5
@@ -44,6 +47,7 @@ class ValueSettings:
     kl_factor: float = 0.0625
     weight_decay: float = 0.5
     loss_threshold: float = 0.05
+    stopping: MostProbable | KLBelow | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.steps < 1 or self.clamp_norm_factor <= 0:
@@ -59,6 +63,7 @@ class Values:
     Attributes:
         targets: v = h0 + δ, [B, d].
         initial: h0, the site's activation before the edit, [B, d].
+        attention: the attention output's v, [B, d], where the site holds it; then the others are the MLP output's.
         steps: Adam steps taken, [B].
         losses: each fact's last evaluated loss, [B].
     """
@@ -67,6 +72,7 @@ class Values:
     initial: Tensor
     steps: Tensor
     losses: Tensor
+    attention: Tensor | None = None
 
 
 @dataclass
@@ -93,9 +99,10 @@ class _Rows:
 
     batch: Batch  # ids and positions [rows, suffix], mask [rows, prefix + suffix]
     cache: PrefixCache | None
-    hidden: Tensor  # output of the edited block, [rows, suffix, d]
+    hidden: Tensor  # output of the edited block, [rows, suffix, d]; its input where δ is added inside of it
     mlp: Tensor | None  # MLP output at the subject's last token, [rows, d], where a norm follows it
     fact: Tensor  # index of each row's fact, [rows]
+    context: Tensor  # index of each row's context in its fact, [rows]
     at: tuple[Tensor, Tensor]  # rows and positions where the head is read, [n] each: m targets, then the KL term's
     targets: Tensor  # target ids, [m]
     weight: Tensor  # weight of each read position in its fact's loss, [n]
@@ -111,6 +118,7 @@ class _Rows:
             self.hidden[index],
             None if self.mlp is None else self.mlp[index],
             self.fact[index],
+            self.context[index],
             (renumber[self.at[0][read]], self.at[1][read]),
             self.targets[read[: len(self.targets)].to(self.targets.device)],
             self.weight[read],
@@ -127,12 +135,13 @@ class ValueOptimization:
         lm: the language model.
         prompts: the facts' token rows.
         layer: the block at or in which δ is added.
-        site: "block" adds δ to the block's output, "mlp" to the output of its MLP.
+        site: "block" adds δ to the block's output, "mlp" to the output of its MLP, "attention+mlp" one δ each to the
+            outputs of its attention and of its MLP.
         settings: see `ValueSettings`.
         max_tokens: suffix tokens of one forward and backward pass at most; bounds memory.
 
     Attributes:
-        delta: the parameter, [facts, d], float32 or better.
+        delta: the parameter, [facts, d], float32 or better; [facts, 2 d] for two sites.
         active: which facts are still optimised, [facts].
         tokens: how many suffix tokens were computed so far.
     """
@@ -148,20 +157,26 @@ class ValueOptimization:
     ) -> None:
         self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
         self.tokens = TokenCount()
-        rows = [(index, row) for index, fact in enumerate(prompts) for row in (*fact.rows, fact.subject)]
+        rows = [
+            (index, context, row)
+            for index, fact in enumerate(prompts)
+            for context, row in enumerate((*fact.rows, fact.subject))
+        ]
         initial: dict[int, Tensor] = {}
         self._rows = []
         self._max_tokens = max_tokens
-        prefixes = lm.prefix_cache([row.ids[: row.lookup] for _, row in rows])
+        prefixes = lm.prefix_cache([row.ids[: row.lookup] for _, _, row in rows])
         pass_cost = 0 if lm.architecture.packs else PASS_COST  # packed rectangles share a pass, and need no padding
-        for group in rectangles([len(row.ids) - row.lookup for _, row in rows], max_tokens, pass_cost):
+        for group in rectangles([len(row.ids) - row.lookup for _, _, row in rows], max_tokens, pass_cost):
             captured, activations = self._capture([rows[i] for i in group], torch.tensor(group), *prefixes)
             self._rows.append(captured)
             for i, activation in zip(group, activations, strict=True):
-                index, row = rows[i]
-                if row is prompts[index].rows[0]:
-                    initial[index] = activation
+                index, context, _ = rows[i]
+                if context in prompts[index].bare:
+                    share = activation / len(prompts[index].bare)
+                    initial[index] = initial[index] + share if index in initial else share
         self.initial = torch.stack([initial[index] for index in range(len(prompts))])
+        self._sites = 2 if site == "attention+mlp" else 1
         device = self.initial.device
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -172,7 +187,17 @@ class ValueOptimization:
         self._no_reference = torch.empty(0, len(lm.head.weight), dtype=self.initial.dtype, device=lm.head.weight.device)
         if settings.steps == 1:
             self.active[:] = False
-        self._bound = settings.clamp_norm_factor * self.initial.norm(dim=1, keepdim=True)
+        contexts = max(len(fact.rows) for fact in prompts)
+        self._tokens = torch.zeros(len(prompts), contexts, dtype=torch.long, device=device)
+        for index, fact in enumerate(prompts):
+            self._tokens[index, : len(fact.rows)] = torch.tensor([len(row.targets) for row in fact.rows])
+        self._times = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        self._nll_factor = torch.ones_like(self._losses)
+
+    @property
+    def _first_block(self) -> int:
+        """The first block that runs again at every step."""
+        return self.layer if self.site == "attention+mlp" else self.layer + 1
 
     @property
     def done(self) -> bool:
@@ -204,10 +229,13 @@ class ValueOptimization:
         losses = self._weight_decay()
         losses[self.active].sum().backward()
         losses = losses.detach()
+        kl, right = torch.zeros_like(losses), torch.zeros_like(self._tokens)
         for rows_of_pass in self._passes():
-            partial = self._loss(rows_of_pass)
+            nll_of_pass, kl_of_pass = self._loss(rows_of_pass, right)
+            partial = self._nll_factor * nll_of_pass + kl_of_pass
             partial.sum().backward()
             losses += partial.detach()
+            kl += kl_of_pass.detach()
         bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
         if bad:
             fact = self.prompts[bad[0]].fact
@@ -216,21 +244,31 @@ class ValueOptimization:
                 f"{int(self._steps[bad[0]])} steps; lower lr ({self.settings.lr}), or load the model in float32"
             )
         self._losses = torch.where(self.active, losses, self._losses)
-        self._finish(self.active & (self._losses < self.settings.loss_threshold))
+        done = self._losses < self.settings.loss_threshold
+        if (rule := self.settings.stopping) is not None:
+            step = Evaluated(kl, right, self._tokens, self._times)
+            self._times += rule.reached(step)
+            done |= rule.done(step)
+            self._nll_factor = rule.nll_factor(step)
+        self._finish(self.active & done)
         return self._losses
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Project δ back into its ball after an optimizer step, and finish facts that have no step left."""
-        norm = self.delta.norm(dim=1, keepdim=True)
-        self.delta.mul_(torch.where(norm > self._bound, self._bound / norm, torch.ones_like(norm)))
+        norm, initial = self._norms(self.delta), self._norms(self.initial)
+        bound = self.settings.clamp_norm_factor * initial
+        shrink = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
+        self.delta.mul_(shrink.repeat_interleave(self.delta.shape[1] // self._sites, dim=1))
         self._steps += self.active
         self._finish(self.active & (self._steps >= self.settings.steps - 1))
 
     def values(self) -> Values:
         """The targets found so far."""
         delta = torch.where(self.active[:, None], self.delta.detach(), self._final)
-        return Values(self.initial + delta, self.initial, self._steps.clone(), self._losses.clone())
+        *attention, targets = (self.initial + delta).chunk(self._sites, dim=1)
+        initial = self.initial.chunk(self._sites, dim=1)[-1]
+        return Values(targets, initial, self._steps.clone(), self._losses.clone(), *attention)
 
     @torch.no_grad()
     def _finish(self, facts: Tensor) -> None:
@@ -245,8 +283,12 @@ class ValueOptimization:
                 kept.append(rows if active.all() else rows.keep(active))
         self._rows = kept
 
+    def _norms(self, vectors: Tensor) -> Tensor:
+        """Norm of each site's part of [facts, sites * d] vectors, [facts, sites]."""
+        return vectors.unflatten(1, (self._sites, -1)).norm(dim=2)
+
     def _weight_decay(self) -> Tensor:
-        return self.settings.weight_decay * self.delta.norm(dim=1) / self.initial.norm(dim=1).square()
+        return self.settings.weight_decay * (self._norms(self.delta) / self._norms(self.initial).square()).sum(1)
 
     @property
     def n_passes(self) -> int:
@@ -266,47 +308,76 @@ class ValueOptimization:
             room -= tokens
         return passes
 
-    def _loss(self, together: list[_Rows]) -> Tensor:
-        """What the rows of one pass contribute to each fact's loss, [facts]."""
+    def _loss(self, together: list[_Rows], right: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rows of one pass contribute to each fact's NLL and weighted KL, each [facts].
+
+        Counts the targets that are most probable into `right` [facts, contexts].
+        """
         hidden = [self._with_delta(rows) for rows in together]
+        lengths = [rows.batch.ids.shape[1] for rows in together]
         reads = [(rows, slice(None, len(rows.targets))) for rows in together]
         reads += [(rows, slice(len(rows.targets), None)) for rows in together]  # targets of all rows, then KL terms
+        starts = accumulate((rows.batch.ids.numel() for rows in together), initial=0)
+        first = [  # place of each row's first token, were all rows laid end to end
+            start + length * torch.arange(len(rows.batch.ids), device=rows.fact.device)
+            for rows, start, length in zip(together, starts, lengths, strict=False)
+        ]
         if self.lm.architecture.packs:
             flat = torch.cat([states.flatten(0, 1) for states in hidden])
-            starts = accumulate((rows.batch.ids.numel() for rows in together), initial=0)
-            places = {
-                id(rows): start + rows.at[0] * rows.batch.ids.shape[1] + rows.at[1]
-                for rows, start in zip(together, starts, strict=False)
-            }
+            places = {id(rows): begin[rows.at[0]] + rows.at[1] for rows, begin in zip(together, first, strict=True)}
             at = torch.cat([places[id(rows)][read] for rows, read in reads])
             with (
-                self.lm.starting_at(self.layer + 1, flat[None]),
+                self._inside(together, first),
+                self.lm.starting_at(self._first_block, flat[None]),
                 self.lm.before_head(1, (torch.zeros_like(at), at)) as states,
             ):
                 self.lm.forward_packed(
                     torch.cat([rows.batch.ids.flatten() for rows in together]),
                     torch.cat([rows.batch.positions.flatten() for rows in together]),
-                    [Span.of(rows.batch.mask, rows.batch.ids.shape[1], rows.cache, flat.dtype) for rows in together],
+                    [Span.of(r.batch.mask, n, r.cache, flat.dtype) for r, n in zip(together, lengths, strict=True)],
                 )
         else:
             (rows,) = together
             with (
-                self.lm.starting_at(self.layer + 1, hidden[0]),
+                self._inside(together, first),
+                self.lm.starting_at(self._first_block, hidden[0]),
                 self.lm.before_head(len(rows.batch.ids), rows.at) as states,
             ):
                 self.lm.forward(rows.batch, rows.cache)
-        for rows in together:
-            self.tokens.real += int(rows.batch.mask[:, -rows.batch.ids.shape[1] :].sum())
+        for rows, length in zip(together, lengths, strict=True):
+            self.tokens.real += int(rows.batch.mask[:, -length:].sum())
             self.tokens.computed += rows.batch.ids.numel()
         targets = torch.cat([rows.targets for rows in together])
+        count = len(targets)
         fact = torch.cat([rows.fact[rows.at[0][read]] for rows, read in reads])
+        context = torch.cat([rows.context[rows.at[0][read]] for rows, read in reads])[:count]
         weight = torch.cat([rows.weight[read] for rows, read in reads])
-        reference = self._unedited(states[0][len(targets) :], fact[len(targets) :])
-        loss = target_nll_kl(states[0], self.lm.head, targets, reference) * weight.to(reference.device)
-        return self.delta.new_zeros(len(self.prompts)).index_add(0, fact, loss.to(self.delta.device))
+        reference = self._unedited(states[0][count:], fact[count:])
+        loss, leads = target_nll_kl(states[0], self.lm.head, targets, reference)
+        loss = (loss * weight.to(loss.device)).to(self.delta.device)
+        right.index_put_((fact[:count], context), leads.to(right), accumulate=True)
+        zeros = self.delta.new_zeros(len(self.prompts))
+        return zeros.index_add(0, fact[:count], loss[:count]), zeros.index_add(0, fact[count:], loss[count:])
+
+    @contextmanager
+    def _inside(self, together: list[_Rows], first: list[Tensor]) -> Iterator[None]:
+        """Within the context, each row's δ is added inside the edited block, where the site lies there."""
+        with ExitStack() as stack:
+            if self._sites == 2:
+                delta = torch.cat([self.delta[rows.fact] for rows in together]).chunk(2, dim=1)
+                at = torch.cat(first)
+                modules = (self.lm.attention_output(self.layer), self.lm.mlp_output(self.layer))
+                for module, shift in zip(modules, delta, strict=True):
+                    stack.callback(module.register_forward_hook(_add(at, shift)).remove)
+            yield
 
     def _with_delta(self, rows: _Rows) -> Tensor:
-        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d]."""
+        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d].
+
+        Where δ is added inside of the block, its input as it is.
+        """
+        if self._sites == 2:
+            return rows.hidden
         delta = self.delta[rows.fact]
         if rows.mlp is not None:
             norm = self.lm.mlp_norm(self.layer)
@@ -328,13 +399,14 @@ class ValueOptimization:
 
     @torch.no_grad()
     def _capture(
-        self, group: list[tuple[int, Row]], places: Tensor, prefixes: PrefixCache | None, prefix_mask: Tensor
+        self, group: list[tuple[int, int, Row]], places: Tensor, prefixes: PrefixCache | None, prefix_mask: Tensor
     ) -> tuple[_Rows, Tensor]:
         """Run the skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d].
 
         `places` [rows] are the group's rows in the prefixes, whose mask is [all rows, prefix].
         """
-        lm, facts, texts = self.lm, [index for index, _ in group], [row for _, row in group]
+        lm = self.lm
+        facts, contexts, texts = (list(column) for column in zip(*group, strict=True))
         width = max(row.lookup for row in texts)
         cache = None if prefixes is None or not width else prefixes.rows(places, width)
         prefix_mask = prefix_mask[places.to(prefix_mask.device), prefix_mask.shape[1] - width :]
@@ -345,16 +417,20 @@ class ValueOptimization:
             torch.cat([prefix_mask, suffix.mask], dim=1),
             suffix.positions + lengths[:, None],
         )
-        block, mlp = lm.blocks[self.layer], lm.mlp_output(self.layer)
-        rows = len(group)
+        block, mlp, attention = lm.blocks[self.layer], lm.mlp_output(self.layer), lm.attention_output(self.layer)
+        rows, inside = len(group), self.site == "attention+mlp"
         first = (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
-        with capture({0: block}, rows) as hidden, capture({0: mlp}, rows, first) as mlp_output, stop_after(block):
+        with (
+            capture({0: block}, rows, inputs=inside) as hidden,
+            capture({0: attention, 1: mlp}, rows, first) as outputs,
+            stop_after(block),
+        ):
             lm.forward(batch, cache)
         state = hidden[0]
         dtype = torch.promote_types(state.dtype, torch.float32)
         device = state.device
-        in_mlp = self.site == "mlp"
-        site = (mlp_output[0] if in_mlp else state[:, 0]).to(dtype)
+        sites = {"block": [state[:, 0]], "mlp": [outputs[1]], "attention+mlp": [outputs[0], outputs[1]]}
+        site = torch.cat(sites[self.site], dim=1).to(dtype)
         reads, weights = [], []
         for kl in (False, True):
             for i, row in enumerate(texts):
@@ -362,19 +438,31 @@ class ValueOptimization:
                     count = len(row.targets) or 1
                     last = len(row.ids) - row.lookup
                     reads += [(i, position) for position in range(last - count, last)]
-                    weights += [self.settings.kl_factor if kl else 1 / (count * len(self.prompts[0].rows))] * count
+                    rows_of_fact = len(self.prompts[facts[i]].rows)
+                    weights += [self.settings.kl_factor if kl else 1 / (count * rows_of_fact)] * count
         read_rows, read_positions = torch.tensor(reads, device=device).T
         captured = _Rows(
             batch,
-            None if cache is None else cache.without(range(self.layer + 1)),
+            None if cache is None else cache.without(range(self._first_block)),
             state,
-            mlp_output[0].to(dtype) if in_mlp and lm.mlp_norm(self.layer) is not None else None,
+            outputs[1].to(dtype) if self.site == "mlp" and lm.mlp_norm(self.layer) is not None else None,
             torch.tensor(facts, device=device),
+            torch.tensor(contexts, device=device),
             (read_rows, read_positions),
             torch.tensor([t for row in texts for t in row.targets], dtype=torch.long, device=lm.head.weight.device),
             torch.tensor(weights, dtype=dtype, device=device),
         )
         return captured, site
+
+
+def _add(at: Tensor, shift: Tensor) -> Callable[..., Tensor]:
+    """A hook that adds `shift` [n, d] to a module's output at the flat token places `at` [n]."""
+
+    def add(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        flat = output.reshape(-1, output.shape[-1]).to(shift.dtype).index_add(0, at.to(output.device), shift)
+        return flat.to(output.dtype).view_as(output)
+
+    return add
 
 
 def optimize_values(

@@ -56,7 +56,7 @@ def written(lm: LanguageModel) -> Edit:
     for index, count in enumerate(FACTS_IN_ROUND):
         prompts = tokenize_facts(lm.tokenizer, FACTS[start : start + count], CONTEXTS)
         targets = torch.randn(lm.d_model, count, dtype=torch.float64)
-        written = write_facts(lm, METHOD, preservation, prompts, CONTEXTS, targets, edit.owner(index))
+        written = write_facts(lm, METHOD, preservation, prompts, targets, edit.owner(index))
         updates = {layer: update for layer, update, _ in written}
         edit.rounds.append(updates)
         edit.facts_in_round.append(count)

@@ -1,5 +1,7 @@
 """Keys and present values, read while walking, against the published reading of one text at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ def prompts_of(lm: LanguageModel, templates: tuple[str, ...] = TEMPLATES) -> lis
 
 
 def walk(lm: LanguageModel, layer: int, average: str = "type", **kwargs) -> KeyWalk:
-    return KeyWalk(lm, prompts_of(lm), WEIGHTS[average], layer, **kwargs)
+    prompts = [replace(prompt, key_weights=WEIGHTS[average]) for prompt in prompts_of(lm)]
+    return KeyWalk(lm, prompts, layer, **kwargs)
 
 
 def random_update(lm: LanguageModel, layer: int) -> LowRankUpdate:
@@ -84,7 +87,7 @@ def test_keys_do_not_depend_on_how_rows_are_grouped(max_tokens: int) -> None:
 
 def test_the_bare_prompt_alone_is_a_context_too() -> None:
     lm = language_model("llama")
-    keys = KeyWalk(lm, prompts_of(lm, ("{}",)), (1.0,), 1).keys()
+    keys = KeyWalk(lm, prompts_of(lm, ("{}",)), 1).keys()
     assert_relative(keys, published_keys(lm.model, lm.tokenizer, REQUESTS, ["{}"], 1, "plain"))
 
 
@@ -125,7 +128,7 @@ def test_keys_ignore_what_follows_the_subject() -> None:
     lm = language_model("bloom")
     others = [Fact(fact.prompt + " said to be in", fact.subject, "Tokyo") for fact in FACTS]
     prompts = tokenize_facts(lm.tokenizer, others, Contexts(TEMPLATES, WEIGHTS["type"]))
-    assert_relative(KeyWalk(lm, prompts, WEIGHTS["type"], 2).keys(), walk(lm, 2).keys())
+    assert_relative(KeyWalk(lm, prompts, 2).keys(), walk(lm, 2).keys())
 
 
 def test_walking_leaves_the_model_as_it_was() -> None:

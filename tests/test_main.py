@@ -66,20 +66,25 @@ def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
     assert torch.equal(one.rounds[0][1].left, two.rounds[0][1].left)
 
 
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["edit", "--config", str(config), "--facts", "facts.json", "--out", "edits/x", "--print_config"])
     assert not stop.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["method"]["class_path"].rpartition(".")[2].lower() == config.stem
     assert printed["method"]["init_args"]["values"]["lr"] > 0
+    assert bool(printed["method"]["init_args"]["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
     assert printed["facts_per_chunk"] >= 1
 
 
 def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["env"])
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed and "MEMIT, ROME" in printed
+    assert torch.__version__ in printed and "ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE" in printed
 
 
 # Wrong input ends with one line and status 2, and leaves nothing behind
@@ -101,7 +106,7 @@ def edit(*changes: str) -> list[str]:
         (edit("--dtype", "float3"), "float3"),
         (edit("--covariance", "nowhere"), "nowhere"),
         (edit("--method", "MEMOT"), "MEMOT"),
-        (edit("--on_collision", "merge"), "merge"),
+        (edit("--on_collision", "maybe"), "merge"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),

@@ -157,7 +157,7 @@ def test_rome_writes_one_fact_a_round_and_exactly(lm: le.LanguageModel) -> None:
 def last_keys(lm: le.LanguageModel, module: le.EditModule) -> torch.Tensor:
     from lightedit.keys import KeyWalk
 
-    return KeyWalk(lm, module._prompts[-1:], module._contexts.key_weights, 1).keys()
+    return KeyWalk(lm, module._prompts[-1:], 1).keys()
 
 
 def test_rome_refuses_several_facts_a_round(lm: le.LanguageModel) -> None:
@@ -165,9 +165,9 @@ def test_rome_refuses_several_facts_a_round(lm: le.LanguageModel) -> None:
         run(lm, method=ROME, covariance=covariance_of(lm, (1,)), facts_per_round=2)
 
 
-def test_rome_edits_one_layer() -> None:
-    with pytest.raises(ValueError, match="one layer"):
-        le.ROME(layers=(1, 2))
+def test_rome_refuses_an_unknown_key() -> None:
+    with pytest.raises(ValueError, match="'averaged', 'bare' or 'published', got 'mean'"):
+        le.ROME(layers=[1], key="mean")
 
 
 @pytest.mark.parametrize("layers", [(), (2, 1), (1, 1), (-1,)])

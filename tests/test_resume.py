@@ -144,6 +144,26 @@ def test_a_run_stopped_after_any_round_ends_with_the_same_bits(
     assert all(torch.equal(lm.model.get_parameter(n), p) for n, p in weights(model(architecture, dtype)).items())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        le.ENCORE(layers=(1, 2), values=VALUES, contexts=ContextSettings(prefixes=()), lambda_=5.0),
+        le.AlphaEdit(
+            layers=(1, 2), values=VALUES, contexts=ContextSettings(prefixes=()), threshold=0.5, relative=True, ridge=0.1
+        ),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_past_keys_are_remembered_again(tmp_path: Path, method: le.Method) -> None:
+    expected_lm, forgetful, lm = model(), model(), model()
+    expected = fit(expected_lm, None, method=method, facts_per_round=1)
+    with pytest.raises(Stopped):
+        fit(model(), tmp_path, StopAfter(3), method=method, facts_per_round=1)
+    assert_same(lm, fit(lm, tmp_path, method=method, facts_per_round=1), expected_lm, expected)
+    rest = fit(forgetful, None, method=method, facts_per_round=1, facts=FACTS[3:])  # its history starts empty
+    assert not torch.equal(rest.rounds[-1][2].right, expected.rounds[-1][2].right)
+
+
 @pytest.mark.parametrize("max_epochs", [ROUNDS, 100])
 def test_a_run_stopped_after_every_round_and_after_its_end(uninterrupted, tmp_path: Path, max_epochs: int) -> None:
     for rounds in range(ROUNDS):

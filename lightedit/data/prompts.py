@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
@@ -83,17 +84,33 @@ class Row:
 
 @dataclass(frozen=True)
 class FactPrompts:
-    """A fact as the value optimisation reads it.
+    """What one key and one value are found from: a fact, or several that share them.
 
     Attributes:
-        fact: the fact.
-        rows: one per context, the bare prompt first.
+        fact: the fact, or the first of several.
+        rows: one per context, the bare prompt first; those of several facts follow one another.
         subject: the tokens of "{subject} is a" up to the subject's last, where the KL term is read.
+        key_weights: weight of each row in the averaged key; they sum to 1.
+        bare: which rows are bare prompts.
     """
 
     fact: Fact
     rows: tuple[Row, ...]
     subject: Row
+    key_weights: tuple[float, ...]
+    bare: tuple[int, ...] = (0,)
+
+
+def merge_prompts(members: Sequence[FactPrompts]) -> FactPrompts:
+    """Let several facts share one key, the mean of theirs, and one value that serves the texts of all."""
+    starts = accumulate((len(member.rows) for member in members), initial=0)
+    return FactPrompts(
+        members[0].fact,
+        tuple(row for member in members for row in member.rows),
+        members[0].subject,
+        tuple(weight / len(members) for member in members for weight in member.key_weights),
+        tuple(start + row for member, start in zip(members, starts, strict=False) for row in member.bare),
+    )
 
 
 def encode_targets(
@@ -162,6 +179,8 @@ def tokenize_facts(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], co
     )
     width = len(contexts.templates)
     return [
-        FactPrompts(fact, tuple(rows[i * width : (i + 1) * width]), Row(ids[: lookup + 1], lookup, []))
+        FactPrompts(
+            fact, tuple(rows[i * width : (i + 1) * width]), Row(ids[: lookup + 1], lookup, []), contexts.key_weights
+        )
         for i, (fact, (ids, lookup)) in enumerate(zip(facts, subjects, strict=True))
     ]

@@ -146,6 +146,10 @@ class LanguageModel:
         """The module of the MLP's second matrix in block `layer`."""
         return cast(nn.Linear | Conv1D, self.blocks[layer].get_submodule(self.architecture.mlp_output))
 
+    def attention_output(self, layer: int) -> nn.Module:
+        """The module of the attention's output matrix in block `layer`."""
+        return self.blocks[layer].get_submodule(self.architecture.attention_output)
+
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
         path = self.architecture.mlp_norm

@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from lightedit.covariance import Covariance
 from lightedit.data.prompts import ContextSettings
-from lightedit.update import Preservation
+from lightedit.keys import KeyWalk
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.update import Preservation, low_rank_update
 from lightedit.values import Site, ValueSettings
 
 
@@ -20,8 +24,8 @@ class Method(ABC):
         layers: the edited layers, ascending; values are found at the last of them.
         values: settings of the value optimisation.
         contexts: how the contexts of keys and values are sampled.
-        site: where δ is added: the block's output or its MLP's.
-        gamma: γ of the closed form; 0 writes residuals exactly.
+        site: where δ is added.
+        keeps_past_keys: whether the keys of earlier rounds are preserved by later ones.
         facts_per_solve: the most facts that one solve takes; None for any number.
     """
 
@@ -29,8 +33,7 @@ class Method(ABC):
     values: ValueSettings = field(default_factory=ValueSettings)
     contexts: ContextSettings = field(default_factory=ContextSettings)
 
-    site: ClassVar[Site] = "block"
-    gamma: ClassVar[float] = 1.0
+    keeps_past_keys: ClassVar[bool] = False
     facts_per_solve: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
@@ -41,17 +44,60 @@ class Method(ABC):
         """The last edited layer, where the values are found."""
         return self.layers[-1]
 
+    @property
+    def site(self) -> Site:
+        return "block"
+
+    @property
+    def reads_keys_after_writing(self) -> bool:
+        """Whether the past keys of a round are read again once it is written, rather than kept as they were used."""
+        return False
+
     @abstractmethod
-    def preservation(self, covariance: Tensor) -> Preservation:
-        """The preservation term A from one layer's mean second moment C0, [d_in, d_in]."""
+    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+        """The preservation term A of one layer."""
+
+    def gamma(self, facts: int) -> float:
+        """γ of the closed form in a solve of so many facts; 0 writes residuals exactly."""
+        return 1.0
 
     def spread(self, layer: int) -> float:
         """The share of the residual still standing that `layer` takes: 1 / (L - l + 1), counted in edited layers."""
         return 1 / (len(self.layers) - self.layers.index(layer))
 
+    def keys(self, walk: KeyWalk) -> Tensor:
+        """K at the walk's layer, [d_in, B] float64."""
+        return walk.keys()
+
+    def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
+        """What is still missing at the site, as seen from the MLP output of the walk's layer, [d, B] float64."""
+        if self.site == "block":
+            return _before_norm(walk, targets - walk.present(self.value_layer))
+        return targets - walk.present(self.value_layer, "mlp")
+
+    def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+        """The change of the walk's matrix that writes `residuals` at `keys`."""
+        return low_rank_update(preservation, keys, residuals, self.gamma(keys.shape[1]))
+
     def to_dict(self) -> dict[str, Any]:
         """Name and settings, for provenance."""
-        return {"name": type(self).__name__, **asdict(self)}
+        settings = asdict(self)
+        if (stopping := self.values.stopping) is not None:
+            settings["values"]["stopping"] = {"name": type(stopping).__name__, **asdict(stopping)}
+        return {"name": type(self).__name__, **settings}
+
+
+def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
+    """Carry residuals of the residual stream [d, B] back to the MLP's output, through the norm between them, if any.
+
+    An RMS norm y = g m / rms(m) is inverted at the present rms(m), which is exact but for the change of that scale.
+    """
+    norm = walk.lm.mlp_norm(walk.layer)
+    if norm is None:
+        return residuals
+    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=residuals.device)).double().T
+    rms = walk.present(walk.layer, "mlp").square().mean(0).sqrt()
+    return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
 
 
 def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from lightedit.covariance import Covariance
 from lightedit.methods.base import Method
 from lightedit.update import Preservation
 
@@ -24,6 +23,6 @@ class MEMIT(Method):
         if self.lambda_ <= 0:
             raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
 
-    def preservation(self, covariance: Tensor) -> Preservation:
+    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
         """A = λ C0."""
-        return Preservation.from_covariance(covariance, scale=self.lambda_)
+        return Preservation.from_covariance(covariance[layer], scale=self.lambda_)

@@ -41,11 +41,12 @@ class _TargetNLLKL(torch.autograd.Function):
     """The gradient with respect to the hidden states is computed along with the loss, part by part."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, reference: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         states = hidden.to(head.weight.device)
         logits = states.new_empty(min(_ROWS, len(states)), len(head.weight))
         loss = torch.empty(len(states), dtype=reference.dtype, device=states.device)
         gradient = torch.empty_like(states)
+        leads = torch.empty(len(targets), dtype=torch.bool, device=states.device)
         for start in range(0, len(states), _ROWS):
             part = slice(start, min(start + _ROWS, len(states)))
             z = head.logits(states[part], out=logits[: part.stop - start])
@@ -54,6 +55,7 @@ class _TargetNLLKL(torch.autograd.Function):
             count, rows = len(wanted), torch.arange(len(wanted), device=z.device)
             z -= z.amax(dim=-1, keepdim=True)
             chosen, excess = z[rows, wanted], z[count:] - unedited
+            leads[part] = chosen == 0
             z.exp_()
             total = z.sum(dim=-1, keepdim=True)
             z /= total  # probabilities, and then the derivatives by the logits
@@ -66,16 +68,17 @@ class _TargetNLLKL(torch.autograd.Function):
             torch.mm((z * slope if head.softcap else z).to(states.dtype), head.weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         ctx.device = hidden.device
-        return loss
+        ctx.mark_non_differentiable(leads)
+        return loss, leads
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad[:, None].to(gradient.dtype)).to(ctx.device), None, None, None
 
 
-def target_nll_kl(hidden: Tensor, head: Head, targets: Tensor, reference: Tensor) -> Tensor:
+def target_nll_kl(hidden: Tensor, head: Head, targets: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target) at the first positions, KL(p || reference) at the others.
 
     Differentiable with respect to `hidden` alone. At most 128 rows of logits exist at one time.
@@ -87,7 +90,8 @@ def target_nll_kl(hidden: Tensor, head: Head, targets: Tensor, reference: Tensor
         reference: log-probabilities at the other k, [k, vocabulary], float32 or better, on the head's device.
 
     Returns:
-        The m negative log-likelihoods, then the k divergences, in nats, in the dtype of `reference`.
+        The m negative log-likelihoods, then the k divergences, in nats, in the dtype of `reference`; and which of the m
+        targets no token is more probable than, [m].
     """
-    loss: Tensor = _TargetNLLKL.apply(hidden, head, targets, reference)
-    return loss
+    loss, leads = _TargetNLLKL.apply(hidden, head, targets, reference)
+    return loss, leads

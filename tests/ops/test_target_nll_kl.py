@@ -31,10 +31,11 @@ def test_equals_autograd(m: int, k: int, bias: bool, softcap: float | None) -> N
     reference = torch.randn(k, 97, dtype=torch.float64).log_softmax(-1)
     weights = torch.randn(m + k, dtype=torch.float64)
     one, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss, expected = target_nll_kl(one, head, targets, reference), plain(other, head, targets, reference)
+    (loss, leads), expected = target_nll_kl(one, head, targets, reference), plain(other, head, targets, reference)
     (loss * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert leads.equal(head.log_probs(hidden[:m]).argmax(-1) == targets)
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
 
 
@@ -43,7 +44,7 @@ def test_bfloat16_states_give_a_float32_loss() -> None:
     head = Head(torch.randn(97, 16).bfloat16())
     hidden = torch.randn(9, 16).bfloat16().requires_grad_()
     targets, reference = torch.randint(97, (6,)), torch.randn(3, 97).log_softmax(-1)
-    loss = target_nll_kl(hidden, head, targets, reference)
+    loss, _ = target_nll_kl(hidden, head, targets, reference)
     loss.sum().backward()
     assert loss.dtype == torch.float32
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
@@ -53,7 +54,7 @@ def test_bfloat16_states_give_a_float32_loss() -> None:
 def test_improbable_targets_and_large_logits_stay_finite() -> None:
     head = Head(torch.tensor([[1.0], [-1.0], [0.5]]))
     hidden = torch.tensor([[3e4], [-3e4]], requires_grad=True)
-    loss = target_nll_kl(hidden, head, torch.tensor([1, 0]), torch.empty(0, 3))
+    loss, _ = target_nll_kl(hidden, head, torch.tensor([1, 0]), torch.empty(0, 3))
     loss.sum().backward()
     assert loss.tolist() == [6e4, 6e4]
     assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
