@@ -258,7 +258,7 @@ class EditModule(LightningModule):
         Args:
             updates: layer -> update, in the order in which the layers were written.
             facts: how many facts the round holds.
-            keys: layer -> the round's keys, [d_in, B] float64.
+            keys: layer -> the round's keys, [d_in, B] float64; read only if the method keeps past keys.
         """
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))

@@ -231,15 +231,16 @@ def test_keys_random_numbers_and_counts_go_on(tmp_path: Path) -> None:
             restored.append(keys)
             super().restore_round(updates, facts, keys)
 
+    method = le.ENCORE(layers=(1, 2), values=VALUES, contexts=METHOD.contexts, lambda_=5.0)  # keeps past keys
     torch.manual_seed(1)
-    fit(model(), tmp_path / "whole", Draw())
+    fit(model(), tmp_path / "whole", Draw(), method=method)
     expected, drawn = drawn, []
     expected_keys, keys = keys, []
     torch.manual_seed(1)
     with pytest.raises(Stopped):
-        fit(model(), tmp_path / "parts", StopAfter(2), Draw())
+        fit(model(), tmp_path / "parts", StopAfter(2), Draw(), method=method)
     torch.manual_seed(7)
-    fit(model(), tmp_path / "parts", Draw(), module=Watch)
+    fit(model(), tmp_path / "parts", Draw(), module=Watch, method=method)
     assert drawn == expected and len(drawn) == ROUNDS
     assert len(restored) == 2
     for found, wanted in zip([*restored, keys[2]], expected_keys, strict=True):
