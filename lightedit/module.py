@@ -268,7 +268,7 @@ class EditModule(LightningModule):
         Args:
             updates: layer -> update, in the order in which the layers were written.
             facts: how many facts the round holds.
-            keys: layer -> the round's keys, [d_in, B] float64.
+            keys: layer -> the round's keys, [d_in, B] float64; read only if the method keeps past keys.
         """
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))
@@ -314,14 +314,21 @@ def _groups(linked: Tensor) -> list[list[int]]:
 
 
 class _Progress(Callback):
-    """Reports a fit's share of finished facts."""
+    """Reports how much of a fit's work is done; a fit that goes on after a kill counts its own work only."""
 
     def __init__(self, report: Any) -> None:
         self.report = report
+        self._before: float | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, EditModule)
+        if self._before is None:  # a checkpoint has restored its rounds by now
+            self._before = module.fraction_done
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         assert isinstance(module, EditModule)
-        self.report(module.fraction_done, 1.0)
+        assert self._before is not None
+        self.report(module.fraction_done - self._before, 1.0 - self._before)
 
 
 def edit(
