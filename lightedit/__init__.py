@@ -13,6 +13,7 @@ from lightedit.module import EditModule, edit
 from lightedit.resume import RoundCheckpoint
 from lightedit.run_folder import ResumeError
 from lightedit.stopping import KLBelow, MostProbable
+from lightedit.sweep import sweep
 from lightedit.values import ValueSettings
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "estimate_covariance",
     "evaluate",
     "read_facts",
+    "sweep",
     "write_facts",
 ]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from lightedit.methods import METHODS
 from lightedit.module import OnCollision
 from lightedit.retention import check_validation
 from lightedit.run_folder import kept_rounds, remove_run
+from lightedit.sweep.plan import plan
 
 
 def covariance(
@@ -190,6 +191,57 @@ def evaluate(
         print(f"saved the scores in {out}")
 
 
+def sweep(
+    lm: str,
+    facts: Path,
+    methods: dict[str, le.Method],
+    out: Path,
+    counts: list[int] | Literal["log17"] | None = None,
+    facts_per_round: list[int | None] | None = None,
+    grid: dict[str, list[Any]] | None = None,
+    skip: int = 0,
+    limit: int | None = None,
+    covariance: Path | None = None,
+    facts_per_chunk: int = 32,
+    on_collision: OnCollision = "error",
+    dtype: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Run every combination of methods and settings; write one table and one figure. Goes on where it was stopped.
+
+    Args:
+        lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
+        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        methods: name of your choice -> method, with class_path and init_args as in a configuration file.
+        out: the sweep's own folder, for runs.csv and sweep.svg.
+        counts: numbers of facts to write, or log17 for 17 from 1 to 10,000; by default all.
+        facts_per_round: numbers of facts written together, null for all.
+        grid: field of a method -> values, such as lambda_ or values.lr; every combination is run.
+        skip: leave out the first facts.
+        limit: take so many facts after those.
+        covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
+            from the model's own writing and kept in the cache.
+        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
+        dtype: float32, bfloat16, float16 or auto.
+        device: such as cpu or cuda.
+    """
+    if skip < 0:
+        raise ValueError(f"skip: {skip} facts cannot be left out; give 0 or more")
+    chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
+    rounds = [None] if facts_per_round is None else facts_per_round
+    runs = plan(methods, len(chosen), counts, rounds, grid)
+    layers = sorted({layer for run in runs for layer in run.method.layers})
+    model = le.LanguageModel.load(lm, dtype, device)
+    model.check_layers(layers)
+    moments = (
+        le.estimate_covariance(model, layers, cache=True) if covariance is None else le.Covariance.load(covariance)
+    )
+    le.sweep(model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision)
+    print(f"saved runs.csv and sweep.svg in {out}")
+
+
 def env() -> None:
     """Show versions, devices, known architectures and methods, and where things are kept."""
     packages = ("lightedit", "torch", "lightning", "transformers", "torchmetrics", "datasets", "triton", "gguf")
@@ -220,6 +272,7 @@ COMMANDS: dict[str, Any] = {
     "edit": edit,
     "covariance": covariance,
     "evaluate": evaluate,
+    "sweep": sweep,
     "env": env,
 }
 
@@ -239,9 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightedit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        state = (
-            "the same command goes on after the last finished round" if given[:1] == ["edit"] else "nothing was written"
-        )
+        kept = {
+            "edit": "the same command goes on after the last finished round",
+            "sweep": "the same command goes on after the last finished run",
+        }
+        state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)
         sys.exit(130)
 

@@ -162,6 +162,11 @@ def evaluate(lm: LanguageModel, facts: Sequence[Fact], max_tokens: int = 1024, p
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
         records = score_facts(lm, facts, max_tokens, report)
+    return summarize(facts, records)
+
+
+def summarize(facts: Sequence[Fact], records: Sequence[RecordScores]) -> Evaluation:
+    """Average the scores of `facts`, one record each; see `evaluate`."""
     metrics = edit_metrics(sync_on_compute=False)  # these facts are evaluated by this process alone
     metrics.update(records)
     scores, intervals = {}, {}

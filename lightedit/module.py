@@ -1,7 +1,7 @@
 """Both steps of an edit as one fit: an epoch is a round of facts, a training step one Adam step on a chunk's δ."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -52,6 +52,8 @@ class EditModule(LightningModule):
         collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
             subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
+        targets: fact's index -> value [d], found before under the same settings on the model as it is when the fit
+            starts. In the first round these facts skip step 1, unless they are merged.
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
@@ -71,6 +73,7 @@ class EditModule(LightningModule):
         on_collision: OnCollision = "error",
         collision_similarity: float = 0.85,
         max_tokens: int = 1024,
+        targets: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -88,6 +91,7 @@ class EditModule(LightningModule):
         self._search: ValueOptimization | None = None
         self._chunk: Chunk | None = None
         self._targets: dict[int, Tensor] = {}
+        self._known = dict(targets or {})
         self._metrics = edit_metrics()
         self._by_origin = RetentionScores()
 
@@ -152,6 +156,7 @@ class EditModule(LightningModule):
                     merged = merge_prompts([prompts[member] for member in members])
                     for member in members:
                         self._prompts[member] = merged if member == members[0] else None
+                        self._known.pop(member, None)
                 continue
             first, second = divmod(int(similarity.argmax()), len(round_))
             one, other = facts[round_[first]], facts[round_[second]]
@@ -175,7 +180,7 @@ class EditModule(LightningModule):
         if chunk is not self._chunk:
             self._start(chunk, optimizer.optimizer)
         search = self._search
-        if search is None:  # all of its facts were merged into others
+        if search is None:  # all of its facts were merged into others, or are known
             chunk.finished = True
             return
         if not search.done:
@@ -195,6 +200,11 @@ class EditModule(LightningModule):
         self._chunk = chunk
         self._search = None
         prompts = {index: prompt for index in chunk.indices if (prompt := self._prompts[index]) is not None}
+        if self.current_epoch == 0:  # later rounds start from another model
+            device = self.lm.weight(self.method.value_layer).device
+            for index in prompts.keys() & self._known.keys():
+                self._targets[index] = self._known[index].to(device, torch.float64)
+                del prompts[index]
         if not prompts:
             return
         self._searched = list(prompts)
@@ -268,7 +278,7 @@ class EditModule(LightningModule):
         Args:
             updates: layer -> update, in the order in which the layers were written.
             facts: how many facts the round holds.
-            keys: layer -> the round's keys, [d_in, B] float64.
+            keys: layer -> the round's keys, [d_in, B] float64; read only if the method keeps past keys.
         """
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))
@@ -375,14 +385,21 @@ def _groups(linked: Tensor) -> list[list[int]]:
 
 
 class _Progress(Callback):
-    """Reports a fit's share of finished facts."""
+    """Reports how much of a fit's work is done; a fit that goes on after a kill counts its own work only."""
 
     def __init__(self, report: Any) -> None:
         self.report = report
+        self._before: float | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, EditModule)
+        if self._before is None:  # a checkpoint has restored its rounds by now
+            self._before = module.fraction_done
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         assert isinstance(module, EditModule)
-        self.report(module.fraction_done, 1.0)
+        assert self._before is not None
+        self.report(module.fraction_done - self._before, 1.0 - self._before)
 
 
 def edit(
@@ -398,6 +415,7 @@ def edit(
     validate_every: int | None = None,
     log: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    targets: Mapping[int, Tensor] | None = None,
 ) -> Edit:
     """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
 
@@ -416,6 +434,7 @@ def edit(
             always validated. None: never.
         log: a folder of this run's own for metrics.csv, retention.csv and the health.csv of a `Health` callback.
         callbacks: for the trainer, such as `Health`, which may stop the run: `Edit.facts` are those written.
+        targets: values known from before; see `EditModule`.
 
     Raises:
         ValueError: an argument is out of range, or `log` is a file.
@@ -426,7 +445,7 @@ def edit(
     """
     check_validation(validate_every, None if log is None else Path(log))
     data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
-    module = EditModule(lm, method, covariance, on_collision=on_collision)
+    module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         watching = [_Progress(report), *callbacks]
         if checkpoint is not None:

@@ -44,16 +44,13 @@ def progress(description: str, show: bool = True) -> Iterator[Report]:
 
 def _lines(description: str) -> Report:
     started = last = time.monotonic()
-    before: float | None = None  # work done before the first report, by an earlier process for the most part
 
     def report(done: float, total: float) -> None:
-        nonlocal last, before
-        if before is None:
-            before = done
+        nonlocal last
         now = time.monotonic()
-        if now - last >= _LINE_EVERY and before < done <= total:
+        if now - last >= _LINE_EVERY and 0 < done <= total:
             last = now
-            left = (now - started) * (total - done) / (done - before)
+            left = (now - started) * (total - done) / done
             print(f"{description}: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     return report

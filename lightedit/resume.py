@@ -94,7 +94,7 @@ class RoundCheckpoint(Checkpoint):
             steps=trainer.global_step,
             batches=trainer.fit_loop.epoch_loop.on_save_checkpoint(),
             updates=module.edit.rounds[-1],
-            keys=module.round_keys,
+            keys=module.round_keys if module.method.keeps_past_keys else {},  # the larger part of a file
             random=torch.get_rng_state(),
         )
         round_.save(self.folder)

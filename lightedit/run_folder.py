@@ -46,7 +46,7 @@ class Round:
         steps: optimizer steps of the run so far.
         batches: the trainer's count of batches.
         updates: layer -> update.
-        keys: layer -> keys, [d_in, B] float64.
+        keys: layer -> keys, [d_in, B] float64, where the method keeps past keys.
         random: state of torch's random numbers on the CPU after the round.
     """
 
@@ -100,7 +100,7 @@ class Round:
         return cls(
             **record,
             updates={layer: LowRankUpdate(tensors[f"{layer}.left"], tensors[f"{layer}.right"]) for layer in layers},
-            keys={layer: tensors[f"{layer}.keys"].T for layer in layers},
+            keys={layer: tensors[f"{layer}.keys"].T for layer in layers if f"{layer}.keys" in tensors},
             random=tensors["random"],
         )
 

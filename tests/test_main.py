@@ -67,6 +67,7 @@ def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.parent.name != "sweeps"]  # those are for another command
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -141,7 +142,7 @@ def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path
 def test_nothing_is_saved_when_the_only_round_is_rolled_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, edit("--max_kl", "1e-9", "--on_limit", "roll_back", "--health_text", "text.txt"))
     assert "no facts are left to save" in printed and "max_kl" in printed
-    assert not Path("edits").exists()
+    assert list(Path("edits").rglob("*")) == []
 
 
 def test_an_existing_edit_is_kept_unless_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

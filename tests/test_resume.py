@@ -231,15 +231,16 @@ def test_keys_random_numbers_and_counts_go_on(tmp_path: Path) -> None:
             restored.append(keys)
             super().restore_round(updates, facts, keys)
 
+    method = le.ENCORE(layers=(1, 2), values=VALUES, contexts=METHOD.contexts, lambda_=5.0)  # keeps past keys
     torch.manual_seed(1)
-    fit(model(), tmp_path / "whole", Draw())
+    fit(model(), tmp_path / "whole", Draw(), method=method)
     expected, drawn = drawn, []
     expected_keys, keys = keys, []
     torch.manual_seed(1)
     with pytest.raises(Stopped):
-        fit(model(), tmp_path / "parts", StopAfter(2), Draw())
+        fit(model(), tmp_path / "parts", StopAfter(2), Draw(), method=method)
     torch.manual_seed(7)
-    fit(model(), tmp_path / "parts", Draw(), module=Watch)
+    fit(model(), tmp_path / "parts", Draw(), module=Watch, method=method)
     assert drawn == expected and len(drawn) == ROUNDS
     assert len(restored) == 2
     for found, wanted in zip([*restored, keys[2]], expected_keys, strict=True):
@@ -420,14 +421,16 @@ def run(lm: le.LanguageModel, folder: Path | None) -> le.Edit:
     return le.edit(lm, FACTS, METHOD, covariance_of(lm), facts_per_round=2, progress_bar=False, checkpoint=folder)
 
 
-def test_edit_interrupted_in_the_second_round_goes_on(
-    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# The solves are the collision check of each round, then one a layer
+@pytest.mark.parametrize(("solves", "rounds"), [(1, 0), (ROUNDS + 4, 1)])
+def test_edit_goes_on_after_ctrl_c(
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solves: int, rounds: int
 ) -> None:
     solve, calls = Preservation.solve, []
 
     def interrupt(self, keys):
         calls.append(keys)
-        if len(calls) == ROUNDS + 4:  # after the collision check of each round, the first round and one layer more
+        if len(calls) == solves:
             raise KeyboardInterrupt
         return solve(self, keys)
 
@@ -437,7 +440,7 @@ def test_edit_interrupted_in_the_second_round_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run(lm, tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert len(kept_rounds(tmp_path)) == 1
+    assert len(kept_rounds(tmp_path)) == rounds
     assert not lm.weights.owners  # the caller keeps the unedited model
     assert_same(lm, run(lm, tmp_path), *uninterrupted)
 

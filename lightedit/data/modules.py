@@ -40,7 +40,7 @@ class _Rounds(IterableDataset[Chunk]):
         rounds, round_ = self.data.rounds, self.data.trainer.current_epoch
         if round_ >= len(rounds):
             return
-        for indices in _by_suffix(self.data.facts, rounds[round_], self.data.facts_per_chunk):
+        for indices in chunks_by_suffix(self.data.facts, rounds[round_], self.data.facts_per_chunk):
             chunk = Chunk(indices, [self.data.facts[index] for index in indices], round_)
             while not chunk.finished:
                 yield chunk
@@ -100,7 +100,7 @@ class FactsDataModule(LightningDataModule):
         return batch
 
 
-def _by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+def chunks_by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """Split `indices` into chunks of facts with a similar number of characters after the subject (less padding)."""
 
     def suffix(index: int) -> int:

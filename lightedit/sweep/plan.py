@@ -1,0 +1,155 @@
+"""The runs of a sweep: every combination of its methods and swept fields, checked before any of them starts."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+from lightedit.methods import Method
+
+LOG17 = (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 1000, 1778, 3162, 5623, 10000)
+"""17 counts of facts, evenly spaced on a logarithmic scale (PMET, Li et al., 2024, arXiv 2308.08742)."""
+
+Counts = Sequence[int] | Literal["log17"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a method with its settings writes the first facts of the sweep into the unedited model.
+
+    Attributes:
+        name: the method's name in the sweep.
+        method: the method with the swept settings put in.
+        settings: the swept fields that the method has, with their values here.
+        facts: how many facts, from the first.
+        round_limit: facts of one round at most, as asked for or as the method allows; None for any number.
+    """
+
+    name: str
+    method: Method
+    settings: dict[str, Any]
+    facts: int
+    round_limit: int | None
+
+    @property
+    def facts_per_round(self) -> int:
+        """Facts that are written together; the first round has exactly so many."""
+        return self.facts if self.round_limit is None else min(self.round_limit, self.facts)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What identifies it in a table: method, swept fields, facts, facts_per_round, all as JSON holds them."""
+        swept = json.loads(json.dumps(self.settings))
+        return {"method": self.name, **swept, "facts": self.facts, "facts_per_round": self.facts_per_round}
+
+    def __str__(self) -> str:
+        settings = [f"{field}={shown(value)}" for field, value in self.settings.items()]
+        rounds = [] if self.facts_per_round == self.facts else [f"{self.facts_per_round} a round"]
+        return ", ".join([self.name, *settings, f"{self.facts} facts", *rounds])
+
+
+def shown(value: Any) -> str:
+    """A swept value as people write it: 15000, 0.5, 4-8 for successive layers."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        successive = len(value) > 2 and list(value) == list(range(value[0], value[0] + len(value)))
+        return f"{value[0]}-{value[-1]}" if successive else ",".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plan(
+    methods: Mapping[str, Method],
+    available: int,
+    counts: Counts | None = None,
+    facts_per_round: Sequence[int | None] = (None,),
+    grid: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Run]:
+    """Every combination of methods, fields of the grid, facts per round, and counts; the last varies fastest.
+
+    A method without a field of the grid is the same run for each of its values, and so is a count below the facts
+    per round; such repetitions are in the list, for each combination asked for has its place in a figure.
+
+    Args:
+        methods: name -> method.
+        available: how many facts there are.
+        counts: how many of them to write; None for all, "log17" for those of `LOG17` that are not too many.
+        facts_per_round: how many are written together; None for all. A method's own limit goes before.
+        grid: field -> values; a dot leads into a nested field, such as "values.lr".
+
+    Raises:
+        ValueError: something is empty or out of range, no method has a field, or a method refuses a value.
+    """
+    grid = dict(grid or {})
+    if available < 1:
+        raise ValueError("facts: there are none; give at least one")
+    if not methods:
+        raise ValueError("methods: none given; give at least one")
+    for name, values in {
+        "counts": [0] if counts is None else counts,
+        "facts_per_round": facts_per_round,
+        **grid,
+    }.items():
+        if not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{name}: expected a list of at least one value, got {values!r}")
+    sizes = _counts(counts, available)
+    for limit in facts_per_round:
+        if limit is not None and limit < 1:
+            raise ValueError(f"facts_per_round: {limit} facts cannot be a round; give at least 1, or null for all")
+    known = list(dict.fromkeys(field for method in methods.values() for field in swept_fields(method)))
+    for field in grid:
+        if field not in known:
+            raise ValueError(f"grid: no method has a field {field!r}; known are {', '.join(known)}")
+    return [
+        Run(name, method, settings, count, _round_limit(method, limit))
+        for name, base in methods.items()
+        for method, settings in _combinations(name, base, grid)
+        for limit in facts_per_round
+        for count in sizes
+    ]
+
+
+def swept_fields(settings: Any, prefix: str = "") -> list[str]:
+    """Names of the fields that a grid can sweep, nested ones with a dot."""
+    names = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        names += swept_fields(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return names
+
+
+def _counts(counts: Counts | None, available: int) -> list[int]:
+    if counts is None:
+        return [available]
+    if isinstance(counts, str):
+        if counts != "log17":
+            raise ValueError(f"counts: {counts!r} is unknown; give a list of counts, or log17")
+        return [count for count in LOG17 if count <= available]
+    for count in counts:
+        if not 1 <= count <= available:
+            raise ValueError(f"counts: {count} facts asked for, but there are {available}; give counts from 1 to that")
+    return sorted(set(counts))
+
+
+def _round_limit(method: Method, asked: int | None) -> int | None:
+    return min((limit for limit in (asked, method.facts_per_solve) if limit is not None), default=None)
+
+
+def _combinations(
+    name: str, base: Method, grid: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[Method, dict[str, Any]]]:
+    own = set(swept_fields(base))
+    for values in product(*grid.values()):
+        settings = {field: value for field, value in zip(grid, values, strict=True) if field in own}
+        method = base
+        for field, value in settings.items():
+            try:
+                method = _with(method, field.split("."), value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"grid: {name} cannot take {field}={value!r}: {error}") from error
+        yield method, settings
+
+
+def _with(settings: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of nested dataclasses with one field set."""
+    first, *rest = path
+    return replace(settings, **{first: _with(getattr(settings, first), rest, value) if rest else value})
