@@ -1,5 +1,6 @@
 """Retention: how well the facts of each round are still stated after later rounds."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from torchmetrics import MetricCollection
 
 from lightedit.metrics import RecordScores, edit_metrics
+from lightedit.metrics.metrics import METRICS
 
 FILE = "retention.csv"
 _CURVES = 10  # rounds up to which each has a curve of its own in the loggers
@@ -36,9 +38,10 @@ class RetentionScores:
 
 
 def defined(metrics: MetricCollection) -> dict[str, float]:
-    """The values of those metrics that the facts allow, by name."""
-    values = {name: float(value) for name, value in metrics.compute().items()}
-    return {name: value for name, value in values.items() if value == value}  # NaN is undefined
+    """The values of those metrics that the facts allow, in the order in which they are reported."""
+    values = metrics.compute()  # sorted by name
+    ordered = {metric.name: float(values[metric.name]) for metric in METRICS}
+    return {name: value for name, value in ordered.items() if not math.isnan(value)}
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
