@@ -16,6 +16,7 @@ from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.lm import LanguageModel
+from lightedit.lm.batch import pad
 from lightedit.progress import progress
 from lightedit.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
 from tests.reference import published_values
@@ -91,7 +92,7 @@ def run(
         for values in (first.values, second.values)
         for fact, ours, published in zip(facts, values.targets, reference.targets, strict=False)
     ]
-    products = _products_seconds(lm, layer, first)
+    products, stock = _products_seconds(lm, layer, first), _stock_seconds(lm, layer, first)
     again = _matrix_rates(lm)
     rates = {size: max(rate, again[size]) for size, rate in rates.items()}
     notes = list(notes)
@@ -100,7 +101,7 @@ def run(
             f"a quick look: the reference ran on the first {len(reference.targets)} of {len(facts)} facts only; "
             "targets were compared for these, and the ratio sets its time per fact against ours over all facts"
         )
-    return _result(lm, layer, first, second, reference, max(differences), rates, products, notes)
+    return _result(lm, layer, first, second, reference, max(differences), rates, products, stock, notes)
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,26 @@ def _products_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
     return seconds
 
 
+def _stock_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
+    """Seconds that the model's own blocks take for as many tokens, forward and backward to their input.
+
+    Rows of 12 tokens in passes as large as ours, without prefixes, δ, head or loss: what is left of our time is ours,
+    and what this takes beyond the products is the model's elementwise operations and attention.
+    """
+    rows, length = ours.tokens.real // ours.passes // 12, 12
+    batch = pad([[lm.text_start] * length] * rows, lm.pad_id)
+    gradient = torch.randn(rows, length, lm.d_model)
+    at = torch.arange(rows).repeat_interleave(length), torch.arange(length).repeat(rows)
+
+    def work() -> None:
+        hidden = torch.randn(rows, length, lm.d_model, requires_grad=True)
+        with lm.starting_at(layer + 1, hidden), lm.before_head(rows, at) as states:
+            lm.forward(batch)
+        states[0].backward(gradient.flatten(0, 1))
+
+    return _median_seconds(work) * ours.passes * ours.tokens.real / (ours.passes * rows * length)
+
+
 def _median_seconds(work: Callable[[], object]) -> float:
     seconds = []
     for _ in range(_REPEATS):
@@ -237,6 +258,7 @@ def _result(
     difference: float,
     rates: dict[str, float],
     products: float,
+    stock: float,
     notes: list[str],
 ) -> Result:
     count = len(first.values.targets)
@@ -274,6 +296,8 @@ def _result(
         "time_over_floor": ours / floor,
         "products_seconds_per_fact": products / count,
         "products_over_floor": products / count / floor,
+        "stock_blocks_seconds_per_fact": stock / count,
+        "stock_blocks_over_floor": stock / count / floor,
         "floor_with_head_seconds_per_fact": floor_with_head,
         "time_over_floor_with_head": ours / floor_with_head,
     }
@@ -290,6 +314,7 @@ def _result(
         ("floor: the blocks' arithmetic", f"{floor:.2f} s/fact"),
         ("time over the floor", f"{ours / floor:.2f}"),
         ("the products alone over the floor, head included", f"{products / count / floor:.2f}"),
+        ("the stock model's blocks alone over the floor", f"{stock / count / floor:.2f}"),
         ("floor with the LM head's arithmetic", f"{floor_with_head:.2f} s/fact"),
         ("time over the floor with the head", f"{ours / floor_with_head:.2f}"),
     ]
