@@ -7,7 +7,7 @@ from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
 from lightedit.evaluate import Evaluation, evaluate
 from lightedit.health import Health
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule, edit
 from lightedit.resume import RoundCheckpoint
@@ -37,6 +37,7 @@ __all__ = [
     "Health",
     "KLBelow",
     "LanguageModel",
+    "Matrix",
     "Method",
     "MostProbable",
     "ResumeError",
