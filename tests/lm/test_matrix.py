@@ -19,7 +19,7 @@ def language_model(architecture: str) -> LanguageModel:
 
 def test_a_layers_number_means_the_mlps_matrix_and_nothing_else() -> None:
     mlp, attention = Matrix(5), Matrix(5, "attention")
-    assert mlp == 5 and not mlp != 5 and 5 == mlp and hash(mlp) == hash(5)
+    assert mlp == 5 and (mlp != 5) is False and hash(mlp) == hash(5)
     assert attention != 5 and attention != mlp and mlp != 4 and mlp != (5, "mlp") and mlp != "layer 5"
     assert {mlp: "a", attention: "b"}[5] == "a" and {5: "a"}[mlp] == "a" and attention not in {5: "a"}
     assert Matrix.of(5) == Matrix.of(mlp) == mlp and Matrix.of(attention) is attention
