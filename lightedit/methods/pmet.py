@@ -18,8 +18,8 @@ class PMET(Method):
     """Precise Model Editing in a Transformer (Li et al., 2024, arXiv 2308.08742).
 
     One δ is found for the attention's output and one for the MLP's at the same time, so that the MLP need not carry
-    what attention says; only the MLP's is written. Residuals are spread by square roots, so that less of them is left
-    to later layers.
+    what attention says; only the MLP's is written by default. Residuals are spread by square roots, so that less of
+    them is left to later layers.
 
     Attributes:
         lambda_: weight of preservation, λ in A = λ C0.
