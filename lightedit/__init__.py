@@ -9,8 +9,9 @@ from lightedit.evaluate import Evaluation, evaluate
 from lightedit.health import Health
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
-from lightedit.module import EditModule, edit
+from lightedit.module import EditModule
 from lightedit.resume import RoundCheckpoint
+from lightedit.run import edit
 from lightedit.run_folder import ResumeError
 from lightedit.stopping import KLBelow, MostProbable
 from lightedit.sweep import sweep

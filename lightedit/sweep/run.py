@@ -18,8 +18,9 @@ from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
-from lightedit.module import EditModule, OnCollision, edit
+from lightedit.module import EditModule, OnCollision
 from lightedit.progress import progress, quiet_lightning
+from lightedit.run import edit
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, Run, plan, swept_fields
 from lightedit.sweep.table import UNEDITED, Row, Table, best, write_whole
