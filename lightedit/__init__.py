@@ -7,10 +7,11 @@ from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
 from lightedit.evaluate import Evaluation, evaluate
 from lightedit.health import Health
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
-from lightedit.module import EditModule, edit
+from lightedit.module import EditModule
 from lightedit.resume import RoundCheckpoint
+from lightedit.run import edit
 from lightedit.run_folder import ResumeError
 from lightedit.stopping import KLBelow, MostProbable
 from lightedit.sweep import sweep
@@ -37,6 +38,7 @@ __all__ = [
     "Health",
     "KLBelow",
     "LanguageModel",
+    "Matrix",
     "Method",
     "MostProbable",
     "ResumeError",

@@ -34,6 +34,7 @@ def covariance(
     tokens: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
+    attention: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -47,11 +48,14 @@ def covariance(
         tokens: how many tokens to read; by default 10 per input dimension of the matrix.
         sequence_length: tokens of one window of text; by default 256, or 128 for the model's own writing.
         seed: of the model's own writing.
+        attention: also for the attention's output matrices of these layers, which PMET with write_attention writes.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
     model = le.LanguageModel.load(lm, dtype, device)
-    found = le.estimate_covariance(model, layers, text, tokens, sequence_length=sequence_length, seed=seed)
+    found = le.estimate_covariance(
+        model, layers, text, tokens, sequence_length=sequence_length, seed=seed, attention=attention
+    )
     print(f"saved {found.save(out)} ({found.provenance.tokens} tokens of {found.provenance.corpus})")
 
 
@@ -116,13 +120,8 @@ def edit(
     callbacks = [le.Health(health_text, *limits, on_limit)] if watched else []
     chosen = le.read_facts(facts, limit)
     model = le.LanguageModel.load(lm, dtype, device)
-    model.check_layers(method.layers)
-    moments = (
-        le.estimate_covariance(model, method.layers, cache=True)
-        if covariance is None
-        else le.Covariance.load(covariance)
-    )
-    moments.check(model, method.layers)
+    moments = _covariance(model, [method], covariance)
+    moments.check(model, method.matrices)
     run = out.with_name(out.name + ".run")
     if restart:
         remove_run(run)
@@ -155,6 +154,17 @@ def edit(
     result.save(out, overwrite)
     remove_run(run)
     print(f"saved the edit of {len(result.facts)} facts in {out}")
+
+
+def _covariance(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
+    """What `folder` holds, or without one an estimate of all that `methods` need."""
+    matrices = {matrix for method in methods for matrix in method.matrices}
+    layers = sorted({matrix.layer for matrix in matrices})
+    model.check_layers(layers)
+    if folder is not None:
+        return le.Covariance.load(folder)
+    attention = any(matrix.part == "attention" for matrix in matrices)
+    return le.estimate_covariance(model, layers, cache=True, attention=attention)
 
 
 def evaluate(
@@ -232,12 +242,8 @@ def sweep(
     chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
     rounds = [None] if facts_per_round is None else facts_per_round
     runs = plan(methods, len(chosen), counts, rounds, grid)
-    layers = sorted({layer for run in runs for layer in run.method.layers})
     model = le.LanguageModel.load(lm, dtype, device)
-    model.check_layers(layers)
-    moments = (
-        le.estimate_covariance(model, layers, cache=True) if covariance is None else le.Covariance.load(covariance)
-    )
+    moments = _covariance(model, [run.method for run in runs], covariance)
     le.sweep(model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision)
     print(f"saved runs.csv and sweep.svg in {out}")
 

@@ -1,7 +1,7 @@
 """What an edit must preserve: the second moment of the edited matrices' inputs over text.
 
-C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matrix at one token (Meng et al., 2022, arXiv
-2202.05262, section 3.1). All layers are collected in one pass that ends at the deepest of them.
+C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matrix, or of its attention's, at one token
+(Meng et al., 2022, arXiv 2202.05262, section 3.1). All are collected in one pass that ends at the deepest of them.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.batch import Batch
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.loading import cache_folder
@@ -68,28 +68,30 @@ class SecondMoment:
 
 
 class CovarianceModule(LightningModule):
-    """Accumulates the second moments of all `layers` in a trainer's predict loop over a `TextDataModule`.
+    """Accumulates the second moments at all `matrices` in a trainer's predict loop over a `TextDataModule`.
 
     With several processes, each sees its share of the text and all end with the sums over all of it.
 
     Attributes:
-        moments: layer -> second moment of what it has seen.
+        moments: matrix -> second moment of what it has seen.
     """
 
-    def __init__(self, lm: LanguageModel, layers: Sequence[int]) -> None:
+    def __init__(self, lm: LanguageModel, matrices: Iterable[int | Matrix]) -> None:
         super().__init__()
-        lm.check_layers(layers)
+        chosen = sorted(map(Matrix.of, matrices))
+        lm.check_layers(sorted({matrix.layer for matrix in chosen}))
         self.lm = lm
-        weights = {layer: lm.weight(layer) for layer in layers}
-        self.moments = {layer: SecondMoment(weight.shape[1], weight.device) for layer, weight in weights.items()}
+        weights = {matrix: lm.weight(matrix) for matrix in chosen}
+        self.moments = {matrix: SecondMoment(weight.shape[1], weight.device) for matrix, weight in weights.items()}
 
     @torch.no_grad()
     def predict_step(self, batch: Batch) -> None:
-        modules: dict[int, nn.Module] = {layer: self.lm.mlp_output(layer) for layer in self.moments}
+        modules = {matrix: self.lm.module(matrix) for matrix in self.moments}
+        # the last of them to run, as parallel blocks too compute their attention first
         with capture(modules, len(batch.ids), inputs=True) as keys, stop_after(modules[max(modules)]):
             self.lm.forward(batch)
-        for layer, moment in self.moments.items():
-            seen = keys.pop(layer)  # [rows, tokens, d_in]
+        for matrix, moment in self.moments.items():
+            seen = keys.pop(matrix)  # [rows, tokens, d_in]
             moment.update(seen.flatten(0, 1), batch.mask.flatten().to(seen.device))
 
     def on_predict_epoch_end(self) -> None:
@@ -127,50 +129,58 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
-    """Mean second moments by layer.
+    """Mean second moments by matrix; a layer's number means its MLP's.
 
     Attributes:
-        moments: layer -> E[k kᵀ], [d_in, d_in] float32, on the CPU.
+        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU.
         provenance: where they come from.
         folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
     """
 
-    moments: dict[int, Tensor]
+    moments: dict[Matrix, Tensor]
     provenance: Provenance
     folder: Path | None = None
-    _eigen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _eigen: dict[Matrix, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    def __getitem__(self, layer: int) -> Tensor:
-        """E[k kᵀ] of `layer`, [d_in, d_in]."""
-        if layer not in self.moments:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "moments", {Matrix.of(matrix): moment for matrix, moment in self.moments.items()})
+
+    def __getitem__(self, matrix: int | Matrix) -> Tensor:
+        """E[k kᵀ] at `matrix`, [d_in, d_in]."""
+        matrix = Matrix.of(matrix)
+        if matrix not in self.moments:
+            held = [other.layer for other in sorted(self.moments) if other.part == matrix.part]
+            way_out = ", with attention=True (on the command line: --attention true)"
             raise CovarianceError(
-                f"the covariance has no layer {layer}, only {sorted(self.moments)}; estimate it for the layers to edit"
+                f"the covariance has no {matrix}, only {held or 'MLP matrices'}; estimate it for the layers to edit"
+                + (way_out if matrix.part == "attention" else "")
             )
-        return self.moments[layer]
+        return self.moments[matrix]
 
-    def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a layer's moment, in float64.
+    def eigen(self, matrix: int | Matrix) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64.
 
         Computed once, and kept beside the covariance where that is on disk.
         """
-        if layer not in self._eigen:
-            digest = hashlib.sha256(self[layer].contiguous().numpy().tobytes()).hexdigest()
-            file = None if self.folder is None else self.folder / f"eigen.{layer}.safetensors"
+        matrix = Matrix.of(matrix)
+        if matrix not in self._eigen:
+            digest = hashlib.sha256(self[matrix].contiguous().numpy().tobytes()).hexdigest()
+            file = None if self.folder is None else self.folder / f"eigen.{matrix.key}.safetensors"
             if file is None or (found := _read_eigen(file, digest)) is None:
-                values, vectors = torch.linalg.eigh(self[layer].double())
+                values, vectors = torch.linalg.eigh(self[matrix].double())
                 found = values, vectors.contiguous()
                 if file is not None:
                     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
                     save_file({"values": found[0], "vectors": found[1]}, unfinished, metadata={"moment": digest})
                     os.replace(unfinished, file)
-            self._eigen[layer] = found
-        return self._eigen[layer]
+            self._eigen[matrix] = found
+        return self._eigen[matrix]
 
-    def check(self, lm: LanguageModel, layers: Sequence[int]) -> None:
-        """Make sure that `layers` of `lm` can be edited with this covariance.
+    def check(self, lm: LanguageModel, matrices: Iterable[int | Matrix]) -> None:
+        """Make sure that `matrices` of `lm` can be edited with this covariance.
 
         Raises:
-            CovarianceError: it was estimated on another model, or a layer is missing, has the wrong size, holds NaN or
+            CovarianceError: it was estimated on another model, or a matrix is missing, has the wrong size, holds NaN or
                 infinity, or is not positive definite.
         """
         made = self.provenance
@@ -179,23 +189,23 @@ class Covariance:
                 f"the covariance was estimated on {made.model} (fingerprint {made.fingerprint}), not on {lm.name} "
                 f"({lm.fingerprint}); estimate it on the model to edit"
             )
-        for layer in layers:
-            moment, weight = self[layer], lm.weight(layer)
+        for matrix in map(Matrix.of, matrices):
+            moment, weight = self[matrix], lm.weight(matrix)
             d_in = weight.shape[1]
             if moment.shape != (d_in, d_in):
                 raise CovarianceError(
-                    f"the covariance of layer {layer} is {tuple(moment.shape)}, but {lm.name} needs {(d_in, d_in)}; "
+                    f"the covariance of {matrix} is {tuple(moment.shape)}, but {lm.name} needs {(d_in, d_in)}; "
                     f"it belongs to another model than {lm.name}"
                 )
             if not torch.isfinite(moment).all():
                 raise CovarianceError(
-                    f"the covariance of layer {layer} holds NaN or infinity; estimate it with the model in float32 "
+                    f"the covariance of {matrix} holds NaN or infinity; estimate it with the model in float32 "
                     f"or bfloat16 (it was {made.dtype})"
                 )
             failed = torch.linalg.cholesky_ex(moment.to(weight.device, torch.float64)).info
             if made.tokens < d_in or failed:
                 raise CovarianceError(
-                    f"the covariance of layer {layer} is not positive definite: it averages {made.tokens} tokens; "
+                    f"the covariance of {matrix} is not positive definite: it averages {made.tokens} tokens; "
                     f"take more, at least {_TOKENS_PER_DIMENSION} * d_in = {_TOKENS_PER_DIMENSION * d_in}"
                 )
 
@@ -203,7 +213,7 @@ class Covariance:
         """Write `covariance.safetensors` into `folder`, whole or not at all, and return its path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"layer.{layer}": moment.contiguous() for layer, moment in self.moments.items()}
+        tensors = {f"layer.{matrix.key}": moment.contiguous() for matrix, moment in self.moments.items()}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".covariance.") as room:
             unfinished = Path(room) / _FILE
             save_file(tensors, unfinished, metadata={"provenance": json.dumps(asdict(self.provenance))})
@@ -226,12 +236,13 @@ class Covariance:
         try:
             with safe_open(file, "pt") as opened:
                 provenance = Provenance(**json.loads((opened.metadata() or {})["provenance"]))
-                moments = {int(name.removeprefix("layer.")): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                names = {Matrix.from_key(name.removeprefix("layer.")): name for name in opened.keys()}  # noqa: SIM118
+                moments = {matrix: opened.get_tensor(name) for matrix, name in sorted(names.items())}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CovarianceError(
                 f"{file} is damaged or not a covariance ({type(error).__name__}: {error}); delete it and estimate anew"
             ) from error
-        return cls(dict(sorted(moments.items())), provenance, file.parent)
+        return cls(moments, provenance, file.parent)
 
     @classmethod
     def from_npz(cls, files: Mapping[int, str | Path] | str | Path, model: str = "unknown") -> "Covariance":
@@ -257,7 +268,7 @@ class Covariance:
                 raise CovarianceError(f"{file} is damaged or not a published second moment ({error})") from error
             if count < 1 or total.ndim != 2 or total.shape[0] != total.shape[1]:
                 raise CovarianceError(f"{file} holds a sum of shape {tuple(total.shape)} over {count} tokens")
-            moments[layer] = (total.double() / count).float()
+            moments[Matrix(layer)] = (total.double() / count).float()
             counts.append(count)
         corpus = f"published statistics, {Path(next(iter(files.values()))).parent.name}"
         return cls(moments, Provenance(model, None, corpus, min(counts), None, "float32"))
@@ -297,6 +308,7 @@ def estimate_covariance(
     seed: int = 0,
     progress_bar: bool = True,
     cache: bool | Path = False,
+    attention: bool = False,
 ) -> Covariance:
     """Estimate the second moments at `layers` of the unedited model.
 
@@ -314,6 +326,7 @@ def estimate_covariance(
         seed: of the model's own writing.
         progress_bar: show progress and the time left on standard error.
         cache: keep the result in the user's cache folder, or in the given one, and take it from there if it is there.
+        attention: also at the attention's output matrices of `layers`, which `PMET(write_attention=True)` writes.
 
     Raises:
         CovarianceError: the model is edited, or there are fewer tokens than a positive definite matrix needs.
@@ -321,7 +334,10 @@ def estimate_covariance(
     lm.check_layers(layers)
     if lm.weights.owners:
         raise CovarianceError(f"{lm.name} carries edits ({', '.join(lm.weights.owners)}); revert them first")
-    d_in = max(lm.weight(layer).shape[1] for layer in layers)
+    matrices = {Matrix(layer) for layer in layers}
+    if attention:
+        matrices |= {Matrix(layer, "attention") for layer in layers}
+    d_in = max(lm.weight(matrix).shape[1] for matrix in matrices)
     tokens = _TOKENS_PER_DIMENSION * d_in if tokens is None else tokens
     enough = f"at least d_in = {d_in} are needed and {_TOKENS_PER_DIMENSION * d_in} recommended"
     if tokens < d_in:
@@ -339,9 +355,9 @@ def estimate_covariance(
         folder = covariance_folder(lm, corpus, tokens, sequence_length, seed if text is None else None, root)
         if (folder / _FILE).is_file():
             known = Covariance.load(folder)
-            if set(layers) <= set(known.moments):
+            if matrices <= known.moments.keys():
                 return known
-            layers = sorted({*layers, *known.moments})
+            matrices |= known.moments.keys()
 
     if text is None:
         windows = write_texts(lm, tokens, sequence_length, seed, progress_bar=progress_bar)
@@ -353,7 +369,7 @@ def estimate_covariance(
     if held < tokens:
         warnings.warn(f"{text} holds {held} of {tokens} tokens asked for; {enough}", stacklevel=2)
 
-    module = CovarianceModule(lm, layers)
+    module = CovarianceModule(lm, matrices)
     with progress("covariance", progress_bar) as report, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
@@ -368,7 +384,7 @@ def estimate_covariance(
         )
         trainer.predict(module, TextDataModule(windows, lm.pad_id, max_batch_tokens), return_predictions=False)
     covariance = Covariance(
-        {layer: moment.mean().cpu() for layer, moment in module.moments.items()},
+        {matrix: moment.mean().cpu() for matrix, moment in module.moments.items()},
         Provenance(
             model=lm.name,
             fingerprint=lm.fingerprint,

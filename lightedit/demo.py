@@ -13,8 +13,8 @@ from lightedit.evaluate import evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT
 from lightedit.metrics import score_targets
-from lightedit.module import edit
 from lightedit.progress import progress
+from lightedit.run import edit
 from lightedit.values import ValueSettings
 
 # A target at e^-0.3 = 74 % is well stated; pushing it further mostly disturbs the countries next door

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lightedit.data.facts import Fact
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 
 _FORMAT = 1
@@ -33,7 +33,7 @@ class Edit:
         fingerprint: fingerprint of its unedited weights.
         provenance: method, settings, contexts, covariance, versions, seconds.
         facts: the facts written, round after round, in the order they were given.
-        rounds: for each round written, layer -> update.
+        rounds: for each round written, matrix -> update; a layer's number means its MLP's matrix.
         facts_in_round: number of facts written in each round.
         scores: named evaluations, such as "before" and "after".
         id: a unique name.
@@ -43,7 +43,7 @@ class Edit:
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
     facts: list[Fact] = field(default_factory=list)
-    rounds: list[dict[int, LowRankUpdate]] = field(default_factory=list)
+    rounds: list[dict[Matrix, LowRankUpdate]] = field(default_factory=list)
     facts_in_round: list[int] = field(default_factory=list)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -51,7 +51,7 @@ class Edit:
     @property
     def layers(self) -> list[int]:
         """The layers that the edit changes."""
-        return sorted({layer for updates in self.rounds for layer in updates})
+        return sorted({Matrix.of(matrix).layer for updates in self.rounds for matrix in updates})
 
     def owner(self, round_: int) -> str:
         """The name under which a round's updates are kept in the model's weights."""
@@ -75,8 +75,8 @@ class Edit:
         if self.is_applied(lm):
             raise EditError(f"edit {self.id} is applied already; revert it first")
         for index, updates in enumerate(self.rounds):
-            for layer, update in updates.items():
-                lm.weights.add(self.owner(index), layer, update)
+            for matrix, update in updates.items():
+                lm.weights.add(self.owner(index), matrix, update)
 
     def revert(self, lm: LanguageModel) -> None:
         """Undo the edit; without other edits the weights are the unedited ones bit for bit.
@@ -98,9 +98,9 @@ class Edit:
         check_free(folder, overwrite)
         tensors = save_tensors(
             {
-                f"round.{index}.layer.{layer}.{name}": getattr(update, name).cpu().contiguous()
+                f"round.{index}.layer.{Matrix.of(matrix).key}.{name}": getattr(update, name).cpu().contiguous()
                 for index, updates in enumerate(self.rounds)
-                for layer, update in updates.items()
+                for matrix, update in updates.items()
                 for name in ("left", "right")
             }
         )
@@ -158,14 +158,15 @@ class Edit:
             data = (folder / "edit.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
                 raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
-            rounds: list[dict[int, LowRankUpdate]] = [{} for _ in record["facts_in_round"]]
+            rounds: list[dict[Matrix, LowRankUpdate]] = [{} for _ in record["facts_in_round"]]
             tensors = load_tensors(data)
             for name in sorted(tensors):
                 if name.endswith(".left"):
-                    _, index, _, layer, _ = name.split(".")
+                    _, index, _, key, _ = name.split(".")
                     right = tensors[name.removesuffix("left") + "right"]
                     # copies, because views into the file's buffer may be unaligned, which changes sums' order
-                    rounds[int(index)][int(layer)] = LowRankUpdate(tensors[name].clone(), right.clone())
+                    update = LowRankUpdate(tensors[name].clone(), right.clone())
+                    rounds[int(index)][Matrix.from_key(key)] = update
             return cls(
                 model=record["model"],
                 fingerprint=record["fingerprint"],

@@ -35,7 +35,7 @@ class Health(Callback):
             taken; None lets the unedited model write them.
         max_kl: limit of KL(edited || unedited) of the next token, in nats per token.
         max_perplexity_ratio: limit of the perplexity on the text over that of the unedited model.
-        max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited layer.
+        max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited matrix.
         on_limit: once a limit is passed, "stop" ends the fit after this round and keeps it; "roll_back" takes it back
             too, so that the weights are bit for bit those before the round.
         every: rounds between looks at the model; the last round is always looked at.
@@ -43,8 +43,9 @@ class Health(Callback):
 
     Attributes:
         records: one for each look: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
-            "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited layers; and of each edited layer
-            "weight_norm/layer_i" and "update_norm/layer_i" of this round. A round that is rolled back has one too.
+            "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited matrices; and of each
+            "weight_norm/layer_i" and "update_norm/layer_i" of this round, with "layer_i_attention" for an attention's.
+            A round that is rolled back has a record too.
         reason: which limit was passed, by what value and in which round; None while all is well.
 
     Raises:
@@ -135,8 +136,8 @@ class Health(Callback):
         nll, kl = self._text.measure()
         dtype = torch.promote_types(lm.dtype, torch.float32)
         drift = [
-            (lm.weight(layer).to(dtype) - lm.weights.base(layer).to(dtype)).norm().item()
-            for layer in module.method.layers
+            (lm.weight(matrix).to(dtype) - lm.weights.base(matrix).to(dtype)).norm().item()
+            for matrix in module.method.matrices
         ]
         return {
             "round": len(module.edit.rounds),
@@ -145,8 +146,8 @@ class Health(Callback):
             "perplexity": _exp(nll),
             "perplexity_ratio": _exp(nll - self._text.nll),
             "drift": sum(norm**2 for norm in drift) ** 0.5,
-            **{f"weight_norm/layer_{i}": lm.weight(i).to(dtype).norm().item() for i in module.method.layers},
-            **{f"update_norm/layer_{i}": update.norm() for i, update in module.edit.rounds[-1].items()},
+            **{f"weight_norm/layer_{m.key}": lm.weight(m).to(dtype).norm().item() for m in module.method.matrices},
+            **{f"update_norm/layer_{m.key}": update.norm() for m, update in module.edit.rounds[-1].items()},
         }
 
     def _passed(self, record: dict[str, Any]) -> str | None:

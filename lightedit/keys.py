@@ -1,28 +1,32 @@
-"""Keys and present values of facts, read while walking the edited layers from first to last."""
+"""Keys and present values of facts, read while walking the edited matrices from first to last."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightedit.data.prompts import FactPrompts
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.hooks import capture, stop_after
-from lightedit.values import Site
+from lightedit.lm.matrix import Part
 
 
 class KeyWalk:
-    """Walks the edited layers once, keeping the hidden states at the present layer's input.
+    """Walks the edited matrices once, keeping the hidden states at the input of the present one's layer.
 
-    Only tokens up to the subject's last are run, since nothing after it can reach a key. After a layer's matrix was
-    written, `advance` finishes that block with the new weights.
+    Only tokens up to the subject's last are run, since nothing after it can reach a key. All that is
+    asked for is read under the weights of the moment, and `advance` finishes a block with what was written into it.
 
     Args:
-        lm: the language model, under its weights of the moment.
+        lm: the language model.
         prompts: B facts.
-        layer: the first edited layer.
+        matrix: the first edited matrix.
         max_tokens: tokens of one forward pass at most.
+
+    Attributes:
+        matrix: the present one.
     """
 
     @torch.no_grad()
@@ -30,10 +34,10 @@ class KeyWalk:
         self,
         lm: LanguageModel,
         prompts: Sequence[FactPrompts],
-        layer: int,
+        matrix: int | Matrix,
         max_tokens: int = 4096,
     ) -> None:
-        self.lm, self.count, self.layer = lm, len(prompts), layer
+        self.lm, self.count, self.matrix = lm, len(prompts), Matrix.of(matrix)
         # batch, fact index [r], weight in the averaged key [r], weight among the bare prompts [r]
         self._groups: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
@@ -49,21 +53,27 @@ class KeyWalk:
                 facts = torch.tensor([part[j][0] for j in group])
                 weights = torch.tensor([part[j][2:] for j in group], dtype=torch.float64)
                 self._groups.append((batch, facts, weights[:, 0], weights[:, 1]))
-                with capture({0: lm.blocks[layer]}, len(group), inputs=True) as states, stop_after(lm.blocks[layer]):
+                block = lm.blocks[self.layer]
+                with capture({0: block}, len(group), inputs=True) as states, stop_after(block):
                     lm.forward(batch)
                 self._hidden.append(states[0])
 
+    @property
+    def layer(self) -> int:
+        """The layer of the present matrix."""
+        return self.matrix.layer
+
     def keys(self, bare: bool = False) -> Tensor:
-        """K: the averaged inputs of the present layer's MLP output matrix, [d_in, B] float64.
+        """K: the averaged inputs of the present matrix, [d_in, B] float64.
 
         Args:
             bare: average over the bare prompts alone.
         """
-        return self._mean(self.lm.mlp_output(self.layer), inputs=True, bare=bare)
+        return self._mean(self.lm.module(self.matrix), inputs=True, bare=bare)
 
-    def present(self, layer: int, site: Site = "block") -> Tensor:
-        """The site's activation at `layer` on the bare prompts, under the weights of the moment, [d, B] float64."""
-        module = self.lm.blocks[layer] if site == "block" else self.lm.mlp_output(layer)
+    def present(self, layer: int, site: Literal["block"] | Part = "block") -> Tensor:
+        """What the block, or the matrix in it, gives at `layer` on the bare prompts, [d, B] float64."""
+        module = self.lm.blocks[layer] if site == "block" else self.lm.module(Matrix(layer, site))
         return self._mean(module, inputs=False, bare=True)
 
     @torch.no_grad()
@@ -88,18 +98,20 @@ class KeyWalk:
         return total.T
 
     @torch.no_grad()
-    def advance(self, layer: int) -> None:
-        """Move on to the input of `layer`, running the blocks in between with the weights of the moment."""
-        block = self.lm.blocks[layer - 1]
+    def advance(self, matrix: int | Matrix) -> None:
+        """Move on to `matrix`, running the blocks up to its layer with the weights of the moment."""
+        present, self.matrix = self.layer, Matrix.of(matrix)
+        if self.layer == present:
+            return
+        block = self.lm.blocks[self.layer - 1]
         for index, (batch, *_) in enumerate(self._groups):
             with (
                 capture({0: block}, len(batch.ids)) as states,
                 stop_after(block),
-                self.lm.starting_at(self.layer, self._hidden[index]),
+                self.lm.starting_at(present, self._hidden[index]),
             ):
                 self.lm.forward(batch)
             self._hidden[index] = states[0]
-        self.layer = layer
 
 
 def _last(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightedit.covariance import Covariance, CovarianceError
@@ -20,13 +18,11 @@ from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
 from lightedit.edit import Edit, EditError
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
-from lightedit.progress import progress, quiet_lightning
-from lightedit.resume import RoundCheckpoint
-from lightedit.retention import FILE, RetentionScores, check_validation, curves, defined
+from lightedit.retention import FILE, RetentionScores, curves, defined
 from lightedit.tables import log_folder, read_table, write_table
 from lightedit.update import Preservation, key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
@@ -45,22 +41,23 @@ class EditModule(LightningModule):
     Args:
         lm: the model to edit.
         method: what to run.
-        covariance: second moments of the keys at the method's layers.
+        covariance: second moments of the keys of the method's matrices.
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
             subject: "error" refuses them before work starts, "merge" gives them one key and finds one value that
             serves the texts of all, "keep" writes each by itself all the same.
         collision_similarity: cosine, in the metric of the preservation term, from which two keys collide. Different
             subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: tokens of one forward and backward pass at most; bounds memory.
-        targets: fact's index -> value [d], found before under the same settings on the model as it is when the fit
-            starts. In the first round these facts skip step 1, unless they are merged.
+        targets: fact's index -> value at the method's site, [d], or [2 d] for two sites, found before under the same
+            settings on the model as it is when the fit starts. In the first round these facts skip step 1, unless they
+            are merged.
 
     Attributes:
         edit: what has been written so far; set when a fit starts.
         retention: a row for each validation in a fit and each round written by then: "round", the number of rounds
             written; "origin", the round in which the scored facts were written, both counted from 1; "facts", their
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
-        round_keys: layer -> the keys of the round written last, [d_in, B].
+        round_keys: matrix -> the keys of the round written last, [d_in, B].
         tokens: tokens that the value optimisation computed.
         seconds: time spent in "values" and "update".
     """
@@ -83,7 +80,7 @@ class EditModule(LightningModule):
         self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
-        self.round_keys: dict[int, Tensor] = {}
+        self.round_keys: dict[Matrix, Tensor] = {}
         self.tokens = TokenCount()
         self.seconds = {"values": 0.0, "update": 0.0}
         # Stands in for the δ of the chunk at hand, which is exchanged in the optimizer's parameter group
@@ -108,7 +105,14 @@ class EditModule(LightningModule):
                 f"{type(self.method).__name__} writes {limit} fact per round, but facts_per_round is "
                 f"{data.facts_per_round}; give FactsDataModule(facts, facts_per_round={limit})"
             )
-        self.covariance.check(self.lm, self.method.layers)
+        size = self.lm.d_model * (2 if self.method.site == "attention+mlp" else 1)
+        for index, value in self._known.items():
+            if value.shape != (size,):
+                raise ValueError(
+                    f"targets: the value of fact {index} is {tuple(value.shape)}, but {self.method.site!r} takes "
+                    f"{(size,)}; find it at that site"
+                )
+        self.covariance.check(self.lm, self.method.matrices)
         self._rounds, self._facts = data.rounds, data.facts
         self._preservation = self._factor()
         self._contexts = self.method.contexts.sample(self.lm)
@@ -128,17 +132,18 @@ class EditModule(LightningModule):
             },
         )
 
-    def _factor(self) -> dict[int, Preservation]:
+    def _factor(self) -> dict[Matrix, Preservation]:
         factors = {}
-        for layer in self.method.layers:
+        for matrix in self.method.matrices:
             try:
-                factors[layer] = self.method.preservation(self.covariance, layer).to(self.lm.weight(layer).device)
+                factors[matrix] = self.method.preservation(self.covariance, matrix).to(self.lm.weight(matrix).device)
             except ValueError as error:
-                raise CovarianceError(f"layer {layer}: {error}") from error
+                raise CovarianceError(f"{matrix}: {error}") from error
         return factors
 
     def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
-        # Nothing upstream of the first edited matrix ever changes, so its keys can be read for all rounds at once
+        # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;
+        # where its attention is written too, they move a little
         layer = self.method.layers[0]
         prompts = [prompt for prompt in self._prompts if prompt is not None]
         keys = KeyWalk(self.lm, prompts, layer).keys()
@@ -147,7 +152,7 @@ class EditModule(LightningModule):
         if self.on_collision == "keep":
             return
         for round_ in self._rounds:
-            similarity = key_similarity(self._preservation[layer], keys[:, round_]).triu(1)
+            similarity = key_similarity(self._preservation[Matrix(layer)], keys[:, round_]).triu(1)
             if (highest := similarity.max()) < self.collision_similarity:
                 continue
             if self.on_collision == "merge":
@@ -250,8 +255,8 @@ class EditModule(LightningModule):
         owner = self.edit.owner(len(self.edit.rounds))
         updates, self.round_keys = {}, {}
         try:
-            for layer, update, keys in write_facts(self.lm, self.method, self._preservation, units, targets, owner):
-                updates[layer], self.round_keys[layer] = update, keys
+            for matrix, update, keys in write_facts(self.lm, self.method, self._preservation, units, targets, owner):
+                updates[matrix], self.round_keys[matrix] = update, keys
         except BaseException:
             self.lm.weights.remove([owner])
             raise
@@ -264,30 +269,30 @@ class EditModule(LightningModule):
         self.seconds["update"] += time.perf_counter() - started
         self.edit.provenance["seconds"] = dict(self.seconds)
         self._targets.clear()
-        for layer, update in updates.items():
-            self.log(f"update_norm/layer_{layer}", update.norm(), batch_size=len(indices))
+        for matrix, update in updates.items():
+            self.log(f"update_norm/layer_{matrix.key}", update.norm(), batch_size=len(indices))
 
-    def _remember(self, keys: dict[int, Tensor]) -> None:
+    def _remember(self, keys: dict[Matrix, Tensor]) -> None:
         if self.method.keeps_past_keys:
-            for layer, of_layer in keys.items():
-                self._preservation[layer].remember(of_layer)
+            for matrix, of_matrix in keys.items():
+                self._preservation[matrix].remember(of_matrix)
 
-    def restore_round(self, updates: dict[int, LowRankUpdate], facts: int, keys: dict[int, Tensor]) -> None:
+    def restore_round(self, updates: dict[Matrix, LowRankUpdate], facts: int, keys: dict[Matrix, Tensor]) -> None:
         """Write a round again that an earlier process found; call it once a round, in their order, as a fit starts.
 
         Args:
-            updates: layer -> update, in the order in which the layers were written.
+            updates: matrix -> update, in the order in which they were written.
             facts: how many facts the round holds.
-            keys: layer -> the round's keys, [d_in, B] float64; read only if the method keeps past keys.
+            keys: matrix -> the round's keys, [d_in, B] float64; read only if the method keeps past keys.
         """
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))
-        # listed first, so that reverting the edit also undoes a round that fails between two layers
+        # listed first, so that reverting the edit also undoes a round that fails between two matrices
         self.edit.rounds.append({})
-        for layer, update in updates.items():
-            update = update.to(self.lm.weight(layer).device)
-            self.lm.weights.add(owner, layer, update)
-            self.edit.rounds[-1][layer] = update
+        for matrix, update in updates.items():
+            update = update.to(self.lm.weight(matrix).device)
+            self.lm.weights.add(owner, matrix, update)
+            self.edit.rounds[-1][matrix] = update
         self.edit.facts_in_round.append(facts)
         self.edit.facts = self._facts[: sum(self.edit.facts_in_round)]
         self.round_keys = keys
@@ -382,92 +387,3 @@ def _groups(linked: Tensor) -> list[list[int]]:
         left -= group
         groups.append(sorted(group))
     return groups
-
-
-class _Progress(Callback):
-    """Reports how much of a fit's work is done; a fit that goes on after a kill counts its own work only."""
-
-    def __init__(self, report: Any) -> None:
-        self.report = report
-        self._before: float | None = None
-
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, EditModule)
-        if self._before is None:  # a checkpoint has restored its rounds by now
-            self._before = module.fraction_done
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        assert isinstance(module, EditModule)
-        assert self._before is not None
-        self.report(module.fraction_done - self._before, 1.0 - self._before)
-
-
-def edit(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    method: Method,
-    covariance: Covariance,
-    facts_per_round: int | None = None,
-    facts_per_chunk: int = 32,
-    on_collision: OnCollision = "error",
-    progress_bar: bool = True,
-    checkpoint: str | Path | None = None,
-    validate_every: int | None = None,
-    log: str | Path | None = None,
-    callbacks: Sequence[Callback] = (),
-    targets: Mapping[int, Tensor] | None = None,
-) -> Edit:
-    """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
-
-    Args:
-        lm: the model to edit.
-        facts: what to write.
-        method: such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
-        covariance: second moments at the method's layers, from `estimate_covariance`.
-        facts_per_round: facts written together; default: all, or as many as the method takes in one solve.
-        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: see `EditModule`.
-        progress_bar: show progress and the time left on standard error.
-        checkpoint: a folder that keeps every finished round, so that the same call goes on from there after the
-            process was killed, to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
-        validate_every: rounds between validations, which score the facts of all rounds so far; the last round is
-            always validated. None: never.
-        log: a folder of this run's own for metrics.csv, retention.csv and the health.csv of a `Health` callback.
-        callbacks: for the trainer, such as `Health`, which may stop the run: `Edit.facts` are those written.
-        targets: values known from before; see `EditModule`.
-
-    Raises:
-        ValueError: an argument is out of range, or `log` is a file.
-        FactError: facts that cannot be edited: none, twice the same, or colliding.
-        CovarianceError: a covariance of another model or layer, or one that cannot be solved with.
-        FloatingPointError: the value optimisation or an update gave NaN or infinity. The model is left unedited.
-        ResumeError: `checkpoint` holds another run, or a damaged file.
-    """
-    check_validation(validate_every, None if log is None else Path(log))
-    data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
-    module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
-    with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
-        watching = [_Progress(report), *callbacks]
-        if checkpoint is not None:
-            watching.append(RoundCheckpoint(checkpoint))
-        trainer = Trainer(
-            accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
-            max_epochs=len(data.rounds),
-            logger=False if log is None else CSVLogger(log, name=None, version=""),
-            log_every_n_steps=1,
-            enable_checkpointing=checkpoint is not None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0 if validate_every is None else 1.0,
-            check_val_every_n_epoch=validate_every or 1,
-            callbacks=watching,
-        )
-        try:
-            trainer.fit(module, datamodule=data)
-        except BaseException:
-            if module.edit is not None and module.edit.is_applied(lm):
-                module.edit.revert(lm)
-            raise
-    assert module.edit is not None
-    return module.edit

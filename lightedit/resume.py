@@ -128,9 +128,9 @@ def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
     """All that determines a run, under names that its user knows, as JSON gives it back."""
     lm, edit = module.lm, module.edit
     assert edit is not None
-    covariance = {str(layer): module.covariance[layer] for layer in module.method.layers}
-    # also layers that carry an earlier edit
-    weights = {str(layer): lm.weight(layer) for layer in sorted({*module.method.layers, *lm.weights.layers})}
+    covariance = {matrix.key: module.covariance[matrix] for matrix in module.method.matrices}
+    # also matrices that carry an earlier edit
+    weights = {matrix.key: lm.weight(matrix) for matrix in {*module.method.matrices, *lm.weights.matrices}}
     settings = {
         **{name: value for name, value in edit.provenance.items() if name != "seconds"},
         "model": edit.fingerprint,

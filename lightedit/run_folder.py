@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lightedit.lm import Matrix
 from lightedit.lm.weights import LowRankUpdate
 
 _FORMAT = 1
@@ -45,8 +46,8 @@ class Round:
         tokens: of the run so far, by kind.
         steps: optimizer steps of the run so far.
         batches: the trainer's count of batches.
-        updates: layer -> update.
-        keys: layer -> keys, [d_in, B] float64, where the method keeps past keys.
+        updates: matrix -> update.
+        keys: matrix -> keys, [d_in, B] float64, where the method keeps past keys.
         random: state of torch's random numbers on the CPU after the round.
     """
 
@@ -58,17 +59,17 @@ class Round:
     tokens: dict[str, int]
     steps: int
     batches: dict[str, int]
-    updates: dict[int, LowRankUpdate]
-    keys: dict[int, Tensor]
+    updates: dict[Matrix, LowRankUpdate]
+    keys: dict[Matrix, Tensor]
     random: Tensor
 
     def save(self, folder: Path) -> None:
         """Write the round's file into `folder`."""
         tensors = {"random": self.random}
-        for layer, update in self.updates.items():
-            tensors |= {f"{layer}.left": update.left, f"{layer}.right": update.right}
+        for matrix, update in self.updates.items():
+            tensors |= {f"{matrix.key}.left": update.left, f"{matrix.key}.right": update.right}
         # as rows: a round reads its keys row by row, and another memory layout may change the order of sums
-        tensors |= {f"{layer}.keys": keys.T for layer, keys in self.keys.items()}
+        tensors |= {f"{matrix.key}.keys": keys.T for matrix, keys in self.keys.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         record = json.dumps({name: value for name, value in vars(self).items() if name not in _TENSORS})
         content = save_tensors(tensors, {"record": record, "sha256": checksum(record, tensors)})
@@ -96,11 +97,12 @@ class Round:
             raise ResumeError(
                 f"{file} is round {record['number']} of run {record['run']}, not round {number} of {run}; {way_out}"
             )
-        layers = sorted(int(name.removesuffix(".left")) for name in tensors if name.endswith(".left"))
+        names = (name.removesuffix(".left") for name in tensors if name.endswith(".left"))
+        matrices = {matrix: matrix.key for matrix in sorted(map(Matrix.from_key, names))}
         return cls(
             **record,
-            updates={layer: LowRankUpdate(tensors[f"{layer}.left"], tensors[f"{layer}.right"]) for layer in layers},
-            keys={layer: tensors[f"{layer}.keys"].T for layer in layers if f"{layer}.keys" in tensors},
+            updates={m: LowRankUpdate(tensors[f"{key}.left"], tensors[f"{key}.right"]) for m, key in matrices.items()},
+            keys={m: tensors[f"{key}.keys"].T for m, key in matrices.items() if f"{key}.keys" in tensors},
             random=tensors["random"],
         )
 

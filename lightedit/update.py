@@ -11,7 +11,7 @@ minimises tr(ΔW A ΔWᵀ) subject to ΔW K = R at γ = 0 (ROME, Meng et al., 20
 et al., 2024, arXiv 2403.14236). The d x d system becomes a B x B one; no inverse is ever formed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightedit.data.prompts import FactPrompts
 from lightedit.keys import KeyWalk
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 
 if TYPE_CHECKING:
@@ -160,53 +160,54 @@ def key_similarity(preservation: Preservation, keys: Tensor) -> Tensor:
 def write_facts(
     lm: LanguageModel,
     method: "Method",
-    preservation: dict[int, Preservation],
+    preservation: Mapping[Matrix, Preservation],
     prompts: Sequence[FactPrompts],
     targets: Tensor,
     owner: str,
-) -> Iterator[tuple[int, LowRankUpdate, Tensor]]:
-    """Step 2 for the facts of one round: solve and write, layer after layer.
+) -> Iterator[tuple[Matrix, LowRankUpdate, Tensor]]:
+    """Step 2 for the facts of one round: solve and write, matrix after matrix.
+
+    Keys and residuals of each are read when its turn has come, so those of a layer's MLP after its attention, where
+    that is edited too, was written; as in the published code of PMET.
 
     Args:
         lm: the model; its weights are written on behalf of `owner`.
         method: the method.
-        preservation: A of each edited layer, factored.
+        preservation: A of each edited matrix, factored.
         prompts: B facts.
-        targets: v at the method's site in its value layer, [d, B] float64.
+        targets: v at the method's site in its value layer, [d, B] float64; [2 d, B] for two sites.
         owner: name of the round's updates in the model's weights.
 
     Yields:
-        (layer, update, keys [d_in, B] float64) right after the update was written.
+        (matrix, update, keys [d_in, B] float64) right after the update was written.
 
     Raises:
         FloatingPointError: an update holds NaN or infinity; it is not written.
     """
-    walk = KeyWalk(lm, prompts, method.layers[0])
-    for layer in method.layers:
-        if layer != walk.layer:
-            walk.advance(layer)
+    walk = KeyWalk(lm, prompts, method.matrices[0])
+    for matrix in method.matrices:
+        walk.advance(matrix)
         keys = method.keys(walk)
-        residuals = method.spread(layer) * method.residuals(walk, keys, targets)
-        _check_finite(layer, keys, residuals)
-        update = method.update(preservation[layer], keys, residuals, walk)
-        _check_finite(layer, update.left, update.right)
-        update = update.to(lm.weight(layer).device, torch.promote_types(lm.dtype, torch.float32))
-        lm.weights.add(owner, layer, update)
-        yield layer, update, keys
+        residuals = method.spread(matrix.layer) * method.residuals(walk, keys, targets)
+        _check_finite(matrix, keys, residuals)
+        update = method.update(preservation[matrix], keys, residuals, walk)
+        _check_finite(matrix, update.left, update.right)
+        update = update.to(lm.weight(matrix).device, torch.promote_types(lm.dtype, torch.float32))
+        lm.weights.add(owner, matrix, update)
+        yield matrix, update, keys
 
 
 @torch.no_grad()
-def read_keys(lm: LanguageModel, method: "Method", prompts: Sequence[FactPrompts]) -> dict[int, Tensor]:
-    """The keys [d_in, B] of every edited layer under the weights of the moment."""
-    walk = KeyWalk(lm, prompts, method.layers[0])
+def read_keys(lm: LanguageModel, method: "Method", prompts: Sequence[FactPrompts]) -> dict[Matrix, Tensor]:
+    """The keys [d_in, B] of every edited matrix under the weights of the moment."""
+    walk = KeyWalk(lm, prompts, method.matrices[0])
     keys = {}
-    for layer in method.layers:
-        if layer != walk.layer:
-            walk.advance(layer)
-        keys[layer] = method.keys(walk)
+    for matrix in method.matrices:
+        walk.advance(matrix)
+        keys[matrix] = method.keys(walk)
     return keys
 
 
-def _check_finite(layer: int, *tensors: Tensor) -> None:
+def _check_finite(matrix: Matrix, *tensors: Tensor) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise FloatingPointError(f"the update of layer {layer} holds NaN or infinity; load the model in float32")
+        raise FloatingPointError(f"the update of {matrix} holds NaN or infinity; load the model in float32")

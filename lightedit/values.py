@@ -61,9 +61,8 @@ class Values:
     """Outcome of step 1 for B facts.
 
     Attributes:
-        targets: v = h0 + δ, [B, d].
-        initial: h0, the site's activation before the edit, [B, d].
-        attention: the attention output's v, [B, d], where the site holds it; then the others are the MLP output's.
+        targets: v = h0 + δ at the site, [B, d]; [B, 2 d] for "attention+mlp", in that order.
+        initial: h0, the site's activation before the edit, of the same shape.
         steps: Adam steps taken, [B].
         losses: each fact's last evaluated loss, [B].
     """
@@ -72,7 +71,6 @@ class Values:
     initial: Tensor
     steps: Tensor
     losses: Tensor
-    attention: Tensor | None = None
 
 
 @dataclass
@@ -266,9 +264,7 @@ class ValueOptimization:
     def values(self) -> Values:
         """The targets found so far."""
         delta = torch.where(self.active[:, None], self.delta.detach(), self._final)
-        *attention, targets = (self.initial + delta).chunk(self._sites, dim=1)
-        initial = self.initial.chunk(self._sites, dim=1)[-1]
-        return Values(targets, initial, self._steps.clone(), self._losses.clone(), *attention)
+        return Values(self.initial + delta, self.initial, self._steps.clone(), self._losses.clone())
 
     @torch.no_grad()
     def _finish(self, facts: Tensor) -> None:

@@ -190,7 +190,7 @@ def test_more_rounds_and_layers_than_ten_keep_their_order(tmp_path: Path) -> Non
     loaded = Edit.load(edit.save(tmp_path / "edit"))
     assert [list(updates) for updates in loaded.rounds] == [[2, 9, 11]] * 12
     for index, updates in enumerate(loaded.rounds):
-        assert all(float(update.left[0]) == 100 * index + layer for layer, update in updates.items())
+        assert all(float(update.left[0]) == 100 * index + matrix.layer for matrix, update in updates.items())
 
 
 def test_an_edit_without_rounds_can_be_saved(tmp_path: Path) -> None:

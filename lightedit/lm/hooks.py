@@ -1,10 +1,12 @@
 """Hooks on transformer blocks, safe for blocks that return a tensor and for those that return a tuple."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class _StopForward(Exception):
@@ -37,12 +39,12 @@ def stop_after(module: nn.Module, before: bool = False) -> Iterator[None]:
 
 @contextmanager
 def capture(
-    modules: Mapping[int, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
-) -> Iterator[dict[int, Tensor]]:
+    modules: Mapping[_Key, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
+) -> Iterator[dict[_Key, Tensor]]:
     """Collect what enters or leaves each module.
 
     Args:
-        modules: modules to watch, by a key of the caller's choice (the layer).
+        modules: modules to watch, by a key of the caller's choice, such as the layer.
         rows: number of rows in the batch; some modules (OPT's MLP) see all rows' tokens as one list.
         at: (rows, positions), integer tensors of shape [n]; only these states are kept, as [n, d]. None keeps all.
         inputs: keep the module's first input instead of its output.
@@ -50,9 +52,9 @@ def capture(
     Yields:
         A dictionary that fills during the forward pass: key -> [n, d] or [rows, positions, d]. Tensors are copies.
     """
-    captured: dict[int, Tensor] = {}
+    captured: dict[_Key, Tensor] = {}
 
-    def keep(key: int, value: Tensor) -> None:
+    def keep(key: _Key, value: Tensor) -> None:
         value = value.reshape(rows, -1, value.shape[-1])
         captured[key] = value.clone() if at is None else value[at[0].to(value.device), at[1].to(value.device)]
 

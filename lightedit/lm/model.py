@@ -16,6 +16,7 @@ from lightedit.lm.batch import Batch, by_length, pad, rectangles
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import capture, select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
+from lightedit.lm.matrix import Matrix
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.weights import EditedWeights
@@ -144,25 +145,31 @@ class LanguageModel:
 
     def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
         """The module of the MLP's second matrix in block `layer`."""
-        return cast(nn.Linear | Conv1D, self.blocks[layer].get_submodule(self.architecture.mlp_output))
+        return self.module(layer)
 
-    def attention_output(self, layer: int) -> nn.Module:
+    def attention_output(self, layer: int) -> nn.Linear | Conv1D:
         """The module of the attention's output matrix in block `layer`."""
-        return self.blocks[layer].get_submodule(self.architecture.attention_output)
+        return self.module(Matrix(layer, "attention"))
+
+    def module(self, matrix: int | Matrix) -> nn.Linear | Conv1D:
+        """The module that holds `matrix`."""
+        matrix = Matrix.of(matrix)
+        paths = {"mlp": self.architecture.mlp_output, "attention": self.architecture.attention_output}
+        return cast(nn.Linear | Conv1D, self.blocks[matrix.layer].get_submodule(paths[matrix.part]))
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
         path = self.architecture.mlp_norm
         return self.blocks[layer].get_submodule(path) if path else None
 
-    def weight(self, layer: int) -> Tensor:
-        """The MLP output matrix of block `layer` as a writable [d_out, d_in] view."""
-        module = self.mlp_output(layer)
+    def weight(self, matrix: int | Matrix) -> Tensor:
+        """A matrix, such as the MLP's of layer `5` or `Matrix(5, "attention")`, as a writable [d_out, d_in] view."""
+        module = self.module(matrix)
         weight = module.weight
         if not weight.is_floating_point() or weight.device.type == "meta":
             state = "offloaded" if weight.device.type == "meta" else f"stored as {weight.dtype}"
             raise UnsupportedModelError(
-                f"the matrix of layer {layer} is {state}; load it in a floating-point dtype on a device"
+                f"the matrix of {Matrix.of(matrix)} is {state}; load it in a floating-point dtype on a device"
             )
         return weight.data.T if isinstance(module, Conv1D) else weight.data
 

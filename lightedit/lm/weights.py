@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightedit.lm.matrix import Matrix
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -54,14 +56,14 @@ class EditedWeights:
     the same order give the same bits, however they came about.
 
     Args:
-        matrix: layer -> the live weight, as a [d_out, d_in] view that can be written.
+        weight: name -> the live weight, as a [d_out, d_in] view that can be written.
     """
 
-    def __init__(self, matrix: Callable[[int], Tensor]) -> None:
-        self._matrix = matrix
-        self._base: dict[int, Tensor] = {}
-        self._sum: dict[int, Tensor] = {}
-        self._updates: dict[int, list[tuple[str, LowRankUpdate]]] = {}
+    def __init__(self, weight: Callable[[Matrix], Tensor]) -> None:
+        self._weight = weight
+        self._base: dict[Matrix, Tensor] = {}
+        self._sum: dict[Matrix, Tensor] = {}
+        self._updates: dict[Matrix, list[tuple[str, LowRankUpdate]]] = {}
 
     @property
     def owners(self) -> list[str]:
@@ -69,57 +71,57 @@ class EditedWeights:
         return list(dict.fromkeys(owner for updates in self._updates.values() for owner, _ in updates))
 
     @property
-    def layers(self) -> list[int]:
-        """The layers whose matrices carry updates."""
+    def matrices(self) -> list[Matrix]:
+        """The matrices that carry updates."""
         return sorted(self._updates)
 
-    def base(self, layer: int) -> Tensor:
-        """The unedited matrix of `layer`, [d_out, d_in]."""
-        return self._base.get(layer, self._matrix(layer))
+    def base(self, matrix: int | Matrix) -> Tensor:
+        """The unedited `matrix`, [d_out, d_in]."""
+        matrix = Matrix.of(matrix)
+        return self._base.get(matrix, self._weight(matrix))
 
     @torch.no_grad()
-    def add(self, owner: str, layer: int, update: LowRankUpdate) -> None:
-        """Write `update` into the matrix of `layer` on behalf of the edit `owner`."""
-        weight = self._matrix(layer)
+    def add(self, owner: str, matrix: int | Matrix, update: LowRankUpdate) -> None:
+        """Write `update` into `matrix` on behalf of the edit `owner`."""
+        matrix = Matrix.of(matrix)
+        weight = self._weight(matrix)
         shape = (update.left.shape[0], update.right.shape[0])
         if shape != tuple(weight.shape):
-            raise ValueError(
-                f"layer {layer}: an update of shape {shape} does not fit a weight of {tuple(weight.shape)}"
-            )
-        if layer not in self._base:
-            self._base[layer] = weight.clone()
-        self._updates.setdefault(layer, []).append((owner, update))
-        self._accumulate(layer, update)
+            raise ValueError(f"{matrix}: an update of shape {shape} does not fit a weight of {tuple(weight.shape)}")
+        if matrix not in self._base:
+            self._base[matrix] = weight.clone()
+        self._updates.setdefault(matrix, []).append((owner, update))
+        self._accumulate(matrix, update)
 
     @torch.no_grad()
     def remove(self, owners: Collection[str]) -> None:
         """Undo the edits `owners`; other edits stay, in their order."""
-        for layer, updates in list(self._updates.items()):
+        for matrix, updates in list(self._updates.items()):
             kept = [(owner, update) for owner, update in updates if owner not in owners]
             if len(kept) == len(updates):
                 continue
-            self._matrix(layer).copy_(self._base[layer])
-            self._sum.pop(layer, None)
-            self._updates[layer] = kept
+            self._weight(matrix).copy_(self._base[matrix])
+            self._sum.pop(matrix, None)
+            self._updates[matrix] = kept
             for _, update in kept:
-                self._accumulate(layer, update)
+                self._accumulate(matrix, update)
             if not kept:
-                del self._base[layer], self._updates[layer]
+                del self._base[matrix], self._updates[matrix]
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Within the context, all matrices are the unedited ones; afterwards they are as before, bit for bit."""
-        edited = {layer: self._matrix(layer).clone() for layer in self._base}
-        for layer, base in self._base.items():
-            self._matrix(layer).copy_(base)
+        edited = {matrix: self._weight(matrix).clone() for matrix in self._base}
+        for matrix, base in self._base.items():
+            self._weight(matrix).copy_(base)
         try:
             yield
         finally:
-            for layer, weight in edited.items():
-                self._matrix(layer).copy_(weight)
+            for matrix, weight in edited.items():
+                self._weight(matrix).copy_(weight)
 
-    def _accumulate(self, layer: int, update: LowRankUpdate) -> None:
-        weight = self._matrix(layer)
+    def _accumulate(self, matrix: Matrix, update: LowRankUpdate) -> None:
+        weight = self._weight(matrix)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         # contiguous, because a BLAS may sum in another order for factors of another memory layout
         left = update.left.to(weight.device, dtype).contiguous()
@@ -127,7 +129,7 @@ class EditedWeights:
         if weight.dtype == dtype:
             weight.addmm_(left, right.T)
             return
-        if layer not in self._sum:
-            self._sum[layer] = self._base[layer].to(dtype)
-        self._sum[layer].addmm_(left, right.T)
-        weight.copy_(self._sum[layer])
+        if matrix not in self._sum:
+            self._sum[matrix] = self._base[matrix].to(dtype)
+        self._sum[matrix].addmm_(left, right.T)
+        weight.copy_(self._sum[matrix])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightedit.covariance import Covariance
+from lightedit.lm import Matrix
 from lightedit.methods.base import Method
 from lightedit.update import Preservation
 
@@ -37,8 +38,8 @@ class AlphaEdit(Method):
     def reads_keys_after_writing(self) -> bool:
         return self.published_history
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A⁻¹ = P / L2."""
-        values, vectors = covariance.eigen(layer)
+        values, vectors = covariance.eigen(matrix)
         threshold = self.threshold * float(values[-1]) if self.relative else self.threshold
         return Preservation.from_null_space(values, vectors, threshold, self.ridge)

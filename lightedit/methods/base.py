@@ -11,6 +11,7 @@ from torch import Tensor
 from lightedit.covariance import Covariance
 from lightedit.data.prompts import ContextSettings
 from lightedit.keys import KeyWalk
+from lightedit.lm import Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.update import Preservation, low_rank_update
 from lightedit.values import Site, ValueSettings
@@ -45,6 +46,11 @@ class Method(ABC):
         return self.layers[-1]
 
     @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices that are written, in this order."""
+        return tuple(Matrix(layer) for layer in self.layers)
+
+    @property
     def site(self) -> Site:
         return "block"
 
@@ -54,8 +60,8 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
-        """The preservation term A of one layer."""
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
+        """The preservation term A of one matrix."""
 
     def gamma(self, facts: int) -> float:
         """γ of the closed form in a solve of so many facts; 0 writes residuals exactly."""
@@ -66,14 +72,20 @@ class Method(ABC):
         return 1 / (len(self.layers) - self.layers.index(layer))
 
     def keys(self, walk: KeyWalk) -> Tensor:
-        """K at the walk's layer, [d_in, B] float64."""
+        """K at the walk's matrix, [d_in, B] float64."""
         return walk.keys()
 
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
-        """What is still missing at the site, as seen from the MLP output of the walk's layer, [d, B] float64."""
+        """What is still missing at the site, as seen from the output of the walk's matrix, [d, B] float64.
+
+        Args:
+            walk: at the matrix to write.
+            keys: K at it, [d_in, B].
+            targets: v at the site, [d, B]; [2 d, B] for two sites.
+        """
         if self.site == "block":
             return _before_norm(walk, targets - walk.present(self.value_layer))
-        return targets - walk.present(self.value_layer, "mlp")
+        return targets - walk.present(self.value_layer, walk.matrix.part)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         """The change of the walk's matrix that writes `residuals` at `keys`."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lightedit.covariance import Covariance
+from lightedit.lm import Matrix
 from lightedit.methods.base import Method
 from lightedit.update import Preservation
 
@@ -28,9 +29,9 @@ class EMMET(Method):
         if self.lambda_ <= 0 or self.mu < 0:
             raise ValueError(f"lambda_ must be positive and mu not negative, got {self.lambda_} and {self.mu}")
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A = λ C0."""
-        return Preservation.from_covariance(covariance[layer], scale=self.lambda_)
+        return Preservation.from_covariance(covariance[matrix], scale=self.lambda_)
 
     def gamma(self, facts: int) -> float:
         return self.mu if facts > 1 else 0.0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightedit.covariance import Covariance
+from lightedit.lm import Matrix
 from lightedit.methods.base import Method
 from lightedit.stopping import MostProbable
 from lightedit.update import Preservation
@@ -32,6 +33,6 @@ class ENCORE(Method):
                 f"lambda_ must be positive and norm_weight not negative, got {self.lambda_} and {self.norm_weight}"
             )
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A = λp C0 + λn I."""
-        return Preservation.from_covariance(covariance[layer], scale=self.lambda_, ridge=self.norm_weight)
+        return Preservation.from_covariance(covariance[matrix], scale=self.lambda_, ridge=self.norm_weight)

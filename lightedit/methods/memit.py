@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lightedit.covariance import Covariance
+from lightedit.lm import Matrix
 from lightedit.methods.base import Method
 from lightedit.update import Preservation
 
@@ -23,6 +24,6 @@ class MEMIT(Method):
         if self.lambda_ <= 0:
             raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A = λ C0."""
-        return Preservation.from_covariance(covariance[layer], scale=self.lambda_)
+        return Preservation.from_covariance(covariance[matrix], scale=self.lambda_)

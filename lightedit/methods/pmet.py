@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightedit.covariance import Covariance
+from lightedit.keys import KeyWalk
+from lightedit.lm import Matrix
 from lightedit.methods.base import Method
 from lightedit.stopping import KLBelow
 from lightedit.update import Preservation
@@ -14,12 +18,14 @@ class PMET(Method):
     """Precise Model Editing in a Transformer (Li et al., 2024, arXiv 2308.08742).
 
     One δ is found for the attention's output and one for the MLP's at the same time, so that the MLP need not carry
-    what attention says; only the MLP's is written. Residuals are spread by square roots, so that less of them is left
-    to later layers.
+    what attention says; only the MLP's is written by default. Residuals are spread by square roots, so that less of
+    them is left to later layers.
 
     Attributes:
         lambda_: weight of preservation, λ in A = λ C0.
         attention_delta: False finds a δ for the MLP's output alone (the paper's first ablation).
+        write_attention: True writes the attention's δ too, into the attention's output matrices (the paper's second
+            ablation). The covariance must then hold these: `estimate_covariance(..., attention=True)`.
         even_spread: True spreads residuals as MEMIT does (the paper's third ablation).
     """
 
@@ -28,22 +34,40 @@ class PMET(Method):
     )
     lambda_: float = 6_000.0
     attention_delta: bool = True
+    write_attention: bool = False
     even_spread: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lambda_ <= 0:
             raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
+        if self.write_attention and not self.attention_delta:
+            raise ValueError(
+                "write_attention=True writes the attention's δ, which attention_delta=False does not find; change one"
+            )
 
     @property
     def site(self) -> Site:
         return "attention+mlp" if self.attention_delta else "mlp"
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        if not self.write_attention:
+            return super().matrices
+        return tuple(matrix for layer in self.layers for matrix in (Matrix(layer, "attention"), Matrix(layer)))
+
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A = λ C0."""
-        return Preservation.from_covariance(covariance[layer], scale=self.lambda_)
+        return Preservation.from_covariance(covariance[matrix], scale=self.lambda_)
 
     def spread(self, layer: int) -> float:
         """1 / sqrt(L - l + 1), counted in edited layers (equation 10)."""
         even = super().spread(layer)
         return even if self.even_spread else even**0.5
+
+    def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
+        """What the output of the walk's matrix still misses at the value layer, [d, B] float64."""
+        if self.attention_delta:
+            attention, mlp = targets.chunk(2)
+            targets = attention if walk.matrix.part == "attention" else mlp
+        return super().residuals(walk, keys, targets)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightedit.covariance import Covariance
 from lightedit.data.prompts import ContextSettings
 from lightedit.keys import KeyWalk
+from lightedit.lm import Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods.base import Method
 from lightedit.update import Preservation
@@ -42,9 +43,9 @@ class ROME(Method):
     def site(self) -> Site:
         return "mlp"
 
-    def preservation(self, covariance: Covariance, layer: int) -> Preservation:
+    def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """A = C0; its scale does not matter at γ = 0."""
-        return Preservation.from_covariance(covariance[layer])
+        return Preservation.from_covariance(covariance[matrix])
 
     def gamma(self, facts: int) -> float:
         return 0.0

@@ -18,8 +18,9 @@ from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
-from lightedit.module import EditModule, OnCollision, edit
+from lightedit.module import EditModule, OnCollision
 from lightedit.progress import progress, quiet_lightning
+from lightedit.run import edit
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, Run, plan, swept_fields
 from lightedit.sweep.table import UNEDITED, Row, Table, best, write_whole
@@ -53,7 +54,7 @@ def sweep(
         lm: the model, unedited; so it is left.
         facts: what to write; some must have a `target_true`, which the scores need.
         methods: name of your choice -> method.
-        covariance: second moments at all layers that occur.
+        covariance: second moments at all matrices that occur.
         out: the sweep's own folder.
         counts: numbers of facts to write; None for all of them, "log17" for PMET's (see `LOG17`).
         facts_per_round: numbers of facts written together; None for all of a run's.
@@ -142,7 +143,7 @@ def _check(lm: LanguageModel, facts: Sequence[Fact], covariance: Covariance, run
         raise ValueError(f"methods: {UNEDITED!r} names the rows of the unedited model; choose another name")
     for run in runs:
         lm.check_layers(run.method.layers)
-    covariance.check(lm, sorted({layer for run in runs for layer in run.method.layers}))
+    covariance.check(lm, sorted({matrix for run in runs for matrix in run.method.matrices}))
 
 
 def _check_folder(out: Path, record: dict[str, Any]) -> None:

@@ -64,8 +64,8 @@ class TargetStore:
         What is not known yet is searched for as many facts as any run of the same settings needs.
 
         Returns:
-            Fact's index -> value [d], and the seconds that the search took if this is the first run of those settings
-            in the sweep, else 0.
+            Fact's index -> value [d], or [2 d] for two sites, and the seconds that the search took if this is the first
+            run of those settings in the sweep, else 0.
 
         Raises:
             FloatingPointError: a loss is NaN or infinite.
