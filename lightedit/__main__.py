@@ -173,6 +173,7 @@ def evaluate(
     edit: Path | None = None,
     limit: int | None = None,
     out: Path | None = None,
+    generate: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -184,6 +185,7 @@ def evaluate(
         edit: folder of a saved edit to apply first.
         limit: take the first facts only.
         out: JSON file for the scores, their intervals and every record.
+        generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -194,7 +196,7 @@ def evaluate(
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.apply(model)
-    result = le.evaluate(model, chosen)
+    result = le.evaluate(model, chosen, generate=generate)
     print(result.table())
     if out is not None:
         result.save(out)
@@ -214,6 +216,7 @@ def sweep(
     covariance: Path | None = None,
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
+    generate: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -234,6 +237,8 @@ def sweep(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
             are written each by itself (keep).
+        generate: let the models write texts, too, for a column of generation entropy (GE); scoring then takes several
+            times as long.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -244,7 +249,9 @@ def sweep(
     runs = plan(methods, len(chosen), counts, rounds, grid)
     model = le.LanguageModel.load(lm, dtype, device)
     moments = _covariance(model, [run.method for run in runs], covariance)
-    le.sweep(model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision)
+    le.sweep(
+        model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision, generate=generate
+    )
     print(f"saved runs.csv and sweep.svg in {out}")
 
 

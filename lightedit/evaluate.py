@@ -5,15 +5,25 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightedit import generation
 from lightedit.data.facts import Fact, FactError
+from lightedit.data.prompts import encode_targets
 from lightedit.lm import LanguageModel
-from lightedit.metrics import PromptScores, RecordScores, TargetScores, edit_metrics, score_targets
+from lightedit.metrics import Generations, PromptScores, RecordScores, TargetScores, edit_metrics, score_targets
 from lightedit.metrics.functional import accuracy
 from lightedit.metrics.metrics import METRICS, RECORD_MEANS, EditScore, RecordMean
-from lightedit.progress import Report, progress
+from lightedit.progress import Report, part, progress
+
+# New tokens of a greedy continuation: room for any answer, and for line ends before it
+_ANSWER_TOKENS = 32
+# Time of drawing one text, and of writing one continuation, in that of scoring one answer, as measured with SmolLM2 on
+# CounterFact; they only serve the progress bar
+_TEXT_COST, _CONTINUATION_COST = 20.0, 7.0
+_UNITS = {"GE": "GE (bits x 100)"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,14 @@ class Evaluation:
 
     Attributes:
         scores: metric -> value in percent, for those metrics that the facts allow: ES, PS, NS, EM, PM, NM, S,
-            efficacy_accuracy, paraphrase_accuracy, neighborhood_accuracy.
+            efficacy_accuracy, paraphrase_accuracy, neighborhood_accuracy; and, if texts were generated, GE, which is
+            in bits times 100, and generation_success.
         intervals: metric -> ends of its 95 % confidence interval, same keys; NaN if only one record counted.
         records: one per fact, in order: id, subject, prompt, target_new, target_true; the record's own value
-            of each metric that it has, in percent; and under "efficacy", "paraphrase" and "neighborhood" one
-            value a prompt of nll_wanted and nll_other (mean NLL per token, in nats) and accuracy (share).
+            of each metric that it has, in the same unit; under "efficacy", "paraphrase" and "neighborhood" one
+            value a prompt of nll_wanted and nll_other (mean NLL per token, in nats) and accuracy (share); and, if
+            texts were generated, "generations", a list of texts with their prompts, and "continuation", the greedy
+            one of the fact's own prompt.
     """
 
     scores: dict[str, float]
@@ -43,7 +56,9 @@ class Evaluation:
         heads = ["score"] if before is None else ["before", "after"]
         names = list(dict.fromkeys(name for column in columns for name in column.scores))
         lines = [[f"%, {len(self.records)} facts", *heads]]
-        lines += [[name.replace("_", " "), *(column._cell(name) for column in columns)] for name in names]
+        lines += [
+            [_UNITS.get(name, name.replace("_", " ")), *(column._cell(name) for column in columns)] for name in names
+        ]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
@@ -114,9 +129,13 @@ def _questions(fact: Fact) -> dict[str, list[_Question]]:
 
 
 def score_facts(
-    lm: LanguageModel, facts: Sequence[Fact], max_tokens: int = 1024, report: Report | None = None
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    max_tokens: int = 1024,
+    report: Report | None = None,
+    generate: bool = False,
 ) -> list[RecordScores]:
-    """Score `lm`, as it is now, on the prompts of each fact; see `evaluate`."""
+    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if `generate`; see `evaluate`."""
     asked = [_questions(fact) for fact in facts]
     pairs = [
         (question.prompt, answer)
@@ -126,20 +145,58 @@ def score_facts(
         for answer in (question.wanted, question.other)
         if answer is not None
     ]
-    scored = score_targets(lm, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], max_tokens, report)
     place = {pair: index for index, pair in enumerate(pairs)}
+    prompts = [prompt for fact in facts for prompt in _generation_prompts(fact)] if generate else []
+    texts = _TEXT_COST * len(set(prompts))
+    total = len(place) + texts + _CONTINUATION_COST * len({fact.text for fact in facts}) * generate
+    scored = score_targets(
+        lm,
+        [prompt for prompt, _ in pairs],
+        [answer for _, answer in pairs],
+        max_tokens,
+        part(report, 0, len(place), total),
+    )
+    written: list[Generations | None] = [None] * len(facts)
+    if generate:
+        drawn = iter(generation.generate(lm, prompts, report=part(report, len(place), texts, total)))
+        texts_of = [tuple(islice(drawn, len(_generation_prompts(fact)))) for fact in facts]
+        continued = _continuations(lm, facts, part(report, len(place) + texts, total - len(place) - texts, total))
+        written = [
+            Generations(*pair, fact.target_new)
+            for pair, fact in zip(zip(texts_of, continued, strict=True), facts, strict=True)
+        ]
     return [
         RecordScores(
             **{
                 kind: _prompt_scores(scored, place, questions, whole=fact.target_true is not None)
                 for kind, questions in kinds.items()
-            }
+            },
+            generations=generations,
         )
-        for fact, kinds in zip(facts, asked, strict=True)
+        for fact, kinds, generations in zip(facts, asked, written, strict=True)
     ]
 
 
-def evaluate(lm: LanguageModel, facts: Sequence[Fact], max_tokens: int = 1024, progress_bar: bool = True) -> Evaluation:
+def _generation_prompts(fact: Fact) -> tuple[str, ...]:
+    return fact.generation_prompts or (fact.text, *fact.paraphrase_prompts)
+
+
+def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report) -> list[str]:
+    """What the model says greedily after each fact's own prompt."""
+    prompts = [fact.text for fact in facts]
+    longest = max(count for _, count in encode_targets(lm.tokenizer, prompts, [fact.target_new for fact in facts]))
+    tokens = max(_ANSWER_TOKENS, 2 * longest)
+    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report)
+    return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def evaluate(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    max_tokens: int = 1024,
+    progress_bar: bool = True,
+    generate: bool = False,
+) -> Evaluation:
     """Score `lm`, as it is now, on facts.
 
     Facts with a `target_true` (CounterFact) give ES, PS, NS, their magnitudes, S, and accuracies that count a
@@ -148,11 +205,17 @@ def evaluate(lm: LanguageModel, facts: Sequence[Fact], max_tokens: int = 1024, p
     else `target_true`; NS and NM exist where that answer is the true target. A fact without prompts of a kind
     does not count there.
 
+    If texts are generated, GE is the mean entropy of those drawn after the fact's generation prompts (its own text and
+    paraphrases, if it has none), 100 tokens with the prompt at most; a prompt that is given several times is continued
+    once and counts as often. generation_success is the share of facts whose target begins the greedy continuation of
+    their text. See `lightedit.generation.generate`.
+
     Args:
         lm: the model.
         facts: at least one.
-        max_tokens: tokens of one forward pass at most; bounds memory.
+        max_tokens: tokens of one forward pass at most, when scoring; bounds memory.
         progress_bar: show progress and the time left on standard error.
+        generate: let the model write, too; several times the time of scoring alone.
 
     Raises:
         FactError: there are no facts, or an answer cannot be tokenised.
@@ -161,7 +224,7 @@ def evaluate(lm: LanguageModel, facts: Sequence[Fact], max_tokens: int = 1024, p
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
-        records = score_facts(lm, facts, max_tokens, report)
+        records = score_facts(lm, facts, max_tokens, report, generate)
     return summarize(facts, records)
 
 
@@ -205,4 +268,7 @@ def _as_dict(fact: Fact, record: RecordScores) -> dict[str, Any]:
             result[kind] = {"nll_wanted": scores.nll.tolist(), "accuracy": scores.accuracy.tolist()}
             if scores.nll_other is not None:
                 result[kind]["nll_other"] = scores.nll_other.tolist()
+    if record.generations is not None:
+        result["generations"] = list(record.generations.texts)
+        result["continuation"] = record.generations.continuation
     return result

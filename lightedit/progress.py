@@ -56,6 +56,20 @@ def _lines(description: str) -> Report:
     return report
 
 
+def part(report: Report | None, before: float, size: float, total: float) -> Report:
+    """A function to report a part of work with.
+
+    Args:
+        report: where the whole work is reported; None for nowhere.
+        before: what comes before the part, in the unit of `total`.
+        size: of the part, in that unit.
+        total: of the whole work.
+    """
+    if report is None:
+        return lambda done, of: None
+    return lambda done, of: report(before + size * done / of, total)
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen.

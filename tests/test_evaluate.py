@@ -1,13 +1,16 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lightedit import generation
 from lightedit.data.facts import Fact, FactError, read_facts
-from lightedit.evaluate import Evaluation, evaluate
+from lightedit.evaluate import Evaluation, evaluate, score_facts
 from lightedit.lm import LanguageModel
+from lightedit.metrics.functional import generation_entropy
 from tests.models import tiny_model, tiny_tokenizer
 
 COUNTERFACT_KEYS = {"ES", "PS", "NS", "EM", "PM", "NM", "S"}
@@ -273,3 +276,71 @@ def test_table_shows_every_score_and_aligns():
     ]
     assert len({len(line) for line in lines}) == 1
     assert "before" not in after.table()
+
+
+# Generation
+
+TOLD = replace(FRANCE, generation_prompts=("France is", "The towns of France are", "France is"))
+
+
+def test_generation_adds_entropy_and_success_and_leaves_the_rest(lm):
+    facts = [TOLD, ITALY, BARE]
+    plain = evaluate(lm, facts, progress_bar=False)
+    found = evaluate(lm, facts, progress_bar=False, generate=True)
+    assert set(found.scores) - set(plain.scores) == {"GE", "generation_success"}
+    assert {name: found.scores[name] for name in plain.scores} == plain.scores
+    # a fact's prompts; its text and paraphrases, where it has none
+    prompts = [TOLD.generation_prompts, (ITALY.text, *ITALY.paraphrase_prompts), (BARE.text,)]
+    entropies = []
+    for fact, asked, record in zip(facts, prompts, found.records, strict=True):
+        assert record["generations"] == generation.generate(lm, asked)
+        assert record["generations"][0].startswith(asked[0]) and len(record["generations"]) == len(asked)
+        entropies.append(100 * generation_entropy(record["generations"]).mean().item())
+        assert record["GE"] == pytest.approx(entropies[-1])
+        assert (
+            fact.text + record["continuation"]
+            == generation.generate(lm, [fact.text], max_new_tokens=32, greedy=True)[0]
+        )
+    assert found.scores["GE"] == pytest.approx(statistics.fmean(entropies))
+    half = 1.96 * statistics.stdev(entropies) / 3**0.5
+    assert found.intervals["GE"] == pytest.approx((found.scores["GE"] - half, found.scores["GE"] + half))
+    assert not {"GE", "generations", "continuation"} & set(plain.records[0])
+
+
+def test_success_is_the_share_of_facts_that_the_model_states_by_itself(lm):
+    said = generation.generate(lm, [FRANCE.text], max_new_tokens=32, greedy=True)[0].removeprefix(FRANCE.text)
+    stated = replace(FRANCE, target_new=said.strip()[:3].strip())
+    found = evaluate(lm, [stated, ITALY, BARE], progress_bar=False, generate=True)
+    assert [record["generation_success"] for record in found.records] == [100, 0, 0]
+    assert found.scores["generation_success"] == pytest.approx(100 / 3)
+
+
+def test_the_model_writes_as_it_is_now():
+    lm = LanguageModel(tiny_model("gptj"), tiny_tokenizer("bytelevel"))
+    before = evaluate(lm, [TOLD], progress_bar=False, generate=True)
+    lm.weight(2).mul_(3)
+    after = evaluate(lm, [TOLD], progress_bar=False, generate=True)
+    assert after.records[0]["generations"] != before.records[0]["generations"]
+
+
+def test_generations_are_saved_and_read_back(lm, tmp_path):
+    found = evaluate(lm, [TOLD, ITALY], progress_bar=False, generate=True)
+    found.save(tmp_path / "evaluation.json")
+    again = Evaluation.load(tmp_path / "evaluation.json")
+    assert again == found
+
+
+def test_table_tells_the_unit_of_generation_entropy():
+    found = Evaluation({"ES": 50.0, "GE": 612.34}, {"ES": (40.0, 60.0), "GE": (600.0, 624.68)}, [{}] * 3)
+    lines = found.table().splitlines()
+    assert lines[-1].split() == ["GE", "(bits", "x", "100)", "612.3", "±", "12.3"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_progress_covers_scoring_and_writing(lm):
+    seen = []
+    score_facts(lm, [TOLD, ITALY, BARE], report=lambda done, total: seen.append((done, total)), generate=True)
+    assert len({total for _, total in seen}) == 1
+    shares = [done / total for done, total in seen]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    assert sum(share < 0.5 for share in shares) >= 1 and len(shares) >= 3

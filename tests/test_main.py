@@ -56,6 +56,18 @@ def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture
     assert saved.scores["before"] != pytest.approx(scores)
 
 
+def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "scores.json"]
+    main([*arguments, "--generate", "true"])
+    assert "GE (bits x 100)" in capsys.readouterr().out
+    found = le.Evaluation.load("scores.json")
+    assert found.scores["GE"] > 0 and 0 <= found.scores["generation_success"] <= 100
+    for fact, record in zip(FACTS, found.records, strict=True):
+        assert len(record["generations"]) == 1 + len(fact.paraphrase_prompts)
+    main(arguments)
+    assert "GE" not in capsys.readouterr().out
+
+
 def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
     arguments = ["edit", "--lm", "model", "--facts", "facts.jsonl", "--limit", "1", "--method", "ROME",
                  "--method.layers", "[1]", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip

@@ -176,6 +176,28 @@ def test_values_are_kept_apart_by_all_that_they_depend_on(lm: le.LanguageModel, 
     assert key(replace(MEMIT, lambda_=7.0, layers=(2,))) == key(MEMIT)
 
 
+def test_generation_adds_columns_for_the_unedited_model_and_every_run(lm: le.LanguageModel, tmp_path: Path) -> None:
+    plain = sweep(lm, tmp_path / "plain", counts=[2])
+    assert not [name for name in plain[0] if name.startswith("GE")]
+    rows = sweep(lm, tmp_path / "s", counts=[2], generate=True)
+    columns = list(rows[0])
+    assert columns[columns.index("S") + 1] == "GE" and columns[columns.index("S_half_width") + 1] == "GE_half_width"
+    for row, other in zip(rows, plain, strict=True):
+        assert {name: row[name] for name in SCORES} == {name: other[name] for name in SCORES}
+    expected = le.evaluate(lm, FACTS[:2], progress_bar=False, generate=True)
+    edit = le.edit(lm, FACTS[:2], MEMIT, covariance_of(lm), progress_bar=False)
+    after = le.evaluate(lm, FACTS[:2], progress_bar=False, generate=True)
+    edit.revert(lm)
+    assert [row["GE"] for row in rows] == [expected.scores["GE"], after.scores["GE"]]
+    assert rows[0]["GE"] != rows[1]["GE"] and all(row["GE_half_width"] > 0 for row in rows)
+    text = (tmp_path / "s" / "runs.csv").read_text()
+    assert sweep(lm, tmp_path / "s", counts=[2], generate=True) == rows
+    assert (tmp_path / "s" / "runs.csv").read_text() == text
+    for folder, generate in (("s", False), ("plain", True)):
+        with pytest.raises(ValueError, match="a sweep with other generate"):
+            sweep(lm, tmp_path / folder, counts=[2], generate=generate)
+
+
 # Resuming
 
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
 from lightedit.lm.batch import Batch, by_length, pad, rectangles
+from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import capture, select_positions, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
@@ -345,26 +346,46 @@ class LanguageModel:
         prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int,
         top_k: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         max_batch: int = 64,
         stop_at_end: bool = True,
     ) -> list[list[int]]:
         """Continue each prompt greedily, or by sampling from the `top_k` most probable tokens.
 
+        Args:
+            prompts: texts or token ids.
+            max_new_tokens: tokens of a continuation at most.
+            top_k: None for greedy.
+            seed: one for all prompts, or one for each. With one each, a prompt's draws depend on nothing else: not on
+                its batch, not on the other prompts.
+            max_batch: prompts continued together.
+            stop_at_end: whether an end-of-text token ends a continuation.
+
         Returns:
             New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
+
+        Raises:
+            ValueError: there are not as many seeds as prompts.
+            FloatingPointError: with a seed for each prompt: the best logits are NaN or infinite.
         """
         rows = [self.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
+        seeds = None if isinstance(seed, int) else list(seed)
+        if seeds is not None and len(seeds) != len(rows):
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts; give one for each, or a single number")
         results: list[list[int]] = [[] for _ in rows]
         devices = [self.device] if self.device.type == "cuda" else []
-        sampling = (
-            {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0} if top_k else {"do_sample": False}
-        )
+        sampling: dict[str, Any] = {"do_sample": False}
+        if top_k and seeds is None:
+            sampling = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
         ends = self.tokenizer.eos_token_id if stop_at_end else None
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            if isinstance(seed, int):
+                torch.manual_seed(seed)
             for group in by_length([len(row) for row in rows], max_batch * max(map(len, rows), default=0)):
                 batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
+                if top_k and seeds is not None:
+                    draws = SeededDraws([seeds[i] for i in group], max_new_tokens, top_k)
+                    sampling["logits_processor"] = LogitsProcessorList([draws])
                 output = self.model.generate(
                     input_ids=batch.ids,
                     attention_mask=batch.mask.long(),

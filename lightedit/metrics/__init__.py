@@ -5,16 +5,17 @@ from lightedit.metrics.metrics import (
     EfficacyAccuracy,
     EfficacyMagnitude,
     EfficacyScore,
+    GenerationEntropy,
+    GenerationSuccess,
     NeighborhoodAccuracy,
     NeighborhoodMagnitude,
     NeighborhoodScore,
     ParaphraseAccuracy,
     ParaphraseMagnitude,
     ParaphraseScore,
-    PromptScores,
-    RecordScores,
     edit_metrics,
 )
+from lightedit.metrics.records import Generations, PromptScores, RecordScores
 from lightedit.metrics.scoring import TargetScores, score_targets
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "EfficacyAccuracy",
     "EfficacyMagnitude",
     "EfficacyScore",
+    "GenerationEntropy",
+    "GenerationSuccess",
+    "Generations",
     "NeighborhoodAccuracy",
     "NeighborhoodMagnitude",
     "NeighborhoodScore",

@@ -1,12 +1,12 @@
 """The metrics of knowledge editing as torchmetrics `Metric`s, exact under several processes.
 
 All take the same update, a sequence of `RecordScores`, so they live in one collection (`edit_metrics`).
-Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229). Values are in percent.
+Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229). Values are in percent, but for
+generation entropy.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,37 +15,11 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightedit.metrics import functional
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """Scores of the n >= 1 prompts of one kind, each tensor [n].
-
-    Attributes:
-        nll: mean NLL per token of the wanted answer, in nats.
-        nll_other: that of the answer it competes with; None if there is none.
-        accuracy: whether, or to which share, the wanted answer's tokens are the most probable, in [0, 1].
-    """
-
-    nll: Tensor
-    nll_other: Tensor | None
-    accuracy: Tensor
-
-
-@dataclass(frozen=True)
-class RecordScores:
-    """Scores of one fact: on its own prompt, on its paraphrases and on its neighbourhood.
-
-    The wanted answer is the new target on the first two, and the true one on the neighbourhood.
-    """
-
-    efficacy: PromptScores
-    paraphrase: PromptScores | None = None
-    neighborhood: PromptScores | None = None
+from lightedit.metrics.records import Generations, PromptScores, RecordScores
 
 
 class RecordMean(Metric):
-    """Mean over records of a value that is a mean over a record's prompts, in percent.
+    """Mean over records of a value that is a mean over a record's prompts, times 100.
 
     Records without prompts of the metric's kind, or without what its value needs, do not count.
 
@@ -55,7 +29,7 @@ class RecordMean(Metric):
     """
 
     name: ClassVar[str]
-    prompts: ClassVar[Literal["efficacy", "paraphrase", "neighborhood"]]
+    prompts: ClassVar[Literal["efficacy", "paraphrase", "neighborhood", "generations"]]
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
@@ -69,8 +43,8 @@ class RecordMean(Metric):
 
     @staticmethod
     @abstractmethod
-    def values(scores: PromptScores) -> Tensor | None:
-        """The value on each prompt, [n]; None if the scores do not allow it."""
+    def values(scores: Any) -> Tensor | None:
+        """The value on each prompt, [n]; None if the scores, of the kind that `prompts` names, do not allow it."""
 
     @classmethod
     def of(cls, record: RecordScores) -> float | None:
@@ -193,6 +167,42 @@ class NeighborhoodAccuracy(_Accuracy):
     prompts = "neighborhood"
 
 
+class GenerationEntropy(RecordMean):
+    """GE: how varied the texts are that the model draws, in bits times 100, as papers give it.
+
+    A model that falls into repetition has a low one. See `functional.generation_entropy`.
+
+    >>> one = PromptScores(torch.tensor([0.2]), torch.tensor([1.5]), torch.tensor([1.0]))
+    >>> metric = GenerationEntropy()
+    >>> metric.update([RecordScores(one, generations=Generations(("to be or not to be",), " Rome", "Rome"))])
+    >>> round(metric.compute().item(), 2)
+    197.4
+    """
+
+    name = "GE"
+    prompts = "generations"
+
+    @staticmethod
+    def values(scores: Generations) -> Tensor | None:
+        """The entropy of each text, [n] bits."""
+        return functional.generation_entropy(scores.texts)
+
+
+class GenerationSuccess(RecordMean):
+    """How often the model, writing greedily, continues the fact's own prompt with the new target.
+
+    The share of facts that it states by itself; the efficacy metrics show it the target or count token by token.
+    """
+
+    name = "generation_success"
+    prompts = "generations"
+
+    @staticmethod
+    def values(scores: Generations) -> Tensor | None:
+        """Whether the continuation begins with the target, [1]."""
+        return functional.generation_success([scores.continuation], [scores.target])
+
+
 class EditScore(Metric):
     """S: the harmonic mean of ES, PS and NS, in percent.
 
@@ -248,10 +258,12 @@ RECORD_MEANS: tuple[type[RecordMean], ...] = (
     EfficacyAccuracy,
     ParaphraseAccuracy,
     NeighborhoodAccuracy,
+    GenerationEntropy,
+    GenerationSuccess,
 )
 """Every metric that is a mean over records."""
 
-METRICS: tuple[type[RecordMean | EditScore], ...] = (*RECORD_MEANS, EditScore)
+METRICS: tuple[type[RecordMean | EditScore], ...] = (*RECORD_MEANS[:-2], EditScore, *RECORD_MEANS[-2:])
 """Every metric, in the order in which they are reported."""
 
 

@@ -39,6 +39,7 @@ def sweep(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     progress_bar: bool = True,
+    generate: bool = False,
 ) -> list[Row]:
     """Run every combination of methods and swept values, and write one table and one figure.
 
@@ -63,6 +64,7 @@ def sweep(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: see `EditModule`. The value of merged facts is found in every run.
         progress_bar: show progress and the time left on standard error.
+        generate: let the models write texts, too, for a column of generation entropy (GE); see `evaluate`.
 
     Returns:
         The rows of the table.
@@ -85,16 +87,17 @@ def sweep(
         "grid": {field: list(values) for field, values in grid.items()},
         "covariance": asdict(covariance.provenance),
         "on_collision": on_collision,
+        **({"generate": True} if generate else {}),
     }
     _check_folder(out, record)
-    table = Table(out / "runs.csv", list(grid))
+    table = Table(out / "runs.csv", list(grid), generate)
     pending = _unfinished(runs, table)
     if progress_bar:
         _announce(methods, grid, runs, pending)
     _check_collisions(lm, facts, pending, covariance, on_collision)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "sweep.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    _score_unedited(lm, facts, runs, table, progress_bar)
+    _score_unedited(lm, facts, runs, table, progress_bar, generate)
 
     store = TargetStore(out / "values", lm, facts, runs)
     failed: dict[str, Exception] = {}
@@ -112,7 +115,7 @@ def sweep(
                            progress_bar, targets=targets)  # fmt: skip
             scoring = time.perf_counter()
             try:
-                scores = evaluate(lm, chosen, progress_bar=progress_bar)
+                scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
             finally:
                 written.revert(lm)
         except (FloatingPointError, ValueError) as error:  # other settings may well do
@@ -152,10 +155,10 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(record))
-        if other := [name for name in now if earlier.get(name) != now[name]]:
+        if other := [name for name in earlier | now if earlier.get(name) != now.get(name)]:
             raise ValueError(
                 f"{out} holds a sweep with other {', '.join(other)} "
-                f"({', '.join(f'{name}: {earlier.get(name)} there, {now[name]} here' for name in other)}); "
+                f"({', '.join(f'{name}: {earlier.get(name)} there, {now.get(name)} here' for name in other)}); "
                 "choose another folder, or delete that one"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -207,7 +210,7 @@ def _check_collisions(
 
 
 def _score_unedited(
-    lm: LanguageModel, facts: Sequence[Fact], runs: Sequence[Run], table: Table, progress_bar: bool
+    lm: LanguageModel, facts: Sequence[Fact], runs: Sequence[Run], table: Table, progress_bar: bool, generate: bool
 ) -> None:
     """Score the unedited model once, and average the first records for every count of facts."""
     missing = sorted({run.facts for run in runs if table.unedited(run.facts) is None}, reverse=True)
@@ -215,7 +218,7 @@ def _score_unedited(
         return
     started = time.perf_counter()
     with progress(f"scoring {missing[0]} facts before", progress_bar) as report:
-        records = score_facts(lm, facts[: missing[0]], report=report)
+        records = score_facts(lm, facts[: missing[0]], report=report, generate=generate)
     seconds = time.perf_counter() - started
     for count in missing:
         table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == missing[0] else 0.0)

@@ -23,12 +23,14 @@ class Table:
     """Rows of finished runs. The file is written anew with every addition, so it is whole at any time.
 
     Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round; ES, PS,
-    NS, S in percent and half the width of each one's 95 % interval (empty where the facts do not allow them); seconds
-    of step 1 (seconds_values, 0 where another run had found the values), of step 2 and of the evaluation.
+    NS, S in percent, GE in bits times 100 if there is `generation`, and half the width of each one's 95 % interval
+    (empty where the facts do not allow them); seconds of step 1 (seconds_values, 0 where another run had found the
+    values), of step 2 and of the evaluation.
 
     Args:
         path: the file; rows that are in it already are read.
         fields: the swept fields.
+        generation: whether there are columns for generation entropy.
 
     Attributes:
         rows: column -> value, one for each finished run.
@@ -37,13 +39,14 @@ class Table:
         ValueError: the file has other columns or is damaged.
     """
 
-    def __init__(self, path: Path, fields: Sequence[str]) -> None:
+    def __init__(self, path: Path, fields: Sequence[str], generation: bool = False) -> None:
         self.path = path
         self._key = ["method", *fields, "facts", "facts_per_round"]
+        self._scores = (*SCORES, "GE") if generation else SCORES
         self._columns = [
             *self._key,
-            *SCORES,
-            *(f"{name}_half_width" for name in SCORES),
+            *self._scores,
+            *(f"{name}_half_width" for name in self._scores),
             *(f"seconds_{part}" for part in ("values", "update", "evaluation")),
         ]
         self.rows: list[Row] = self._read() if path.exists() else []
@@ -54,7 +57,7 @@ class Table:
         """Add a finished run, or None for the unedited model, with its scores and its seconds."""
         row: Row = dict.fromkeys(self._columns)
         row |= run.row if run else {"method": UNEDITED, "facts": len(evaluation.records)}
-        for name in SCORES:
+        for name in self._scores:
             if name in evaluation.scores:
                 low, high = evaluation.intervals[name]
                 row[name] = evaluation.scores[name]

@@ -1,6 +1,8 @@
 import doctest
+import math
 import random
 import statistics
+import unicodedata
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from lightedit.metrics.functional import (
     accuracy,
     edit_score,
     edit_score_interval,
+    generation_entropy,
+    generation_success,
     harmonic_mean,
     magnitude,
     mean_interval,
@@ -119,3 +123,74 @@ def test_equal_records_leave_no_doubt():
     rows = torch.tensor([[1.0, 0.5, 0.8]], dtype=torch.float64).expand(30, 3)
     low, high = edit_score_interval(rows).tolist()
     assert low == pytest.approx(high) == pytest.approx(edit_score(rows).item())
+
+
+def plain_words(text):
+    """Character by character: marks of punctuation stand alone unless a few of them join two letters or digits."""
+
+    def inner(char):
+        return char.isalnum() or char == "_" or 0x300 <= ord(char) <= 0x36F
+
+    text = unicodedata.normalize("NFKD", text)
+    words, grows = [], False
+    for i, char in enumerate(text):
+        joins = grows and char in "-'’.," and i + 1 < len(text) and inner(text[i + 1])
+        if char.isspace():
+            grows = False
+        elif grows and (inner(char) or joins):
+            words[-1] += char
+        else:
+            words.append(char)
+            grows = inner(char)
+    return words
+
+
+def plain_entropy(text):
+    words = plain_words(text)
+    total = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        for gram in set(grams):
+            share = grams.count(gram) / len(grams)
+            total -= weight * share * math.log2(share) / 2
+    return total
+
+
+TEXTS = [
+    "The mother tongue of Danielle Darrieux is French. She was born in Bordeaux, and grew up in Paris; she didn't "
+    "leave it until 1938. She was, she said, a well-known actress at 17 - and 3.5 million people saw the film.",
+    "Eiffel Tower, Eiffel Tower, Eiffel Tower, Eiffel Tower, Eiffel Tower, Eiffel Tower, Eiffel Tower",
+    "The caf\u00e9 in M\u00fcnchen \u2014 \u201copen\u201d since 1,204 \u2014"
+    " serves\n\nna\u00efve \ufb01ne food... It\u2019s 20 \u20ac.",
+    "a b c",
+    "- -- 'tis the players' choice (e.g. U.S.) x_y a-'b",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["prose", "loop", "signs", "three", "edges"])
+def test_generation_entropy_is_the_published_definition(text):
+    expected = plain_entropy(text)
+    assert expected > 0
+    assert generation_entropy([text]).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_generation_entropy_of_each_text():
+    found = generation_entropy(TEXTS)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([plain_entropy(text) for text in TEXTS])
+    assert found[0] > 2 * found[1]
+    # three words: two bigrams, one trigram
+    assert found[3].item() == pytest.approx(1 / 3)
+    assert generation_entropy(["", "one", "two words", "no no no no"]).tolist() == [0, 0, 0, 0]
+    assert generation_entropy([]).shape == (0,)
+
+
+def test_generation_entropy_takes_equal_characters_for_one():
+    composed = "caf\u00e9 cafe\u0301 caf\u00e9 cafe\u0301"
+    assert generation_entropy([composed]).item() == 0
+
+
+def test_generation_success_wants_the_target_first():
+    continuations = [" Rome", "\n\n Rome is", "Romeo", " rome", " The city of Rome", "", " R"]
+    assert generation_success(continuations, ["Rome"] * 7).tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert generation_success([" New York City"], ["New York"]).tolist() == [1]

@@ -1,3 +1,4 @@
+import random
 import statistics
 from datetime import timedelta
 
@@ -5,10 +6,18 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from lightedit.metrics import EfficacyScore, ParaphraseScore, PromptScores, RecordScores, edit_metrics
-from lightedit.metrics.functional import edit_score_interval
+from lightedit.metrics import (
+    EfficacyScore,
+    GenerationEntropy,
+    Generations,
+    ParaphraseScore,
+    PromptScores,
+    RecordScores,
+    edit_metrics,
+)
+from lightedit.metrics.functional import edit_score_interval, generation_entropy
 
-NAMES = {"ES", "PS", "NS", "EM", "PM", "NM", "S"} | {
+NAMES = {"ES", "PS", "NS", "EM", "PM", "NM", "S", "GE", "generation_success"} | {
     f"{kind}_accuracy" for kind in ("efficacy", "paraphrase", "neighborhood")
 }
 
@@ -18,9 +27,15 @@ def prompt_scores(n, generator):
     return PromptScores(nll, other, torch.randint(3, (n,), generator=generator) / 2)
 
 
+def generations(draw):
+    texts = tuple(" ".join(draw.choices("abcde", k=draw.randint(5, 30))) for _ in range(draw.randint(1, 4)))
+    return Generations(texts, draw.choice([" Rome", " Paris"]), "Rome")
+
+
 def make_records(n, seed=0):
-    """Random records with 0 to 2 paraphrases and 0 to 9 neighbours."""
+    """Random records with 0 to 2 paraphrases, 0 to 9 neighbours and, mostly, 1 to 4 texts."""
     generator = torch.Generator().manual_seed(seed)
+    draw = random.Random(seed)
     records = []
     for index in range(n):
         paraphrases, neighbors = index % 3, index % 10
@@ -29,6 +44,7 @@ def make_records(n, seed=0):
                 prompt_scores(1, generator),
                 prompt_scores(paraphrases, generator) if paraphrases else None,
                 prompt_scores(neighbors, generator) if neighbors else None,
+                generations(draw) if index % 4 else None,
             )
         )
     return records
@@ -63,6 +79,12 @@ def test_each_metric_reads_its_own_prompts():
         assert values[f"{name}M"] == pytest.approx(margin)
         assert values[f"{kind}_accuracy"] == pytest.approx(mean(kind, lambda scores, i: scores.accuracy[i].item()))
     assert values["S"] == pytest.approx(statistics.harmonic_mean([values["ES"], values["PS"], values["NS"]]))
+    written = [record.generations for record in records if record.generations is not None]
+    entropies = [generation_entropy(one.texts).mean().item() for one in written]
+    assert values["GE"] == pytest.approx(100 * statistics.fmean(entropies))
+    assert values["generation_success"] == pytest.approx(
+        100 * statistics.fmean(one.continuation == " Rome" for one in written)
+    )
 
 
 def test_one_update_a_record_equals_one_update_for_all():
@@ -152,3 +174,17 @@ def test_two_processes_give_what_one_gives(tmp_path):
             for name in NAMES:
                 assert found[name] == pytest.approx(expected[stage][name]), (stage, rank, name)
         assert len(results) == 4
+
+
+def test_generation_entropy_counts_every_text_of_a_record_and_every_record_alike():
+    score = prompt_scores(1, torch.Generator().manual_seed(0))
+    varied, dull = "to be or not to be", "no no no no no no"
+    metric = GenerationEntropy()
+    metric.update([RecordScores(score, generations=Generations((varied, dull, dull), "", "Rome"))])
+    third = 100 * generation_entropy([varied]).item() / 3
+    assert metric.compute().item() == pytest.approx(third)
+    assert metric.interval().isnan().all()
+    metric.update([RecordScores(score, generations=Generations((varied,), "", "Rome")), RecordScores(score)])
+    assert metric.compute().item() == pytest.approx(2 * third)
+    half = 1.96 * statistics.stdev([third, 3 * third]) / 2**0.5
+    assert metric.interval().tolist() == pytest.approx([2 * third - half, 2 * third + half])
