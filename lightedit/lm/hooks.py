@@ -90,18 +90,3 @@ def skip_blocks(blocks: Iterable[nn.Module], hidden: Tensor, as_tuple: bool) -> 
             else:
                 stack.callback(block.__dict__.__setitem__, "forward", previous)
         yield
-
-
-@contextmanager
-def select_positions(head: nn.Module, at: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Let the LM head see only the states `at` = (rows, positions): its logits become [n, vocabulary]."""
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[at[0].to(hidden.device), at[1].to(hidden.device)], *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

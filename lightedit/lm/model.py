@@ -1,7 +1,7 @@
 """The language model that is edited: a plain object around a transformers model and its tokenizer."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from lightedit.lm.architectures import UnsupportedModelError, architecture_of, b
 from lightedit.lm.batch import Batch, by_length, pad, rectangles
 from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
-from lightedit.lm.hooks import capture, select_positions, skip_blocks, stop_after
+from lightedit.lm.hooks import capture, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.matrix import Matrix
 from lightedit.lm.packed import Span, packed_attention
@@ -182,32 +182,26 @@ class LanguageModel:
 
     # Running it
 
-    def forward(
-        self, batch: Batch, cache: DynamicCache | None = None, head_at: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """One forward pass of the stock model.
 
         Args:
             batch: rows of token ids; with a cache, the mask covers prefix and tokens.
             cache: states of earlier tokens, such as a `PrefixCache`.
-            head_at: (rows, positions), each [n]: apply the LM head there only.
 
         Returns:
-            Logits, [rows, tokens, vocabulary] or [n, vocabulary].
+            Logits, [rows, tokens, vocabulary].
         """
         batch = batch.to(self.device)
         arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
         if cache is not None:
             arguments["past_key_values"] = cache
-        with ExitStack() as stack:
-            if head_at is not None:
-                stack.enter_context(select_positions(self.model.get_output_embeddings(), head_at))
-            output = self.model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask.long(),
-                use_cache=cache is not None,
-                **arguments,
-            )
+        output = self.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask.long(),
+            use_cache=cache is not None,
+            **arguments,
+        )
         return output.logits
 
     def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span]) -> None:

@@ -1,6 +1,6 @@
 """Partial forward passes (batches, hooks, prefix cache) against plain full ones, and that none leaves a trace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import Batch, by_length, pad
-from lightedit.lm.hooks import capture, hidden_of, select_positions, skip_blocks, stop_after
+from lightedit.lm.hooks import capture, hidden_of, skip_blocks, stop_after
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 # Text and padding longer than the tiny models' sliding windows of 8 tokens, and one row without any prefix
@@ -178,7 +178,10 @@ def test_the_head_at_chosen_positions_equals_choosing_from_all_logits(architectu
     batch = pad(random_rows([6, 3]), lm.pad_id)
     at = (torch.tensor([1, 0, 0]), torch.tensor([2, 5, 0]))
     with torch.no_grad():
-        chosen, full = lm.forward(batch, head_at=at), lm.forward(batch)
+        full = lm.forward(batch)
+        with lm.before_head(2, at) as states:
+            lm.forward(batch)
+    chosen = lm.head.logits(states[0])
     assert chosen.shape == (3, VOCABULARY)
     assert_equal(chosen, full[at])
 
@@ -248,7 +251,7 @@ def contexts(lm: LanguageModel) -> Iterator[AbstractContextManager[object]]:
     yield stop_after(lm.blocks[2])
     yield skip_blocks(lm.blocks[:2], hidden, lm.returns_tuple)
     yield lm.starting_at(3, hidden)
-    yield select_positions(lm.model.get_output_embeddings(), (torch.tensor([0]), torch.tensor([0])))
+    yield lm.before_head(1, (torch.tensor([0]), torch.tensor([0])))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])
@@ -260,7 +263,6 @@ def test_hooks_leave_no_trace(architecture: str) -> None:
             lm.forward(pad([[5, 6]], lm.pad_id))
         assert not traces(lm.model)
     lm.prefix_cache([[5, 6], [7]])
-    lm.forward(pad([[5, 6]], lm.pad_id), head_at=(torch.tensor([0]), torch.tensor([1])))
     assert not traces(lm.model)
 
 
@@ -268,18 +270,13 @@ def test_hooks_leave_no_trace(architecture: str) -> None:
 def test_hooks_leave_no_trace_after_an_exception(architecture: str) -> None:
     lm = language_model(architecture)
     beyond = pad([[5, VOCABULARY]], lm.pad_id)  # no such row in the embeddings
-    passes: list[Callable[[], object]] = [
-        lambda: lm.prefix_cache([[5, VOCABULARY]]),
-        lambda: lm.forward(beyond, head_at=(torch.tensor([0]), torch.tensor([1]))),
-    ]
     for context in contexts(lm):
         with pytest.raises(IndexError), context:
             lm.forward(beyond)
         assert not traces(lm.model)
-    for run in passes:
-        with pytest.raises(IndexError):
-            run()
-        assert not traces(lm.model)
+    with pytest.raises(IndexError):
+        lm.prefix_cache([[5, VOCABULARY]])
+    assert not traces(lm.model)
 
 
 def test_a_forward_that_lives_on_the_instance_comes_back() -> None:

@@ -6,6 +6,7 @@ import torch
 from lightedit.data.facts import FactError
 from lightedit.lm import LanguageModel
 from lightedit.metrics import score_targets
+from lightedit.metrics.scoring import _longest
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 PAIRS = [
@@ -78,38 +79,54 @@ def test_scores_depend_on_neither_batch_size_nor_order(max_tokens):
     torch.testing.assert_close(shuffled.token_accuracy, expected.token_accuracy[order])
 
 
-def test_equal_pairs_are_scored_once_and_given_everywhere(monkeypatch):
-    lm = build()
-    rows = []
-    forward = lm.forward
-    monkeypatch.setattr(lm, "forward", lambda batch, **kwargs: rows.append(len(batch.ids)) or forward(batch, **kwargs))
+@pytest.fixture
+def read(monkeypatch):
+    """The places where the LM head is read: of each pass, (row, position) pairs; of packed rows, (0, place)."""
+    places = []
+    before_head = LanguageModel.before_head
+
+    def keep(lm, rows, at):
+        places.append(list(zip(*(index.tolist() for index in at), strict=True)))
+        return before_head(lm, rows, at)
+
+    monkeypatch.setattr(LanguageModel, "before_head", keep)
+    return places
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gptj"])
+def test_equal_pairs_are_scored_once_and_given_everywhere(model_type, read):
+    lm = build(model_type)
     scores = score_targets(lm, PROMPTS[:3] * 3, TARGETS[:3] * 3)
-    assert sum(rows) == 3
     assert scores.nll.tolist() == scores.nll[:3].tolist() * 3
+    (repeated,) = read
+    read.clear()
+    score_targets(lm, PROMPTS[:3], TARGETS[:3])
+    assert read == [repeated]
 
 
-def test_head_sees_target_positions_only():
-    lm = build(kind="bytelevel")
-    seen = []
-    hook = lm.model.get_output_embeddings().register_forward_hook(
-        lambda _, args, output: seen.append(output.numel() // output.shape[-1])
-    )
-    score_targets(lm, PROMPTS, TARGETS)
-    hook.remove()
-    spelled = [len(lm.encode([f" {target}"])[0]) for target in TARGETS]
-    assert sum(seen) == sum(spelled)
+@pytest.mark.parametrize("model_type", ["llama", "gptj"])
+def test_head_is_read_once_where_answers_to_a_prompt_begin(model_type, read):
+    lm = build(model_type, "bytelevel")
+    score_targets(lm, ["He is in"] * 2, ["Paris", "Rome"])
+    spelled = [len(lm.encode([f" {target}"])[0]) for target in ("Paris", "Rome")]
+    assert sum(map(len, read)) == sum(spelled) - 1
 
 
-def test_bfloat16_logits_are_normalised_in_float32(monkeypatch):
-    lm = build("llama", dtype=torch.bfloat16)
-    seen = []
-    forward = lm.forward
-    monkeypatch.setattr(lm, "forward", lambda *args, **kwargs: seen.append(forward(*args, **kwargs)) or seen[-1])
+def test_rows_that_begin_another_are_read_there():
+    texts = [(1, 2), (1, 2, 3), (1, 2, 4), (2,), (1, 2, 3, 5), (1, 2)]
+    rows, row_of = _longest(texts)
+    assert sorted(rows) == [(1, 2, 3, 5), (1, 2, 4), (2,)]
+    assert all(rows[row][: len(text)] == text for text, row in zip(texts, row_of, strict=True))
+
+
+def test_bfloat16_logits_are_normalised_in_float32():
+    lm = build("gptj", dtype=torch.bfloat16)
     scores = score_targets(lm, PROMPTS[:1], TARGETS[:1])
-    (logits,) = seen
+    prompt, answer = lm.encode([PROMPTS[0]])[0], lm.encode([f" {TARGETS[0]}"])[0]
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     assert logits.dtype == torch.bfloat16
-    wanted = lm.encode([f" {TARGETS[0]}"])[0][1:]  # without BOS
-    expected = -logits.double().log_softmax(-1)[torch.arange(len(wanted)), wanted].mean()
+    expected = -logits.double().log_softmax(-1)[torch.arange(len(answer)), answer].mean()
     assert scores.nll.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
