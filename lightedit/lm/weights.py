@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightedit.ops import add_low_rank_
+from lightedit.ops.add_low_rank import sum_dtype
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -120,14 +123,7 @@ class EditedWeights:
 
     def _accumulate(self, layer: int, update: LowRankUpdate) -> None:
         weight = self._matrix(layer)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        # contiguous, because a BLAS may sum in another order for factors of another memory layout
-        left = update.left.to(weight.device, dtype).contiguous()
-        right = update.right.to(weight.device, dtype).contiguous()
-        if weight.dtype == dtype:
-            weight.addmm_(left, right.T)
-            return
-        if layer not in self._sum:
-            self._sum[layer] = self._base[layer].to(dtype)
-        self._sum[layer].addmm_(left, right.T)
-        weight.copy_(self._sum[layer])
+        if weight.dtype != sum_dtype(weight) and layer not in self._sum:
+            self._sum[layer] = self._base[layer].to(sum_dtype(weight))
+        left, right = update.left.to(weight.device), update.right.to(weight.device)
+        add_low_rank_(weight, left, right, self._sum.get(layer))
