@@ -20,7 +20,8 @@ def load(file: Path = _PACKAGE / "_native.so", sources: Path = _PACKAGE.parent /
     read from the file: which torch it was built for, and from which sources, where these are at hand.
     """
     if not file.is_file():
-        return "not built"
+        why = file.with_name("_native_missing.txt")  # written by the build
+        return f"not built ({why.read_text(encoding='utf-8').strip()})" if why.is_file() else "not built"
     problem = _mismatch(file.read_bytes(), sources)
     if problem is None:
         try:

@@ -12,10 +12,10 @@ def preservation_memorization_solve(keys: Tensor, solved: Tensor, gamma: float) 
     With residuals R, ΔW = R rightᵀ is the update of `lightedit.update`. Past keys are part of A. Leading dimensions are
     systems of their own, such as a sweep of λ, or single edits that share one A and so one solve for all their X.
 
-        >>> keys, solved = torch.tensor([[3.0], [4.0]]), torch.tensor([[3.0], [4.0]])  # A = I
-        >>> preservation_memorization_solve(keys, solved, gamma=0.0)[0] * 25
-        tensor([[3.],
-                [4.]])
+        >>> keys = solved = torch.tensor([[2.0], [0.0]])  # A = I
+        >>> preservation_memorization_solve(keys, solved, gamma=0.0)
+        (tensor([[0.5000],
+                [0.0000]]), tensor([1.]))
 
     Args:
         keys: K, [..., d, B], float32 or float64.
