@@ -1,7 +1,7 @@
 """The native extension, which is optional: without it the package runs on its reference implementations.
 
 LIGHTEDIT_BUILD_EXT: "auto" (default) builds it where torch and a compiler are at hand and says why where they are not;
-"1" fails instead; "0" leaves it out. pip needs `--no-build-isolation`, so that a build meets the torch it will run with.
+"1" fails instead; "0" leaves it out. pip needs `--no-build-isolation`, so that it is built for the torch that is there.
 """
 
 import os
