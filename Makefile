@@ -40,7 +40,7 @@ slow: setup ## run all tests, those with a real model included
 	$(BIN)/python -m pytest --slow
 
 bench: setup ## run the benchmarks
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --quick
 
 clean: ## remove caches and build products; the environment in .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs

@@ -37,7 +37,7 @@ def test_equals_the_system_of_its_definition(
 ) -> None:
     _, keys, solved = problem(*lead, 130, facts, dtype=dtype, device=device)
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
-    system = keys.double().mT @ solved.double() + gamma * torch.eye(facts, device=device)
+    system = keys.double().mT @ solved.double() + gamma * torch.eye(facts, dtype=torch.float64, device=device)
     assert_relative(right, torch.linalg.solve(system, solved.double(), left=False), TOLERANCE[dtype])
     assert right.dtype == pivots.dtype == dtype
     assert pivots.shape == (*lead, facts)
