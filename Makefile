@@ -9,14 +9,16 @@ STAMP := $(VENV)/.lightedit-installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv and install lightedit with all its extras
+setup: $(STAMP) ## create .venv, install lightedit with all its extras and build its C++ kernels
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@echo "installing into $(VENV) (minutes the first time)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@# torch on its own: if a later package fails, its long download is not repeated
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,report,dev]'
+	$(BIN)/pip install -q -c constraints.txt ninja setuptools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,report,dev]'
+	@$(BIN)/python -c 'from lightedit.ops import NATIVE_STATUS as s; print("native extension:", s)'
 	@touch $@
 
 demo: setup ## edit facts in a small model and show what changed
@@ -38,7 +40,7 @@ slow: setup ## run all tests, those with a real model included
 	$(BIN)/python -m pytest --slow
 
 bench: setup ## run the benchmarks
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --quick
 
 clean: ## remove caches and build products; the environment in .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs

@@ -1,3 +1,64 @@
+"""The native extension, which is optional: without it the package runs on its reference implementations.
+
+LIGHTEDIT_BUILD_EXT: "auto" (default) builds it where torch and a compiler are at hand and says why where they are not;
+"1" fails instead; "0" leaves it out. pip needs `--no-build-isolation`, so that it is built for the torch that is there.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).parent
+MISSING = ROOT / "lightedit" / "_native_missing.txt"  # why there is no extension: pip hides what a build prints
+CHOICE = os.environ.get("LIGHTEDIT_BUILD_EXT", "auto")
+# Without debugging symbols, which would make up most of the file
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+
+
+def extension() -> dict[str, Any]:
+    """Arguments of `setup` that build the extension; none where it is not wanted or cannot be built."""
+    if CHOICE not in ("auto", "0", "1"):
+        raise SystemExit(f"LIGHTEDIT_BUILD_EXT is auto, 0 or 1, got {CHOICE!r}")
+    if CHOICE == "0":
+        go_without("left out by LIGHTEDIT_BUILD_EXT=0")
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        go_without(f"torch could not be imported during the build: {error}; install with --no-build-isolation")
+        return {}
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+                MISSING.unlink(missing_ok=True)
+            except Exception as error:
+                self.extensions = []  # nothing to copy or to install
+                go_without(f"compiling it failed: {str(error).strip()}")
+
+    module = CppExtension(
+        "lightedit._native",
+        ["csrc/build.cpp", *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/cpu/*.cpp"))],
+        define_macros=[
+            ("LIGHTEDIT_SOURCES", runpy.run_path(str(ROOT / "lightedit/ops/_sources.py"))["digest"](ROOT / "csrc"))
+        ],
+        extra_compile_args=FLAGS,
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,  # it holds no Python: one file serves every version
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+
+
+def go_without(reason: str) -> None:
+    if CHOICE == "1":
+        raise SystemExit(f"LIGHTEDIT_BUILD_EXT=1, but there is no native extension: {reason}")
+    print(f"lightedit: no native extension: {reason}", file=sys.stderr)
+    MISSING.write_text(reason.splitlines()[0] + "\n", encoding="utf-8")
+
+
+setup(**extension())

@@ -11,10 +11,12 @@ class Options:
     Attributes:
         facts: how many facts to edit.
         reference_facts: run a slow reference on the first so many of them; None runs it on all.
+        quick: measure the ops at a few sizes only.
     """
 
     facts: int = 32
     reference_facts: int | None = None
+    quick: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, values
+from benchmarks import Options, Result, WrongResultError, ops, values
 
 ROWS: dict[str, Callable[[Options], Result]] = {
     "values": values.row,
+    "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +55,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[list[str], Options]:
     parser.add_argument(
         "--reference-facts", type=int, metavar="N", help="run slow references on the first N facts only: a quick look"
     )
+    parser.add_argument("--quick", action="store_true", help="run the ops at a few sizes: minutes on two CPU cores")
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; rows are {', '.join(ROWS)}")
@@ -61,7 +63,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[list[str], Options]:
         parser.error(f"--facts must be at least 1, got {args.facts}")
     if args.reference_facts is not None and not 1 <= args.reference_facts <= args.facts:
         parser.error(f"--reference-facts must be from 1 to --facts ({args.facts}), got {args.reference_facts}")
-    return list(dict.fromkeys(args.rows)) or list(ROWS), Options(args.facts, args.reference_facts)
+    return list(dict.fromkeys(args.rows)) or list(ROWS), Options(args.facts, args.reference_facts, args.quick)
 
 
 def _table(lines: Sequence[tuple[str, str, str]]) -> str:

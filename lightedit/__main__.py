@@ -21,6 +21,7 @@ from lightedit.lm.architectures import ARCHITECTURES
 from lightedit.lm.loading import cache_folder
 from lightedit.methods import METHODS
 from lightedit.module import OnCollision
+from lightedit.ops import NATIVE_STATUS, implementations
 from lightedit.retention import check_validation
 from lightedit.run_folder import kept_rounds, remove_run
 from lightedit.sweep.plan import plan
@@ -256,7 +257,7 @@ def sweep(
 
 
 def env() -> None:
-    """Show versions, devices, known architectures and methods, and where things are kept."""
+    """Show versions, devices, what each op runs on, known architectures and methods, and where things are kept."""
     packages = ("lightedit", "torch", "lightning", "transformers", "torchmetrics", "datasets", "triton", "gguf")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
@@ -264,6 +265,11 @@ def env() -> None:
         **{name: _version(name) for name in packages},
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "gpu": ", ".join(gpus) or "none",
+        "native extension": NATIVE_STATUS,
+        **{
+            f"op {op}": ", ".join(f"{device} {name}" for device, name in live.items())
+            for op, live in implementations().items()
+        },
         "cache": str(cache_folder()),
         "methods": ", ".join(METHODS),
         "architectures": ", ".join(sorted(ARCHITECTURES)),

@@ -31,6 +31,7 @@ from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.batch import Batch
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.loading import cache_folder
+from lightedit.ops import mirror_, second_moment_
 from lightedit.progress import Report, progress, quiet_lightning
 
 _FILE = "covariance.safetensors"
@@ -45,7 +46,7 @@ class SecondMoment:
     """A running sum of k kᵀ, accumulated in float32.
 
     Attributes:
-        gram: Σ k kᵀ, [d, d] float32.
+        gram: Σ k kᵀ, [d, d] float32, on and below the diagonal.
         count: how many keys it sums.
     """
 
@@ -56,15 +57,15 @@ class SecondMoment:
     @torch.no_grad()
     def update(self, keys: Tensor, mask: Tensor | None = None) -> None:
         """Add keys [n, d] of any floating-point dtype, only those where the boolean `mask` [n] is True."""
-        keys = (keys if mask is None else keys[mask]).to(self.gram)
-        self.gram.addmm_(keys.T, keys)
-        self.count += keys.shape[0]
+        keys = keys.to(self.gram.device)
+        second_moment_(self.gram, keys, mask)
+        self.count += len(keys) if mask is None else int(mask.sum())
 
     def mean(self) -> Tensor:
         """E[k kᵀ], [d, d] float32."""
         if not self.count:
             raise CovarianceError("the mean of no keys is undefined; update the second moment first")
-        return self.gram / self.count
+        return mirror_(self.gram / self.count)
 
 
 class CovarianceModule(LightningModule):

@@ -21,6 +21,7 @@ from lightedit.data.prompts import FactPrompts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
+from lightedit.ops import preservation_memorization_solve
 
 if TYPE_CHECKING:
     from lightedit.methods import Method
@@ -80,7 +81,7 @@ class Preservation:
     def solve(self, keys: Tensor) -> Tensor:
         """(A + Kp Kpᵀ)⁻¹ K for K [d_in, B] and the past keys Kp, in float64."""
         keys = self._within(keys)
-        solved = torch.cholesky_solve(keys, self._factor)
+        solved = self._solve_factor(keys)
         if self._past.shape[1]:  # Woodbury: the factor of A stays as it is
             solved -= self._solved @ torch.cholesky_solve(self._past.T @ solved, self._gram_factor)
         return solved if self._basis is None else self._basis @ solved
@@ -94,10 +95,15 @@ class Preservation:
             self._factor = _cholesky(lower @ lower.T + self._past @ self._past.T)
             self._past = self._solved = self._past[:, :0]
             return
-        self._solved = torch.cat([self._solved, torch.cholesky_solve(keys, self._factor)], dim=1)
+        self._solved = torch.cat([self._solved, self._solve_factor(keys)], dim=1)
         gram = self._past.T @ self._solved
         gram.diagonal().add_(1.0)
         self._gram_factor = _cholesky(gram)
+
+    def _solve_factor(self, keys: Tensor) -> Tensor:
+        # not cholesky_solve, which copies the factor, as large as a covariance, at every call
+        half = torch.linalg.solve_triangular(self._factor, keys, upper=False)
+        return torch.linalg.solve_triangular(self._factor.T, half, upper=True)
 
     def _within(self, keys: Tensor) -> Tensor:
         keys = keys.to(self._factor)
@@ -135,17 +141,14 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
     """
     solved = preservation.solve(keys)
     keys = keys.to(solved)
-    system = keys.T @ solved
-    system.diagonal().add_(gamma)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    # A pivot is the squared length of what a key has beyond those before it; rounding may leave a trace of nothing
-    dependent = gamma == 0 and (factor.diagonal().square() <= _DEPENDENT * system.diagonal()).any()
-    if failed or dependent:
+    right, pivots = preservation_memorization_solve(keys, solved, gamma)
+    # What a key has beyond those before it; rounding may leave a trace of nothing
+    if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
         raise ValueError(
             f"the keys of {keys.shape[1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
             "write them in separate rounds"
         )
-    return LowRankUpdate(residuals.to(solved), torch.cholesky_solve(solved.T, factor).T)
+    return LowRankUpdate(residuals.to(solved), right)
 
 
 def key_similarity(preservation: Preservation, keys: Tensor) -> Tensor:

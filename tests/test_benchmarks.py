@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import Options, Result, WrongResultError, run, values
+from benchmarks import Options, Result, WrongResultError, ops, registry, run, values
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
@@ -158,7 +158,7 @@ def test_a_wrong_row_reports_no_speed(
 
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setitem(run.ROWS, "values", wrong)
-    assert run.main([]) == 1
+    assert run.main(["values"]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and "values: targets differ" in captured.err
     assert not list(tmp_path.iterdir())
@@ -169,3 +169,60 @@ def test_bad_arguments_end_before_any_row(arguments: list[str], monkeypatch: pyt
     monkeypatch.setitem(run.ROWS, "values", lambda options: pytest.fail("a row ran"))
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
+
+
+# Ops
+
+
+def small_cases() -> list[registry.Case]:
+    cpu = torch.device("cpu")
+    return [
+        registry.second_moment_case(70, 50, torch.float32, cpu),
+        registry.second_moment_case(70, 50, torch.bfloat16, cpu),
+        registry.solve_case(70, 5, cpu),
+        registry.single_edits_case(70, 5, cpu),
+        registry.add_low_rank_case(80, 5, cpu),
+        registry.rowwise_case(3, 80, cpu),
+        registry.target_nll_kl_case(50, cpu),
+    ]
+
+
+@pytest.fixture
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "SQUARE", 32)
+    monkeypatch.setattr(ops, "COPY", 64)
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+def test_every_op_is_right_and_its_figures_follow_from_the_times() -> None:
+    figures = ops.run(small_cases(), torch.device("cpu")).figures
+    for case, figure in zip(small_cases(), figures["cases"], strict=True):
+        assert figure["error"] <= case.tolerance
+        assert figure["ratios"].keys() >= case.baselines.keys()
+        for name, seconds in figure["baseline_seconds"].items():
+            assert figure["ratios"][name] == pytest.approx(seconds / figure["seconds"])
+    first = figures["cases"][0]
+    assert first["shares"]["float32 product"] == pytest.approx(
+        50 * 70 * 71 / first["seconds"] / figures["ceilings"]["float32 product"]
+    )
+    assert json.dumps(figures)
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_an_op_with_a_wrong_result_is_not_timed(wrong: float) -> None:
+    def work() -> None:
+        pytest.fail("it was timed")
+
+    case = registry.Case("add_low_rank_", "tiny", work, lambda: wrong, 0.1, {})
+    with pytest.raises(WrongResultError, match="add_low_rank_, tiny: the result is"):
+        ops.run([case], torch.device("cpu"))
+
+
+def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(gram: torch.Tensor, keys: torch.Tensor) -> None:
+        gram += 1.001 * (keys.float().T @ keys.float())
+
+    monkeypatch.setattr(registry, "second_moment_", too_large)
+    for case in small_cases()[:2]:
+        assert case.error() > case.tolerance

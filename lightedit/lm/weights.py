@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightedit.lm.matrix import Matrix
+from lightedit.ops import add_low_rank_
+from lightedit.ops.add_low_rank import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,7 @@ class EditedWeights:
 
     def _accumulate(self, matrix: Matrix, update: LowRankUpdate) -> None:
         weight = self._weight(matrix)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        # contiguous, because a BLAS may sum in another order for factors of another memory layout
-        left = update.left.to(weight.device, dtype).contiguous()
-        right = update.right.to(weight.device, dtype).contiguous()
-        if weight.dtype == dtype:
-            weight.addmm_(left, right.T)
-            return
-        if matrix not in self._sum:
-            self._sum[matrix] = self._base[matrix].to(dtype)
-        self._sum[matrix].addmm_(left, right.T)
-        weight.copy_(self._sum[matrix])
+        if weight.dtype != sum_dtype(weight) and matrix not in self._sum:
+            self._sum[matrix] = self._base[matrix].to(sum_dtype(weight))
+        left, right = update.left.to(weight.device), update.right.to(weight.device)
+        add_low_rank_(weight, left, right, self._sum.get(matrix))

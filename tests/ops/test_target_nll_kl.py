@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from lightedit.ops import Head, target_nll_kl
+
+OP = "target_nll_kl"
 
 
 def plain(hidden, head, targets, reference):
@@ -65,3 +69,56 @@ def test_log_probs() -> None:
     hidden = torch.randn(3, 4)
     expected = (2 * torch.tanh(hidden @ head.weight.T / 2)).log_softmax(-1)
     torch.testing.assert_close(head.log_probs(hidden), expected)
+
+
+def test_a_state_that_is_nan_spoils_its_own_position_only() -> None:
+    head, hidden = Head(torch.randn(11, 4)), torch.randn(5, 4)
+    hidden[3, 2] = torch.nan
+    loss, _ = target_nll_kl(hidden.requires_grad_(), head, torch.tensor([1, 2]), torch.randn(3, 11).log_softmax(-1))
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert loss.isnan().tolist() == hidden.grad.isnan().all(1).tolist() == [False, False, False, True, False]
+    assert hidden.grad[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_no_positions_give_no_losses() -> None:
+    loss, leads = target_nll_kl(torch.zeros(0, 4), Head(torch.zeros(11, 4)), torch.zeros(0).long(), torch.zeros(0, 11))
+    assert loss.shape == leads.shape == (0,)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss, _ = target_nll_kl(hidden, Head(torch.randn(11, 4)), torch.tensor([1]), torch.randn(2, 11).log_softmax(-1))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(loss.sum(), hidden, create_graph=True)[0].sum().backward()
+
+
+HEAD, IDS, KNOWN = Head(torch.zeros(9, 5)), torch.zeros(2).long(), torch.zeros(1, 9)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "head", "targets", "reference", "message"),
+    [
+        (torch.zeros(4, 5), HEAD, IDS, KNOWN, r"hidden \[m \+ k, d\].*\[4, 5\]"),
+        (torch.zeros(3, 6), HEAD, IDS, KNOWN, r"got \[3, 6\], \[9, 5\]"),
+        (torch.zeros(3, 5), HEAD, IDS, torch.zeros(1, 8), r"\[1, 8\]"),
+        (torch.zeros(3, 5), Head(HEAD.weight, torch.zeros(8)), IDS, KNOWN, r"a bias of \[8\]"),
+        (torch.zeros(3, 5).half(), HEAD, IDS, KNOWN, "float16.*float32"),
+        (torch.zeros(3, 5), HEAD, IDS.float(), KNOWN, "targets are int64"),
+        (torch.zeros(3, 5), HEAD, IDS, KNOWN.half(), "reference is float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    hidden: Tensor, head: Head, targets: Tensor, reference: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        target_nll_kl(hidden, head, targets, reference)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [None, torch.randn(11)])
+def test_opcheck(device: torch.device, bias: Tensor | None, softcap: float | None) -> None:
+    hidden, weight = torch.randn(9, 5, requires_grad=True), torch.randn(11, 5)
+    unedited = torch.randn(3, 11).log_softmax(-1)
+    inputs = (hidden, weight, bias, softcap, torch.randint(11, (6,)), unedited)
+    opcheck(torch.ops.lightedit.target_nll_kl.default, inputs)
