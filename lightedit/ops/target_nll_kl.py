@@ -26,9 +26,10 @@ class Head:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits of hidden states [n, d] in float32 or better, [n, vocabulary]; `out` may hold the product."""
-        product = torch.mm(hidden, self.weight.T, out=out)
-        if self.bias is not None:
-            product += self.bias
+        if self.bias is None:
+            product = torch.mm(hidden, self.weight.T, out=out)
+        else:  # with one rounding, as the model does
+            product = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         logits = product.to(torch.promote_types(product.dtype, torch.float32))
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 

@@ -105,11 +105,10 @@ def test_equal_pairs_are_scored_once_and_given_everywhere(model_type, read):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gptj"])
-def test_head_is_read_once_where_answers_to_a_prompt_begin(model_type, read):
+def test_an_answer_that_begins_another_is_read_with_it(model_type, read):
     lm = build(model_type, "bytelevel")
-    score_targets(lm, ["He is in"] * 2, ["Paris", "Rome"])
-    spelled = [len(lm.encode([f" {target}"])[0]) for target in ("Paris", "Rome")]
-    assert sum(map(len, read)) == sum(spelled) - 1
+    assert_naive(lm, ["He is in"] * 2, ["R", "Rome"])
+    assert sum(map(len, read)) == len(lm.encode([" Rome"])[0])
 
 
 def test_rows_that_begin_another_are_read_there():
@@ -122,7 +121,7 @@ def test_rows_that_begin_another_are_read_there():
 def test_bfloat16_logits_are_normalised_in_float32():
     lm = build("gptj", dtype=torch.bfloat16)
     scores = score_targets(lm, PROMPTS[:1], TARGETS[:1])
-    prompt, answer = lm.encode([PROMPTS[0]])[0], lm.encode([f" {TARGETS[0]}"])[0]
+    prompt, answer = lm.encode([PROMPTS[0]])[0], lm.encode([f" {TARGETS[0]}"])[0][1:]  # without BOS
     with torch.no_grad():
         logits = lm.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     assert logits.dtype == torch.bfloat16
