@@ -485,14 +485,14 @@ def while_it_writes(process: Any, folder: Path, seconds: float) -> None:
 
 def assert_killed_runs_end_alike(tmp_path: Path, moments: list[Callable[[Any, Path, float], None]]) -> int:
     """Kill a run at each of the moments and let it go on; the number of kills that came before its end."""
-    start(time.sleep, 0).join(120)  # so that no time of importing is counted
+    start(time.sleep, 0).join(600)  # so that no time of importing is counted
     folder, kills = tmp_path / "killed.run", 0
 
     def finish(folder: Path, out: Path) -> float:
         out.mkdir()
         started = time.monotonic()
         process = start(run_and_save, folder, out)
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
         return time.monotonic() - started
 
@@ -502,7 +502,7 @@ def assert_killed_runs_end_alike(tmp_path: Path, moments: list[Callable[[Any, Pa
             process = start(run_and_save, folder, Path(out))
             moment(process, folder, seconds)
             process.kill()
-            process.join(120)
+            process.join(600)
         assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode != 0
     finish(folder, tmp_path / "killed")
@@ -537,7 +537,7 @@ def test_the_command_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
     covariance_of(le.LanguageModel.load("model")).save("stats")
     arguments = ["edit", "--lm", str(tmp_path / "model"), "--facts", str(tmp_path / "facts.jsonl"),
                  "--covariance", str(tmp_path / "stats"), "--facts_per_round", "1",
-                 "--method", "MEMIT", "--method.layers", "[1,2]", "--method.values.steps", "4"]  # fmt: skip
+                 "--method", "MEMIT", "--method.layers", "[1,2]", "--method.values.steps", "40"]  # fmt: skip
     errors = tmp_path / "errors"
     edits = {}
     for name in ("whole", "parts"):
@@ -545,14 +545,14 @@ def test_the_command_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
         run_folder = out.with_name(f"{name}.run")
         process = start(command, [*arguments, "--out", str(out)], errors)
         if name == "parts":
-            until(lambda folder=run_folder: len(kept_rounds(folder)) >= 2, process)
+            until(lambda folder=run_folder: len(kept_rounds(folder)) >= 1, process)
             os.kill(process.pid, signal.SIGINT)
-            process.join(120)
+            process.join(600)
             assert process.exitcode == 130
             assert "interrupted; the same command goes on after the last finished round" in errors.read_text()
-            assert not out.exists() and len(kept_rounds(run_folder)) >= 2
+            assert not out.exists() and len(kept_rounds(run_folder)) >= 1
             process = start(command, [*arguments, "--out", str(out)], errors)
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
         assert not run_folder.exists()
         edits[name] = le.Edit.load(out)
