@@ -59,7 +59,7 @@ class EditModule(LightningModule):
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
         round_keys: matrix -> the keys of the round written last, [d_in, B].
         tokens: tokens that the value optimisation computed.
-        seconds: time spent in "values" and "update".
+        seconds: time spent in "values" and "update"; each round's own are logged as "seconds/values" and so on.
     """
 
     def __init__(
@@ -175,6 +175,9 @@ class EditModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.delta], lr=self.method.values.lr)
 
+    def on_train_epoch_start(self) -> None:
+        self._seconds_before = dict(self.seconds)  # by now a checkpoint has restored those of earlier rounds
+
     # Step 1
 
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
@@ -271,6 +274,8 @@ class EditModule(LightningModule):
         self._targets.clear()
         for matrix, update in updates.items():
             self.log(f"update_norm/layer_{matrix.key}", update.norm(), batch_size=len(indices))
+        for step, seconds in self.seconds.items():
+            self.log(f"seconds/{step}", seconds - self._seconds_before[step], batch_size=len(indices))
 
     def _remember(self, keys: dict[Matrix, Tensor]) -> None:
         if self.method.keeps_past_keys:
