@@ -116,8 +116,8 @@ def run_single(
 def _check(difference: float) -> None:
     if not difference <= TOLERANCE:  # NaN fails too
         raise WrongResultError(
-            f"an answer's NLL is {difference:.1e} nats from the reference's; at most {TOLERANCE:.0e} is expected, so no "
-            "speed is reported"
+            f"an answer's NLL is {difference:.1e} nats from the reference's; at most {TOLERANCE:.0e} is expected, so "
+            "no speed is reported"
         )
 
 
