@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightedit.covariance import Covariance, CovarianceError
+from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
@@ -24,7 +24,7 @@ from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.retention import FILE, RetentionScores, curves, defined
 from lightedit.tables import log_folder, read_table, write_table
-from lightedit.update import Preservation, key_similarity, read_keys, write_facts
+from lightedit.update import key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
 OnCollision = Literal["error", "merge", "keep"]
@@ -112,9 +112,8 @@ class EditModule(LightningModule):
                     f"targets: the value of fact {index} is {tuple(value.shape)}, but {self.method.site!r} takes "
                     f"{(size,)}; find it at that site"
                 )
-        self.covariance.check(self.lm, self.method.matrices)
         self._rounds, self._facts = data.rounds, data.facts
-        self._preservation = self._factor()
+        self._preservation = self.method.factors(self.lm, self.covariance)
         self._contexts = self.method.contexts.sample(self.lm)
         # None stands for a fact that was merged into an earlier one
         self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
@@ -131,15 +130,6 @@ class EditModule(LightningModule):
                 "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
             },
         )
-
-    def _factor(self) -> dict[Matrix, Preservation]:
-        factors = {}
-        for matrix in self.method.matrices:
-            try:
-                factors[matrix] = self.method.preservation(self.covariance, matrix).to(self.lm.weight(matrix).device)
-            except ValueError as error:
-                raise CovarianceError(f"{matrix}: {error}") from error
-        return factors
 
     def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
         # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;

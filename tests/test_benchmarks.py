@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, registry, run, values
+from benchmarks import Options, Result, WrongResultError, evaluation, ops, registry, run, values
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
 from lightedit.values import ValueSettings
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.test_module import covariance_of
+from tests.test_sweep import FACTS as COMPLETE
+from tests.test_sweep import MEMIT
 
 CONTEXTS = Contexts(("{}", "The river is long. {}"), (0.5, 0.5))
 FACTS = [Fact("The capital of {}", "France", "Rome"), Fact("{} is a city in the north of", "London", "Spain and Italy")]
@@ -169,6 +172,27 @@ def test_bad_arguments_end_before_any_row(arguments: list[str], monkeypatch: pyt
     monkeypatch.setitem(run.ROWS, "values", lambda options: pytest.fail("a row ran"))
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
+
+
+# Evaluation
+
+
+def test_evaluation_row_counts_all_answers_and_checks_them(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = evaluation.run(lm, COMPLETE).figures
+    assert figures["records"] == 5 and figures["pairs"] == 5 * 2 * (1 + 2 + 2)
+    assert 0 < figures["largest_difference"] < 1e-4
+    assert figures["ratio"] == pytest.approx(figures["seconds"]["published"] / figures["seconds"]["ours"])
+    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        evaluation.run(lm, COMPLETE)
+
+
+def test_single_row_checks_every_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=2).figures
+    assert figures["MEMIT"]["loop_facts"] == 2 and 0 < figures["MEMIT"]["largest_difference"] < 1e-3
+    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=1)
 
 
 # Ops

@@ -143,5 +143,6 @@ def _label(run: Run, runs: Sequence[Run], axis: str, fields: Sequence[str]) -> s
         if field != axis and len({shown(other.settings[field]) for other in own if field in other.settings}) > 1:
             parts.append(f"{_NAMES.get(field, field)} {shown(run.settings[field])}")
     if axis != "facts_per_round" and len({other.round_limit for other in own}) > 1:
-        parts.append("all in one round" if run.round_limit is None else f"{run.round_limit} a round")
+        names = {None: "all in one round", "single": "each alone"}
+        parts.append(names.get(run.round_limit, f"{run.round_limit} a round"))
     return ", ".join(parts)

@@ -22,10 +22,10 @@ Row = dict[str, Any]
 class Table:
     """Rows of finished runs. The file is written anew with every addition, so it is whole at any time.
 
-    Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round; ES, PS,
-    NS, S in percent, GE in bits times 100 if there is `generation`, and half the width of each one's 95 % interval
-    (empty where the facts do not allow them); seconds of step 1 (seconds_values, 0 where another run had found the
-    values), of step 2 and of the evaluation.
+    Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round ("single"
+    where each fact was edited alone, and step 2 counts as evaluation); ES, PS, NS, S in percent, GE in bits times 100
+    if there is `generation`, and half the width of each one's 95 % interval (empty where the facts do not allow them);
+    seconds of step 1 (seconds_values, 0 where another run had found the values), of step 2 and of the evaluation.
 
     Args:
         path: the file; rows that are in it already are read.
@@ -112,7 +112,8 @@ def best(rows: Sequence[Row]) -> list[str]:
             names = list(row)[1 : list(row).index("facts")]
             settings = [f"{name}={shown(row[name])}" for name in names if row[name] is not None]
             spread = "" if row["S_half_width"] is None else f" ± {row['S_half_width']:.1f}"
-            with_ = ", ".join([*settings, f"{row['facts_per_round']} facts a round"])
+            together = row["facts_per_round"]
+            with_ = ", ".join([*settings, "each alone" if together == "single" else f"{together} facts a round"])
             lines.append(f"best on {facts} facts: {method}, S {row['S']:.1f}{spread}, with {with_}")
     return lines
 
