@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, values
+from benchmarks import Options, Result, WrongResultError, covariance, ops, update, values
 
 ROWS: dict[str, Callable[[Options], Result]] = {
     "values": values.row,
+    "covariance": covariance.row,
+    "update": update.row,
     "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]

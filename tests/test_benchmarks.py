@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, registry, run, values
+from benchmarks import Options, Result, WrongResultError, covariance, ops, registry, run, update, values
 from lightedit.data.facts import Fact, read_facts
-from lightedit.data.prompts import Contexts, tokenize_facts
+from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.lm import LanguageModel
+from lightedit.methods import MEMIT
 from lightedit.values import ValueSettings
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -226,3 +227,22 @@ def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry, "second_moment_", too_large)
     for case in small_cases()[:2]:
         assert case.error() > case.tolerance
+
+
+def test_covariance_row_checks_its_matrices(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = covariance.run(lm, (1, 2), 1000).figures
+    assert figures["tokens"] == 1000 and 0 < figures["largest_difference"] < 1e-5
+    assert len(figures["seconds"]) == 3 and min(figures["seconds"].values()) > 0
+    monkeypatch.setattr(covariance, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        covariance.run(lm, (1,), 1000)
+
+
+def test_update_row_checks_its_changes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MEMIT(layers=(1, 2), lambda_=5.0, contexts=ContextSettings(prefixes=(("The", 1, 5),)))
+    figures = update.run(lm, FACTS, method).figures
+    assert figures["facts"] == 2 and 0 < figures["largest_difference"] < 1e-4
+    assert not lm.weights.owners
+    monkeypatch.setattr(update, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        update.run(lm, FACTS, method)
