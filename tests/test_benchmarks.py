@@ -5,7 +5,18 @@ import json
 import pytest
 import torch
 
-from benchmarks import Options, Result, WrongResultError, evaluation, ops, registry, run, values
+from benchmarks import (
+    Options,
+    Result,
+    WrongResultError,
+    covariance,
+    evaluation,
+    ops,
+    registry,
+    run,
+    update,
+    values,
+)
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
@@ -250,3 +261,21 @@ def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry, "second_moment_", too_large)
     for case in small_cases()[:2]:
         assert case.error() > case.tolerance
+
+
+def test_covariance_row_checks_its_matrices(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = covariance.run(lm, (1, 2), 1000).figures
+    assert figures["tokens"] == 1000 and 0 < figures["largest_difference"] < 1e-5
+    assert len(figures["seconds"]) == 3 and min(figures["seconds"].values()) > 0
+    monkeypatch.setattr(covariance, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        covariance.run(lm, (1,), 1000)
+
+
+def test_update_row_checks_its_changes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = update.run(lm, FACTS, MEMIT).figures
+    assert figures["facts"] == 2 and 0 < figures["largest_difference"] < 1e-4
+    assert not lm.weights.owners
+    monkeypatch.setattr(update, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        update.run(lm, FACTS, MEMIT)
