@@ -14,6 +14,7 @@ import torch
 from lightedit import generation
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import encode_targets
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import Generations, PromptScores, RecordScores, TargetScores, edit_metrics, score_targets
@@ -81,13 +82,8 @@ class Evaluation:
         content["intervals"] = {
             name: [None if math.isnan(end) else end for end in ends] for name, ends in self.intervals.items()
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-                json.dump(content, file, ensure_ascii=False, allow_nan=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            json.dump(content, file, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":

@@ -17,6 +17,7 @@ from lightedit.data.prompts import tokenize_facts
 from lightedit.evaluate import Evaluation, score_facts, summarize
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
+from lightedit.metrics import RecordScores
 from lightedit.progress import progress
 from lightedit.update import separate_updates
 from lightedit.values import optimize_values
@@ -59,7 +60,7 @@ def evaluate_single(
     lm.check_layers(method.layers)
     preservation = method.factors(lm, covariance)
     prompts = tokenize_facts(lm.tokenizer, facts, method.contexts.sample(lm))
-    records = {}
+    records: dict[int, RecordScores] = {}
     with progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar) as report:
         for chunk in chunks_by_suffix(facts, range(len(facts)), facts_per_chunk):
             known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}

@@ -228,8 +228,8 @@ def separate_updates(
     walk = KeyWalk(lm, prompts, method.matrices[0])
     for matrix in method.matrices:
         walk.advance(matrix)
-        each = [columns.T.unsqueeze(-1) for columns in _keys_and_residuals(method, walk, targets)]  # [B, d, 1]
-        update = _solve(method, preservation[matrix], *each, walk)
+        keys, residuals = (columns.T.unsqueeze(-1) for columns in _keys_and_residuals(method, walk, targets))
+        update = _solve(method, preservation[matrix], keys, residuals, walk)  # each [B, d, 1]
         walk.edits = RowwiseEdits({**walk.edits.updates, matrix: update}, walk.edits.of_row)
     return walk.edits
 

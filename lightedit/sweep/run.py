@@ -16,6 +16,7 @@ from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError, check_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.module import EditModule, OnCollision
@@ -24,7 +25,7 @@ from lightedit.run import edit
 from lightedit.single import evaluate_single
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, RoundLimit, Run, plan, swept_fields
-from lightedit.sweep.table import UNEDITED, Row, Table, best, write_whole
+from lightedit.sweep.table import UNEDITED, Row, Table, best
 from lightedit.sweep.targets import TargetStore
 
 
@@ -98,7 +99,8 @@ def sweep(
         _announce(methods, grid, runs, pending)
     _check_collisions(lm, facts, pending, covariance, on_collision)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    with whole_file(out / "sweep.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _score_unedited(lm, facts, runs, table, progress_bar, generate)
 
     store = TargetStore(out / "values", lm, facts, runs)

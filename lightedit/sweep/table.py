@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightedit.evaluate import Evaluation
+from lightedit.files import whole_file
 from lightedit.sweep.plan import Run, shown
 
 SCORES = ("ES", "PS", "NS", "S")
@@ -92,7 +92,8 @@ class Table:
         for row in self.rows:
             cells = ["" if row[name] is None else json.dumps(row[name]) for name in self._columns[1:]]
             writer.writerow([row["method"], *cells])
-        write_whole(self.path, text.getvalue().encode())
+        with whole_file(self.path) as unfinished:
+            unfinished.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _value(column: str, cell: str) -> Any:
@@ -116,13 +117,3 @@ def best(rows: Sequence[Row]) -> list[str]:
             with_ = ", ".join([*settings, "each alone" if together == "single" else f"{together} facts a round"])
             lines.append(f"best on {facts} facts: {method}, S {row['S']:.1f}{spread}, with {with_}")
     return lines
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

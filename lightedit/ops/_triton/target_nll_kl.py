@@ -5,19 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightedit.ops.target_nll_kl import reference
+from lightedit.ops.target_nll_kl import Head, reference
 
 _ROWS = 128  # positions whose logits exist at one time
 _BLOCK = 4096  # logits of a position that a program holds
 
 
 @triton.jit
-def _logits(products, bias, j, inside, softcap):
+def _logits(products, j, inside, softcap):
     """Logits as the model's own head would give them, and the softcap's derivative there."""
-    z = tl.load(products + j, mask=inside, other=float("-inf"))
-    if bias is not None:
-        z = (z.to(tl.float32) + tl.load(bias + j, mask=inside, other=0.0).to(tl.float32)).to(z.dtype)
-    z = z.to(tl.float32)
+    z = tl.load(products + j, mask=inside, other=float("-inf")).to(tl.float32)
     slope = tl.where(inside, 1.0, 0.0)
     if softcap is not None:
         # tanh, in a form that cannot overflow
@@ -31,7 +28,6 @@ def _logits(products, bias, j, inside, softcap):
 @triton.jit
 def _loss(
     products,
-    bias,
     softcap,
     targets,
     known,
@@ -45,7 +41,7 @@ def _loss(
     known_column,
     BLOCK: tl.constexpr,
 ):
-    """One position: the loss from W h, and in its place the derivative of the loss by it.
+    """One position: the loss from W h + b, and in its place the derivative of the loss by it.
 
     With p = softmax(z), at a target v: loss = -log p[v], dz = p - [v]. Elsewhere, with q the reference:
     loss = Σ p (log p - log q), dz = p (log p - log q - loss).
@@ -55,14 +51,14 @@ def _loss(
     most = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     for first in range(0, vocabulary, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        z, _ = _logits(row, bias, j, j < vocabulary, softcap)
+        z, _ = _logits(row, j, j < vocabulary, softcap)
         most = tl.maximum(most, z)
     highest = tl.max(most, axis=0)
     target = tl.load(targets + position, mask=position < m, other=-1)
     sums, hits = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, vocabulary, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        z, _ = _logits(row, bias, j, j < vocabulary, softcap)
+        z, _ = _logits(row, j, j < vocabulary, softcap)
         sums += tl.where(j < vocabulary, tl.exp(z - highest), 0.0)
         hits += tl.where((j < vocabulary) & (j == target), z - highest, 0.0)
     total = tl.sum(sums, axis=0)
@@ -72,7 +68,7 @@ def _loss(
         tl.store(leads + position, ((chosen == 0.0) & (total == total)).to(tl.uint8))
         for first in range(0, vocabulary, BLOCK):
             j = first + tl.arange(0, BLOCK)
-            z, slope = _logits(row, bias, j, j < vocabulary, softcap)
+            z, slope = _logits(row, j, j < vocabulary, softcap)
             slope *= tl.exp(z - highest) / total - (j == target).to(tl.float32)
             tl.store(row + j, slope.to(products.dtype.element_ty), mask=j < vocabulary)
     else:
@@ -80,7 +76,7 @@ def _loss(
         parts = tl.zeros([BLOCK], dtype=tl.float32)
         for first in range(0, vocabulary, BLOCK):
             j = first + tl.arange(0, BLOCK)
-            z, _ = _logits(row, bias, j, j < vocabulary, softcap)
+            z, _ = _logits(row, j, j < vocabulary, softcap)
             excess = z - highest - tl.load(at + j.to(tl.int64) * known_column, mask=j < vocabulary, other=0.0)
             part = tl.exp(z - highest) / total * (excess - tl.log(total))
             parts += tl.where(j < vocabulary, part, 0.0)
@@ -88,7 +84,7 @@ def _loss(
         tl.store(loss + position, kl)
         for first in range(0, vocabulary, BLOCK):
             j = first + tl.arange(0, BLOCK)
-            z, slope = _logits(row, bias, j, j < vocabulary, softcap)
+            z, slope = _logits(row, j, j < vocabulary, softcap)
             excess = z - highest - tl.load(at + j.to(tl.int64) * known_column, mask=j < vocabulary, other=0.0)
             slope *= tl.exp(z - highest) / total * (excess - tl.log(total) - kl)
             tl.store(row + j, slope.to(products.dtype.element_ty), mask=j < vocabulary)
@@ -109,13 +105,12 @@ def run(
     loss = torch.empty(len(hidden), dtype=unedited.dtype, device=hidden.device)
     leads = torch.empty(len(targets), dtype=torch.uint8, device=hidden.device)
     gradient = hidden.new_empty(hidden.shape)
-    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
+    targets, head = targets.contiguous(), Head(weight, bias)
     for start in range(0, len(hidden), _ROWS):
         part = hidden[start : start + _ROWS]
-        z = torch.mm(part, weight.T, out=logits[: len(part)])
+        z = head.product(part, out=logits[: len(part)])
         _loss[(len(part),)](
             z,
-            bias,
             softcap,
             targets,
             unedited,
