@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from lightedit.lm.loading import cache_folder
 from lightedit.methods import METHODS
 from lightedit.module import OnCollision
 from lightedit.ops import NATIVE_STATUS, implementations
+from lightedit.references import read_references, write_references
 from lightedit.retention import check_validation
 from lightedit.run_folder import kept_rounds, remove_run
 from lightedit.sweep.plan import plan
@@ -175,6 +177,10 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     generate: bool = False,
+    compare: bool = False,
+    held_out: Path | None = None,
+    text: str | None = None,
+    references: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -187,18 +193,34 @@ def evaluate(
         limit: take the first facts only.
         out: JSON file for the scores, their intervals and every record.
         generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
+        compare: score the unedited model first, for a column of its own and the metrics that need it, such as retain
+            accuracy.
+        held_out: a file of facts that were not edited, for TRR and ERR.
+        text: a text file or the id of a data set, for perplexity and KL to the unedited model.
+        references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
+            (RS_own). Needs generate.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
+    if compare and edit is None:
+        raise ValueError("--compare sets an edit beside the unedited model; give --edit too")
+    if references is not None and not generate:
+        raise ValueError("--references are compared with what the model writes; give --generate true too")
     chosen = le.read_facts(facts, limit)
+    others = [] if held_out is None else le.read_facts(held_out)
+    texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     model = le.LanguageModel.load(lm, dtype, device)
+    if references == "own":
+        texts = write_references(model, chosen)
+    score = partial(le.evaluate, model, chosen, generate=generate, held_out=others, text=text, references=texts)
+    before = score() if compare else None
     if saved is not None:
         saved.apply(model)
-    result = le.evaluate(model, chosen, generate=generate)
-    print(result.table())
+    result = score(before=before)
+    print(result.table(before))
     if out is not None:
         result.save(out)
         print(f"saved the scores in {out}")

@@ -1,6 +1,7 @@
 """Held-out text: how well a model still predicts it, and how far it strays from the unedited model there."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from lightedit.data.texts import read_texts, token_windows, write_texts
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
+from lightedit.metrics.functional import bootstrap_interval
 
 _TOKENS, _LENGTH = 2048, 128  # of text in all, and of one window
 _SEED = 1  # of the model's own writing; another than that of the covariance, so that this text is held out from it
@@ -70,6 +72,24 @@ class HeldOutText:
         """
         return self._sums(keep=False)
 
+    def perplexity_and_kl(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Perplexity, and KL(now || then) in nats per token; and their 95 % intervals, bootstrapped over windows.
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        sums = self.sums()
+        statistics: dict[str, Callable[[Tensor], Tensor]] = {
+            "perplexity": lambda sums: (sums[:, 0] / sums[:, 2]).exp(),
+            "kl": lambda sums: sums[:, 1] / sums[:, 3],
+        }
+        values = {name: statistic(sums.sum(0, keepdim=True)).item() for name, statistic in statistics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} on held-out text is {value}; an edit may have ruined the model")
+        ends = {name: tuple(bootstrap_interval(sums, statistic).tolist()) for name, statistic in statistics.items()}
+        return values, {name: (low, high) for name, (low, high) in ends.items()}
+
     def _sums(self, keep: bool) -> Tensor:
         sums = torch.zeros(len(self.windows), 4, dtype=torch.float64)
         for part, (log_probs, following, sampled, window) in enumerate(self._parts()):
@@ -103,4 +123,3 @@ class HeldOutText:
                 sampled = self._sampled[done : done + len(tokens)]
                 yield log_probs, tokens.to(log_probs.device), sampled.to(log_probs.device), window.cpu()
                 done += len(tokens)
-

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightedit.evaluate import Evaluation
+from lightedit.evaluation import Evaluation
 from lightedit.sweep.plan import Run, shown
 
 SCORES = ("ES", "PS", "NS", "S")
