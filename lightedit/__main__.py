@@ -15,6 +15,7 @@ import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 
 import lightedit as le
+from lightedit.data.texts import read_texts
 from lightedit.demo import demo
 from lightedit.edit import check_free
 from lightedit.health import OnLimit
@@ -208,6 +209,8 @@ def evaluate(
         raise ValueError("--references are compared with what the model writes; give --generate true too")
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
+    if text is not None:
+        read_texts(text)  # what is missing is found out before the model is loaded
     texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
