@@ -23,7 +23,8 @@ from lightedit.metrics import (
     score_targets,
 )
 from lightedit.metrics.functional import accuracy
-from lightedit.metrics.metrics import RECORD_MEANS, EditScore, RecordMean
+from lightedit.metrics.metrics import RECORD_MEANS, EditScore
+from lightedit.metrics.record_mean import RecordMean
 from lightedit.progress import Report, part, progress
 from lightedit.references import References, with_reference_scores
 

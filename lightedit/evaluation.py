@@ -16,7 +16,7 @@ _UNITS = {
     "kl": "KL (nats per token)",
 }
 _DECIMALS = {"kl": 4}
-_ORDER = [metric.name for metric in METRICS]  # what else there is comes after these
+_ORDER = [*(metric.name for metric in METRICS), "perplexity", "kl"]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def read_references(path: str | os.PathLike[str], facts: Sequence[Fact]) -> Refe
             f"{path} does not hold reference texts ({error!r}); expected a list of objects with relation_id, target_id "
             'and samples, each sample with a "text", as in attribute_snippets.json'
         ) from error
-    texts = {fact: " ".join(found) for fact in facts if (found := passages.get((fact.relation, fact.target_id)))}
+    key_of = {fact: (fact.relation, fact.target_id) for fact in facts}
+    texts = {fact: " ".join(passages[key]) for fact, key in key_of.items() if passages.get(key)}
     if not texts:
         raise FactError(
             f"{path} has texts for none of the {len(facts)} facts: no entry has the relation and target_id of one; "

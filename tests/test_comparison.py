@@ -144,12 +144,13 @@ def test_trr_and_err_on_real_records_are_their_definitions(lm, data_dir, name):
 
 def test_held_out_facts_are_asked_for_the_answer_that_was_right_before():
     lm = LanguageModel(tiny_model("gptj"), tiny_tokenizer("bytelevel"))
-    tokens = lm.encode([" R"])[0]
+    tokens = lm.encode([" the"])[0]
     assert len(tokens) == 1
     lm.model.lm_head.bias.data[tokens[0]] += 1000  # now it says nothing else
-    true, new = Fact("{} is", "He", "N", target_true="R"), Fact("{} is", "She", "R")
-    for held_out, expected in (([true], 100), ([new], 100), ([replace(true, target_new="R", target_true="N")], 0)):
-        assert evaluate(lm, [FRANCE], progress_bar=False, held_out=held_out).scores["TRR"] == expected
+    true, new = Fact("{} is", "He", "of", target_true="the"), Fact("{} is", "She", "the")
+    wrong = Fact("{} is", "He", "the", target_true="of")
+    for held_out, expected in ((true, 100), (new, 100), (wrong, 0)):
+        assert evaluate(lm, [FRANCE], progress_bar=False, held_out=[held_out]).scores["TRR"] == expected
 
 
 def test_portability_questions_are_scored_where_facts_have_them(lm):

@@ -32,10 +32,10 @@ def prompt_scores(n, generator, compared=False):
     )
 
 
-def generations(draw):
+def generations(draw, index):
     texts = tuple(" ".join(draw.choices("abcde", k=draw.randint(5, 30))) for _ in range(draw.randint(1, 4)))
-    score = draw.choice([None, draw.random()])
-    return Generations(texts, draw.choice([" Rome", " Paris"]), "Rome", score, draw.random() < 0.5)
+    score = draw.random() if index % 3 else None
+    return Generations(texts, draw.choice([" Rome", " Paris"]), "Rome", score, own_references=index % 2 == 0)
 
 
 def make_records(n, seed=0):
@@ -54,7 +54,7 @@ def make_records(n, seed=0):
                 prompt_scores(1, generator),
                 prompt_scores(paraphrases, generator) if paraphrases else None,
                 prompt_scores(neighbors, generator, compared=index % 2 == 0) if neighbors else None,
-                generations(draw) if index % 4 else None,
+                generations(draw, index) if index % 4 else None,
                 prompt_scores(1, generator) if index % 2 else None,
             )
         )
