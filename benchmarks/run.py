@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, values
+from benchmarks import Options, Result, WrongResultError, covariance, evaluation, ops, update, values
 
 ROWS: dict[str, Callable[[Options], Result]] = {
     "values": values.row,
+    "covariance": covariance.row,
+    "update": update.row,
+    "evaluation": evaluation.row,
+    "single": evaluation.single_row,
     "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ from lightedit.references import References, read_references, write_references
 from lightedit.resume import RoundCheckpoint
 from lightedit.run import edit
 from lightedit.run_folder import ResumeError
+from lightedit.single import evaluate_single
 from lightedit.stopping import KLBelow, MostProbable
 from lightedit.sweep import sweep
 from lightedit.values import ValueSettings
@@ -51,6 +52,7 @@ __all__ = [
     "edit",
     "estimate_covariance",
     "evaluate",
+    "evaluate_single",
     "read_facts",
     "read_references",
     "sweep",

@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from lightedit import generation
 from lightedit.comparison import check_same_facts, with_unchanged
 from lightedit.data.facts import Fact, FactError
@@ -13,6 +15,7 @@ from lightedit.data.prompts import encode_targets
 from lightedit.evaluation import Evaluation
 from lightedit.held_out_text import HeldOutText, held_out_windows
 from lightedit.lm import LanguageModel
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import (
     Generations,
     PromptScores,
@@ -62,36 +65,44 @@ def _questions(fact: Fact) -> dict[str, list[_Question]]:
 def score_facts(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    max_tokens: int = 1024,
+    batch_size: int = 64,
     report: Report | None = None,
     generate: bool = False,
+    edits: RowwiseEdits | None = None,
 ) -> list[RecordScores]:
-    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if `generate`; see `evaluate`."""
+    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if `generate`; see `evaluate`.
+
+    With `edits`, one row a fact, all that is asked about a fact sees the fact's edit too.
+    """
+    edits = edits or RowwiseEdits({}, torch.zeros(len(facts), dtype=torch.long))
     asked = [_questions(fact) for fact in facts]
     pairs = [
-        (question.prompt, answer)
-        for questions in asked
+        (fact, question.prompt, answer)
+        for fact, questions in enumerate(asked)
         for kind in questions.values()
         for question in kind
         for answer in (question.wanted, question.other)
         if answer is not None
     ]
     place = {pair: index for index, pair in enumerate(pairs)}
-    prompts = [prompt for fact in facts for prompt in _generation_prompts(fact)] if generate else []
-    texts = _TEXT_COST * len(set(prompts))
+    generated = [(i, prompt) for i, fact in enumerate(facts) if generate for prompt in _generation_prompts(fact)]
+    prompts, of_prompt = [prompt for _, prompt in generated], edits.rows([fact for fact, _ in generated])
+    texts = _TEXT_COST * len(set(zip(of_prompt.of_row.tolist(), prompts, strict=True)))
     total = len(place) + texts + _CONTINUATION_COST * len({fact.text for fact in facts}) * generate
     scored = score_targets(
         lm,
-        [prompt for prompt, _ in pairs],
-        [answer for _, answer in pairs],
-        max_tokens,
+        [prompt for _, prompt, _ in pairs],
+        [answer for *_, answer in pairs],
+        batch_size,
         part(report, 0, len(place), total),
+        edits.rows([fact for fact, *_ in pairs]),
     )
     written: list[Generations | None] = [None] * len(facts)
     if generate:
-        drawn = iter(generation.generate(lm, prompts, report=part(report, len(place), texts, total)))
+        drawn = iter(generation.generate(lm, prompts, report=part(report, len(place), texts, total), edits=of_prompt))
         texts_of = [tuple(islice(drawn, len(_generation_prompts(fact)))) for fact in facts]
-        continued = _continuations(lm, facts, part(report, len(place) + texts, total - len(place) - texts, total))
+        rest = part(report, len(place) + texts, total - len(place) - texts, total)
+        continued = _continuations(lm, facts, rest, edits)
         written = [
             Generations(*pair, fact.target_new)
             for pair, fact in zip(zip(texts_of, continued, strict=True), facts, strict=True)
@@ -99,12 +110,17 @@ def score_facts(
     return [
         RecordScores(
             **{
-                kind: _prompt_scores(scored, place, questions, whole=fact.target_true is not None)
+                kind: _prompt_scores(
+                    scored,
+                    [place[index, question.prompt, question.wanted] for question in questions],
+                    [place[index, q.prompt, q.other] for q in questions if q.other is not None],
+                    whole=fact.target_true is not None,
+                )
                 for kind, questions in kinds.items()
             },
             generations=generations,
         )
-        for fact, kinds, generations in zip(facts, asked, written, strict=True)
+        for index, (fact, kinds, generations) in enumerate(zip(facts, asked, written, strict=True))
     ]
 
 
@@ -112,19 +128,19 @@ def _generation_prompts(fact: Fact) -> tuple[str, ...]:
     return fact.generation_prompts or (fact.text, *fact.paraphrase_prompts)
 
 
-def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report) -> list[str]:
+def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report, edits: RowwiseEdits) -> list[str]:
     """What the model says greedily after each fact's own prompt."""
     prompts = [fact.text for fact in facts]
     longest = max(count for _, count in encode_targets(lm.tokenizer, prompts, [fact.target_new for fact in facts]))
     tokens = max(_ANSWER_TOKENS, 2 * longest)
-    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report)
+    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits)
     return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def evaluate(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    max_tokens: int = 1024,
+    batch_size: int = 64,
     progress_bar: bool = True,
     generate: bool = False,
     before: Evaluation | None = None,
@@ -149,7 +165,7 @@ def evaluate(
     Args:
         lm: the model.
         facts: at least one.
-        max_tokens: tokens of one forward pass at most, when scoring; bounds memory.
+        batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
         progress_bar: show progress and the time left on standard error.
         generate: let the model write, too; several times the time of scoring alone.
         before: the unedited model's evaluation of the same facts, for KnowledgeEditor's metrics: retain accuracy,
@@ -168,30 +184,41 @@ def evaluate(
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
-    if references is not None and not generate:
-        raise ValueError("references are compared with what the model writes; pass generate=True too")
-    if before is not None:
-        check_same_facts(facts, before.records)
+    check_comparison(facts, generate, before, references)
     windows = None if text is None else held_out_windows(lm, text)
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
-        records = score_facts(lm, facts, max_tokens, report, generate)
-    if before is not None:
-        records = with_unchanged(records, before.records)
-    if references is not None:
-        records = with_reference_scores(facts, records, references)
+        records = score_facts(lm, facts, batch_size, report, generate)
     kept = []
     if held_out:
         with progress(f"scoring {len(held_out)} held-out facts", progress_bar) as report:
             answered = [_rightly(fact) for fact in held_out]
-            kept = [RecordScores(held_out=record.efficacy) for record in score_facts(lm, answered, max_tokens, report)]
-    found = summarize(facts, records, kept)
+            kept = [RecordScores(held_out=record.efficacy) for record in score_facts(lm, answered, batch_size, report)]
+    found = summarize(facts, records, before, references, kept)
     return found if windows is None else _with_text_scores(found, lm, windows)
 
 
+def check_comparison(
+    facts: Sequence[Fact], generate: bool, before: Evaluation | None, references: References | None
+) -> None:
+    """Raise ValueError unless scores of `facts` can be compared with these; see `evaluate`."""
+    if references is not None and not generate:
+        raise ValueError("references are compared with what the model writes; pass generate=True too")
+    if before is not None:
+        check_same_facts(facts, before.records)
+
+
 def summarize(
-    facts: Sequence[Fact], records: Sequence[RecordScores], held_out: Sequence[RecordScores] = ()
+    facts: Sequence[Fact],
+    records: Sequence[RecordScores],
+    before: Evaluation | None = None,
+    references: References | None = None,
+    held_out: Sequence[RecordScores] = (),
 ) -> Evaluation:
     """Average the scores of `facts`, one record each, and those of held-out facts; see `evaluate`."""
+    if before is not None:
+        records = with_unchanged(records, before.records)
+    if references is not None:
+        records = with_reference_scores(facts, records, references)
     metrics = edit_metrics(sync_on_compute=False)  # these facts are evaluated by this process alone
     metrics.update([*records, *held_out])
     scores = reported(metrics.compute())
@@ -218,11 +245,8 @@ def _with_text_scores(found: Evaluation, lm: LanguageModel, windows: Sequence[Se
     return replace(found, scores=found.scores | values, intervals=found.intervals | ends)
 
 
-def _prompt_scores(
-    scored: TargetScores, place: dict[tuple[str, str], int], questions: list[_Question], whole: bool
-) -> PromptScores:
-    wanted = [place[question.prompt, question.wanted] for question in questions]
-    others = [place[question.prompt, question.other] for question in questions if question.other is not None]
+def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], whole: bool) -> PromptScores:
+    """Scores of one record's prompts of one kind, from the places of their pairs."""
     shares = scored.token_accuracy[wanted]
     return PromptScores(
         nll=scored.nll[wanted],
