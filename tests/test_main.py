@@ -67,10 +67,13 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
     assert "before" in printed and "after" in printed
     lm = le.LanguageModel.load("model")
     method = le.MEMIT(layers=(1, 2), lambda_=10.0, values=le.ValueSettings(steps=3))
-    expected = le.evaluate_single(lm, FACTS, method, le.Covariance.load("stats"), progress_bar=False)
+    stats, before = le.Covariance.load("stats"), le.evaluate(lm, FACTS, progress_bar=False)
+    expected = le.evaluate_single(lm, FACTS, method, stats, progress_bar=False, before=before)
+    assert "retain_accuracy" in expected.scores
     assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
     assert "--protocol single and --method go together" in fails(capsys, arguments)
     assert "--protocol single and --method go together" in fails(capsys, [*arguments[:5], *QUICK])
+    assert "one edited model" in fails(capsys, [*arguments, *QUICK, "--text", "text.txt"])
 
 
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
