@@ -10,6 +10,7 @@ from lightedit.health import Health
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule
+from lightedit.report import report
 from lightedit.resume import RoundCheckpoint
 from lightedit.run import edit
 from lightedit.run_folder import ResumeError
@@ -49,6 +50,7 @@ __all__ = [
     "estimate_covariance",
     "evaluate",
     "read_facts",
+    "report",
     "sweep",
     "write_facts",
 ]
