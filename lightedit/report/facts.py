@@ -6,7 +6,6 @@ from statistics import fmean, harmonic_mean
 from typing import Any
 
 from lightedit.data.facts import Fact
-from lightedit.evaluate import Evaluation
 from lightedit.report.html import Html, element, group, scrolling_table
 from lightedit.report.run import Run
 from lightedit.report.scores import ACCURACIES, fact_key
