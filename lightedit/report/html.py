@@ -11,11 +11,11 @@ class Html(str):
     __slots__ = ()
 
 
-def element(name: str, *content: str | None, **attributes: str | float | None) -> Html:
+def element(tag: str, /, *content: str | None, **attributes: str | float | None) -> Html:
     """An element; content that is not `Html` is escaped, and so are all values of attributes.
 
     Args:
-        name: of the tag.
+        tag: its name.
         content: its children; None stands for nothing.
         attributes: a trailing underscore is dropped and others become hyphens (class_, stroke_width); one that is
             None is left out.
@@ -28,9 +28,9 @@ def element(name: str, *content: str | None, **attributes: str | float | None) -
         for key, value in attributes.items()
         if value is not None
     )
-    if name in _WITHOUT_CONTENT:
-        return Html(f"<{name}{given}>")
-    return Html(f"<{name}{given}>{group(*content)}</{name}>")
+    if tag in _WITHOUT_CONTENT:
+        return Html(f"<{tag}{given}>")
+    return Html(f"<{tag}{given}>{group(*content)}</{tag}>")
 
 
 def group(*content: str | None) -> Html:

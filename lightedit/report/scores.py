@@ -113,11 +113,7 @@ def explanation(metric: str) -> str:
         return ""
     text = (inspect.getdoc(_CLASSES[metric]) or "").partition("\n\n")[0].replace("\n", " ")
     text = text.removeprefix(f"{metric}: ")
-    return f"{text[:1].upper()}{text[1:]} {_direction(metric).capitalize()} is better."
-
-
-def _direction(metric: str) -> str:
-    return "higher" if _CLASSES[metric].higher_is_better else "lower"
+    return f"{text[:1].upper()}{text[1:]} {'Higher' if _CLASSES[metric].higher_is_better else 'Lower'} is better."
 
 
 def _metrics(columns: Sequence[Column]) -> list[str]:
