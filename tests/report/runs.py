@@ -37,7 +37,9 @@ def records(facts: list[Fact], quality: float, seed: int = 0) -> list[RecordScor
     """Scores at random, of which more are won with a higher `quality`; with what the model wrote."""
     draw = torch.Generator().manual_seed(seed)
 
-    def scores(count: int, quality: float) -> PromptScores:
+    def scores(count: int, quality: float) -> PromptScores | None:
+        if not count:
+            return None
         wanted = 4 * torch.rand(count, generator=draw)
         return PromptScores(wanted, wanted + quality + torch.randn(count, generator=draw), (wanted < 0.5).double())
 
@@ -52,7 +54,7 @@ def records(facts: list[Fact], quality: float, seed: int = 0) -> list[RecordScor
     ]
 
 
-def evaluation(quality: float, seed: int = 0, facts: list[Fact] = FACTS) -> Evaluation:
+def evaluation(quality: float = 1.0, seed: int = 0, facts: list[Fact] = FACTS) -> Evaluation:
     return summarize(facts, records(facts, quality, seed))
 
 
@@ -89,7 +91,10 @@ def save_run(folder: Path, quality: float = 3.0, method: str = "MEMIT", rounds: 
             "seconds": {"values": 12.5, "update": 0.25},
         },
         facts=FACTS[: rounds * EACH],
-        rounds=[{layer: LowRankUpdate(torch.randn(8, EACH), torch.randn(20, EACH)) for layer in (1, 2)}] * rounds,
+        rounds=[
+            {layer: LowRankUpdate(torch.randn(8, EACH), torch.randn(20, EACH)) for layer in (1, 2)}
+            for _ in range(rounds)
+        ],
         facts_in_round=[EACH] * rounds,
         scores={"before": before.scores, "after": after.scores},
         tables={"retention": retention, "health": health},
