@@ -57,10 +57,10 @@ def legend(keys: Sequence[tuple[str, int | None, int]]) -> Html:
     """What colours, marks and dashes stand for: (name, series, style) of each."""
     items = []
     for name, series, style in keys:
-        line = element("path", d="M1,7H33", class_="line", stroke_dasharray=_DASHES[style])
-        mark = element("g", _mark(series, 17, 7), class_=_class(series))
+        line = element("path", d="M1,7H45", class_="line", stroke_dasharray=_DASHES[style])
+        mark = element("g", _mark(series, 23, 7), class_=_class(series))
         sample = element(
-            "svg", element("g", line, class_=_class(series)), mark, viewBox="0 0 34 14", aria_hidden="true"
+            "svg", element("g", line, class_=_class(series)), mark, viewBox="0 0 46 14", aria_hidden="true"
         )
         items.append(element("li", sample, element("bdi", name)))
     return element("ul", *items, class_="legend")
@@ -104,7 +104,12 @@ def _interval(interval: Interval, metric: str, x: _Scale, y: float) -> Html:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_label: str, y_label: str, limits: tuple[float, float] | None = None
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float] | None = None,
+    base: float = 0.0,
 ) -> Html:
     """Lines over whole numbers such as rounds; values that are not finite break them.
 
@@ -113,7 +118,8 @@ def line_chart(
         lines: at least one with a finite value.
         x_label: of the horizontal axis.
         y_label: of the vertical one.
-        limits: of the vertical axis; None: from 0, or on a logarithmic scale where values span two decades.
+        limits: of the vertical axis; None: as wide as values need, logarithmic where they span two decades.
+        base: what a vertical axis without limits holds in any case, unless it is logarithmic.
     """
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     first, last = min(x for x, _ in finite), max(x for x, _ in finite)
@@ -121,7 +127,7 @@ def line_chart(
         first, last = first - 1, last + 1
     values = [y for _, y in finite]
     logarithmic = limits is None and min(values) > 0 and max(values) >= 10**_DECADES * min(values)
-    ticks = _powers(values) if logarithmic else _ticks(*(limits or (min(0.0, *values), max(values))), 5)
+    ticks = _powers(values) if logarithmic else _ticks(*(limits or (min(base, *values), max(base, *values))), 6)
     low, high = (limits or (ticks[0], ticks[-1])) if not logarithmic else (ticks[0], ticks[-1])
 
     def place_x(value: float) -> float:

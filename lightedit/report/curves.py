@@ -11,9 +11,9 @@ from lightedit.report.scores import ACCURACIES, HEADLINES, label
 
 _FIRST, _ALL, _LATEST = "facts of the first round", "all facts so far", "facts of the latest round"
 _HEALTH = (
-    ("drift", "Drift of the edited matrices", "‖W − W₀‖"),
-    ("kl", "Change of what the model says on text", "KL, nats per token"),
-    ("perplexity_ratio", "Perplexity on text", "times the unedited model's"),
+    ("drift", "Drift of the edited matrices", "‖W − W₀‖", 0.0),
+    ("kl", "Change of what the model says on text", "KL, nats per token", 0.0),
+    ("perplexity_ratio", "Perplexity on text", "times the unedited model's", 1.0),
 )
 
 
@@ -22,7 +22,7 @@ def curves_section(runs: Sequence[Run]) -> Html | None:
     parts = [_retention(runs), _health(runs)]
     if not any(parts):
         return None
-    return element("section", element("h2", "Over the rounds"), *parts)
+    return element("section", element("h2", "Over the rounds"), *parts, id="rounds")
 
 
 def _retention(runs: Sequence[Run]) -> Html | None:
@@ -82,12 +82,12 @@ def _average(rows: Sequence[dict[str, Any]], metric: str) -> float:
 
 def _health(runs: Sequence[Run]) -> Html | None:
     panels = [_panel("Size of each round's update", _update_norms(runs), "round", "‖ΔW‖")]
-    for name, title, unit in _HEALTH:
+    for name, title, unit, unedited in _HEALTH:
         lines = [
             Line(run.name, [(row["round"], row[name]) for row in run.health if name in row], index)
             for index, run in _with(runs, "health")
         ]
-        panels.append(_panel(title, lines, "rounds written", unit))
+        panels.append(_panel(title, lines, "rounds written", unit, base=unedited))
     if not any(panels):
         return None
     drawn = [index for index, run in enumerate(runs) if run.health or len(_norms(run)) > 1]
@@ -110,7 +110,12 @@ def _norms(run: Run) -> list[tuple[float, float]]:
 
 
 def _panel(
-    title: str, lines: Sequence[Line], x_label: str, y_label: str, limits: tuple[float, float] | None = None
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float] | None = None,
+    base: float = 0.0,
 ) -> Html | None:
     """A chart with its figures; None where there is nothing to draw."""
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
@@ -118,7 +123,7 @@ def _panel(
         return None
     columns = [dict(thinned(line.points)) for line in lines]
     places = sorted({x for column in columns for x in column})
-    heads = [element("th", name, scope="col") for name in (x_label, *(line.name for line in lines))]
+    heads = [element("th", name, scope="col", class_="number") for name in (x_label, *(line.name for line in lines))]
     rows = [
         element(
             "tr",
@@ -129,7 +134,7 @@ def _panel(
     ]
     table = scrolling_table(f"{title}, as figures", element("tr", *heads), *rows)
     details = element("details", element("summary", "as a table"), table)
-    return element("div", line_chart(title, lines, x_label, y_label, limits), details)
+    return element("div", line_chart(title, lines, x_label, y_label, limits, base), details)
 
 
 def _with(runs: Sequence[Run], table: str) -> list[tuple[int, Run]]:

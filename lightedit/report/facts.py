@@ -8,7 +8,7 @@ from typing import Any
 from lightedit.data.facts import Fact
 from lightedit.report.html import Html, element, group, scrolling_table
 from lightedit.report.run import Run
-from lightedit.report.scores import ACCURACIES, fact_key
+from lightedit.report.scores import ACCURACIES, fact_key, number
 
 EACH = 3
 """Facts shown of each kind."""
@@ -19,7 +19,7 @@ _RULE = (
     "target), and those alike in it by the margin: by how many nats per token the wanted answer is ahead of the "
     "other, averaged over the three kinds of prompts. A share is won where the wanted answer is the more probable one: "
     "the new target on the fact's own prompt and its paraphrases, the true one on its neighbourhood. Probabilities are "
-    "per token (geometric means)."
+    "per token (geometric means), of the wanted answer : of the other."
 )
 
 
@@ -29,7 +29,7 @@ def facts_section(runs: Sequence[Run]) -> Html | None:
     if not parts:
         return None
     rule = element("details", element("summary", "How these are chosen, and how to read them"), element("p", _RULE))
-    return element("section", element("h2", "Facts"), rule, *parts)
+    return element("section", element("h2", "Facts"), rule, *parts, id="facts")
 
 
 def ranked(records: Sequence[dict[str, Any]]) -> list[int]:
@@ -94,7 +94,7 @@ def _card(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | No
     return element(
         "article",
         element("p", prompt, " → ", target, instead, class_="fact"),
-        element("p", f"score {_score(record):.1f} · margin {_margin(record):.2f} nats{identity}", class_="about"),
+        element("p", f"score {_score(record):.1f} · margin {number(_margin(record))} nats{identity}", class_="about"),
         _continuations(record, before),
         _outcomes(record, before),
         _prompts(record, before, fact),
@@ -134,7 +134,7 @@ def _outcome(scores: dict[str, Any] | None) -> Html:
         return element("td", f"{right:.0f} % of tokens", element("small", f"p {chance:.2f}", class_="about"))
     won = sum(nll < other for nll, other in zip(wanted, others, strict=True))
     other_chance = fmean(math.exp(-nll) for nll in others)
-    about = element("small", f"p {chance:.2f} against {other_chance:.2f}", class_="about")
+    about = element("small", f"p {chance:.2f} : {other_chance:.2f}", class_="about")
     return element("td", f"{won} of {len(wanted)} won", about)
 
 

@@ -13,6 +13,12 @@ from lightedit.report.scores import scores_section
 from lightedit.report.settings import settings_section
 
 _MADE = element("meta", name="generator", content="lightedit report")
+_SECTIONS = (
+    ("Scores", "scores"),
+    ("Over the rounds", "rounds"),
+    ("Facts", "facts"),
+    ("Settings and provenance", "settings"),
+)
 # What the page may load, should anything that was overlooked try: nothing
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -67,7 +73,14 @@ def page(runs: Sequence[Run]) -> Html:
         element("style", Html(style)),
     )
     sections = [section(runs) for section in (scores_section, curves_section, facts_section, settings_section)]
-    body = element("body", element("main", element("h1", "Edit report"), *map(_summary, runs), *sections))
+    links = [
+        element("a", name, href=f"#{target}")
+        for (name, target), section in zip(_SECTIONS, sections, strict=True)
+        if section is not None
+    ]
+    body = element(
+        "body", element("main", element("h1", "Edit report"), *map(_summary, runs), element("nav", *links), *sections)
+    )
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
 
 

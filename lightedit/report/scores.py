@@ -39,19 +39,20 @@ def scores_section(runs: Sequence[Run]) -> Html | None:
     if not columns:
         return None
     comparable = same_facts(columns)
-    notes = []
+    notes = ["↑ marks metrics of which more is better, ↓ those of which less is."]
     if any(not math.isnan(low) for column in columns for low, _ in column.scores.intervals.values()):
         notes.append("The number after ± is half the width of the 95 % confidence interval over the facts.")
     if comparable and sum(column.compared for column in columns) > 1:
         notes.append("“better” stands where that interval overlaps with none of those it is compared with.")
     if not comparable:
         notes.append("These columns were scored on different facts, so none is marked as better.")
+    table = element("div", _table(columns, comparable), _explanations(_metrics(columns)))
     return element(
         "section",
         element("h2", "Scores"),
-        element("p", *(f"{note} " for note in notes)) if notes else None,
-        _table(columns, comparable),
-        _figures(columns),
+        element("p", " ".join(notes)),
+        element("div", table, _figures(columns), class_="beside"),
+        id="scores",
     )
 
 
@@ -107,13 +108,25 @@ def label(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def arrow(metric: str) -> str:
+    """Which way is better; empty for a metric that is not known here."""
+    if metric not in _CLASSES:
+        return ""
+    return "↑" if _CLASSES[metric].higher_is_better else "↓"
+
+
 def explanation(metric: str) -> str:
-    """What a metric is, and which way is better; empty for one that is not known here."""
+    """What a metric is, in a sentence; empty for one that is not known here."""
     if metric not in _CLASSES:
         return ""
     text = (inspect.getdoc(_CLASSES[metric]) or "").partition("\n\n")[0].replace("\n", " ")
     text = text.removeprefix(f"{metric}: ")
-    return f"{text[:1].upper()}{text[1:]} {'Higher' if _CLASSES[metric].higher_is_better else 'Lower'} is better."
+    return text[:1].upper() + text[1:]
+
+
+def _explanations(metrics: Sequence[str]) -> Html:
+    rows = [group(element("dt", label(name)), element("dd", explanation(name))) for name in metrics]
+    return element("details", element("summary", "what the metrics are"), element("dl", *rows), open="")
 
 
 def _metrics(columns: Sequence[Column]) -> list[str]:
@@ -123,10 +136,10 @@ def _metrics(columns: Sequence[Column]) -> list[str]:
 
 def _table(columns: Sequence[Column], comparable: bool) -> Html:
     changes = len(columns) == 2 and all(column.compared for column in columns) and columns[0].series is None
-    heads = [element("th", column.head, scope="col") for column in columns]
+    heads = [element("th", column.head, scope="col", class_="number") for column in columns]
     if changes:
-        heads.append(element("th", "change", scope="col"))
-    rows = [element("tr", element("th", "metric, in % unless it says otherwise", scope="col"), *heads)]
+        heads.append(element("th", "change", scope="col", class_="number"))
+    rows = [element("tr", element("th", "in %", scope="col"), *heads)]
     for metric in _metrics(columns):
         compared = [index for index, column in enumerate(columns) if column.compared]
         best = None
@@ -137,16 +150,15 @@ def _table(columns: Sequence[Column], comparable: bool) -> Html:
         cells = [_cell(column.scores, metric, index == winner) for index, column in enumerate(columns)]
         if changes:
             old, new = (column.scores.scores.get(metric) for column in columns)
-            cells.append(element("td", "" if old is None or new is None else signed(new - old), class_="number"))
-        name = element("b", label(metric))
-        about = element("small", explanation(metric), class_="about")
-        rows.append(element("tr", element("th", name, " ", about, scope="row"), *cells))
+            cells.append(element("td", "" if old is None or new is None else number(new - old, "+"), class_="number"))
+        name = group(element("b", label(metric)), f" {arrow(metric)}")
+        rows.append(element("tr", element("th", name, scope="row", title=explanation(metric)), *cells))
     return scrolling_table("Scores, with 95 % confidence intervals", *rows)
 
 
-def signed(value: float) -> str:
-    """A change with its sign, the minus a real one."""
-    return f"{value:+.1f}".replace("-", "−")
+def number(value: float, sign: str = "-") -> str:
+    """A number as tables hold it, with a minus and not a hyphen; `sign` is "+" for one that always has a sign."""
+    return f"{value:{sign}.1f}".replace("-", "−")
 
 
 def _cell(scores: Evaluation, metric: str, is_better: bool) -> Html:
@@ -156,11 +168,11 @@ def _cell(scores: Evaluation, metric: str, is_better: bool) -> Html:
     known = not math.isnan(low)
     return element(
         "td",
-        element("b" if is_better else "span", f"{scores.scores[metric]:.1f}"),
+        element("b" if is_better else "span", number(scores.scores[metric])),
         element("span", f" ± {(high - low) / 2:.1f}", class_="spread") if known else None,
         element("span", "better", class_="better") if is_better else None,
         class_="number",
-        title=f"from {low:.1f} to {high:.1f}" if known else None,
+        title=f"from {number(low)} to {number(high)}" if known else None,
     )
 
 
@@ -175,7 +187,7 @@ def _figures(columns: Sequence[Column]) -> Html | None:
     if not panels:
         return None
     keys = legend([(column.head, column.series, 0) for column in columns])
-    return group(keys, element("div", *panels, class_="panels"))
+    return element("div", keys, element("div", *panels, class_="panels"))
 
 
 def _interval(column: Column, metric: str) -> Interval | None:

@@ -15,7 +15,10 @@ def settings_section(runs: Sequence[Run]) -> Html | None:
     names = list(dict.fromkeys(name for settings in known for name in settings))
     if not names:
         return None
-    heads = [element("th", "setting", scope="col"), *(element("th", element("bdi", run.name)) for run in runs)]
+    heads = [
+        element("th", "setting", scope="col"),
+        *(element("th", element("bdi", run.name), scope="col") for run in runs),
+    ]
     rows = [element("tr", *heads)]
     for name in names:
         values = [settings.get(name) for settings in known]
@@ -25,7 +28,7 @@ def settings_section(runs: Sequence[Run]) -> Html | None:
         rows.append(element("tr", title, *(element("td", _shown(value)) for value in values), class_=_row(differs)))
     legend = element("p", "Rows marked ≠ differ between the runs.") if len(runs) > 1 else None
     table = scrolling_table("Settings and provenance", *rows)
-    return element("section", element("h2", "Settings and provenance"), legend, table)
+    return element("section", element("h2", "Settings and provenance"), legend, table, id="settings")
 
 
 def _row(differs: bool) -> str | None:

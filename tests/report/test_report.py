@@ -18,7 +18,7 @@ from lightedit.report.curves import curves_section
 from lightedit.report.facts import EACH, chosen, facts_section, ranked
 from lightedit.report.page import page
 from lightedit.report.run import Run, read_runs
-from lightedit.report.scores import better, explanation, scores_section
+from lightedit.report.scores import arrow, better, explanation, scores_section
 from lightedit.report.settings import settings_section
 from tests.report.runs import FACTS, MARKUP, evaluation, records, save_run
 
@@ -80,7 +80,7 @@ def test_markup_in_facts_completions_names_and_settings_stays_text(tmp_path):
 def test_nothing_is_fetched(folder):
     reader = _Reader(page(read_runs([folder])))
     links = [value for name, value in reader.attributes if name in ("src", "href", "srcset", "data", "action")]
-    assert links == ["data:,"]
+    assert links == ["data:,", "#scores", "#rounds", "#facts", "#settings"]
     assert "url(" not in reader.text and "@import" not in reader.text
 
 
@@ -220,7 +220,7 @@ def test_better_needs_intervals_that_do_not_overlap():
 
 def rows_of(section):
     """Row's name -> the text of its cells."""
-    rows = re.findall(r'<tr><th scope="row"><b>(.*?)</b>.*?</th>(.*?)</tr>', section)
+    rows = re.findall(r'<tr><th scope="row"[^>]*><b>(.*?)</b>.*?</th>(.*?)</tr>', section)
     return {name: [_Reader(cell).text for cell in re.findall("<td.*?</td>", cells)] for name, cells in rows}
 
 
@@ -251,8 +251,8 @@ def test_runs_scored_on_other_facts_are_not_compared(run):
 def test_every_metric_is_explained_and_says_which_way_is_better(run):
     assert explanation("ES").startswith("How often the new target is more probable than the true one")
     for name in run.after.scores:
-        assert explanation(name).endswith("igher is better."), name
-    assert explanation("something new") == ""
+        assert explanation(name) and arrow(name) == "↑", name
+    assert explanation("something new") == arrow("something new") == ""
 
 
 # Facts
