@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lightedit-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format slow bench clean
+.PHONY: help setup demo test cuda-check lint format slow bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv, install lightedit with all its extras and build its C++ kernels
 
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*/*
 demo: setup ## edit facts in a small model and show what changed
 	$(BIN)/lightedit demo
 
-test: lint ## lint, check types and run the tests
+test: lint cuda-check ## lint, check types, compile the CUDA kernels and run the tests
 	$(BIN)/python -m pytest
+
+cuda-check: setup ## compile the CUDA kernels, without a GPU, where there is nvcc
+	PYTHON=$(BIN)/python csrc/cuda/check.sh
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

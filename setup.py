@@ -2,6 +2,9 @@
 
 LIGHTEDIT_BUILD_EXT: "auto" (default) builds it where torch and a compiler are at hand and says why where they are not;
 "1" fails instead; "0" leaves it out. pip needs `--no-build-isolation`, so that it is built for the torch that is there.
+
+With a torch for CUDA it also holds the CUDA kernels if there is a GPU, or if FORCE_CUDA is 1, for the architectures of
+TORCH_CUDA_ARCH_LIST. They need the CUDA toolkit (CUDA_HOME); where it is missing Triton's kernels run instead.
 """
 
 import os
@@ -17,6 +20,7 @@ MISSING = ROOT / "lightedit" / "_native_missing.txt"  # why there is no extensio
 CHOICE = os.environ.get("LIGHTEDIT_BUILD_EXT", "auto")
 # Without debugging symbols, which would make up most of the file
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+ARCHITECTURES = "8.0+PTX 9.0a"
 
 
 def extension() -> dict[str, Any]:
@@ -27,7 +31,7 @@ def extension() -> dict[str, Any]:
         go_without("left out by LIGHTEDIT_BUILD_EXT=0")
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         go_without(f"torch could not be imported during the build: {error}; install with --no-build-isolation")
         return {}
@@ -41,17 +45,42 @@ def extension() -> dict[str, Any]:
                 self.extensions = []  # nothing to copy or to install
                 go_without(f"compiling it failed: {str(error).strip()}")
 
-    module = CppExtension(
+    cuda = wants_cuda()
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    folders = ["cpu", "cuda"] if cuda else ["cpu"]
+    files = [file for folder in folders for file in ROOT.glob(f"csrc/{folder}/*.c*")]
+    module = (CUDAExtension if cuda else CppExtension)(
         "lightedit._native",
-        ["csrc/build.cpp", *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("csrc/cpu/*.cpp"))],
+        ["csrc/build.cpp", *sorted(str(file.relative_to(ROOT)) for file in files)],
         define_macros=[
             ("LIGHTEDIT_SOURCES", runpy.run_path(str(ROOT / "lightedit/ops/_sources.py"))["digest"](ROOT / "csrc"))
         ],
-        extra_compile_args=FLAGS,
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3"]},
         extra_link_args=["-fopenmp"],
         py_limited_api=True,  # it holds no Python: one file serves every version
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are built, too."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if not (forced or torch.cuda.is_available()):
+        return False
+    for missing, problem in (
+        (torch.version.cuda is None, f"torch {torch.__version__} is not one for CUDA"),
+        (CUDA_HOME is None, "there is no CUDA toolkit; set CUDA_HOME to its folder"),
+    ):
+        if missing:
+            if forced:
+                raise SystemExit(f"FORCE_CUDA=1, but {problem}")
+            print(f"lightedit: no CUDA kernels: {problem}", file=sys.stderr)
+            return False
+    return True
 
 
 def go_without(reason: str) -> None:

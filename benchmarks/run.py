@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, values
+from benchmarks import Options, Result, WrongResultError, covariance, evaluation, ops, update, values
+from benchmarks.figure import draw
+from lightedit.files import whole_file
 
 ROWS: dict[str, Callable[[Options], Result]] = {
     "values": values.row,
+    "covariance": covariance.row,
+    "update": update.row,
+    "evaluation": evaluation.row,
+    "single": evaluation.single_row,
     "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]
@@ -29,14 +35,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names, options = _parse(arguments)
     source = _source()  # what is about to be measured, not what an editor saves meanwhile
     lines, notes, failures = [], [], []
-    for name in names:
+    for number, name in enumerate(names, start=1):
+        print(f"row {number} of {len(names)}: {name}", file=sys.stderr, flush=True)
         try:
             result = ROWS[name](options)
         except WrongResultError as error:
             failures.append(f"{name}: {error}")
             continue
-        record = {"row": name, **source, **_environment(), "figures": result.figures, "notes": result.notes}
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record: dict[str, Any] = {
+            "row": name,
+            **source,
+            **_environment(),
+            "figures": result.figures,
+            "notes": result.notes,
+        }
+        with whole_file(RESULTS / f"{name}.json") as unfinished:
+            unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if "cases" in result.figures:
+            machine = result.figures["device"] if result.figures["device"] != "cpu" else record["machine"]["cpu"]
+            draw(RESULTS / f"{name}.svg", result.figures["cases"], f"{machine}, torch {record['versions']['torch']}")
+        for measure, figure in result.table:  # the table comes when all rows are done, which may take long
+            print(f"  {measure}: {figure}", file=sys.stderr, flush=True)
         lines += [(name, measure, figure) for measure, figure in result.table]
         notes += [f"{name}: {note}" for note in result.notes]
     if lines:

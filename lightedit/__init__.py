@@ -14,6 +14,7 @@ from lightedit.report import report
 from lightedit.resume import RoundCheckpoint
 from lightedit.run import edit
 from lightedit.run_folder import ResumeError
+from lightedit.single import evaluate_single
 from lightedit.stopping import KLBelow, MostProbable
 from lightedit.sweep import sweep
 from lightedit.values import ValueSettings
@@ -49,6 +50,7 @@ __all__ = [
     "edit",
     "estimate_covariance",
     "evaluate",
+    "evaluate_single",
     "read_facts",
     "report",
     "sweep",

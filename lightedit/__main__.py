@@ -180,10 +180,15 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     generate: bool = False,
+    batch_size: int = 64,
+    protocol: Literal["model", "single"] = "model",
+    method: le.Method | None = None,
+    covariance: Path | None = None,
+    facts_per_chunk: int = 32,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Score a language model, with or without an edit, on facts.
+    """Score a language model, with or without an edit, on facts; or a method on edits of one fact each.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -192,6 +197,13 @@ def evaluate(
         limit: take the first facts only.
         out: JSON file for the scores, their intervals and every record.
         generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
+        batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
+        protocol: whether the model is scored as it is (model), or every fact right after method has edited it alone
+            into the model (single).
+        method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers and so on.
+        covariance: for single: what `lightedit covariance` saved, or a folder of published .npz files; by default it
+            is estimated from the model's own writing and kept in the cache.
+        facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -199,11 +211,20 @@ def evaluate(
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    if (protocol == "single") != (method is not None):
+        raise ValueError("--protocol single and --method go together: the method that edits each fact alone")
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.apply(model)
-    result = le.evaluate(model, chosen, generate=generate)
-    print(result.table())
+    moments = None if method is None else _covariance(model, [method], covariance)
+    result = le.evaluate(model, chosen, batch_size, generate=generate)
+    before = None
+    if method is not None and moments is not None:
+        before, result = (
+            result,
+            le.evaluate_single(model, chosen, method, moments, batch_size, facts_per_chunk, generate=generate),
+        )
+    print(result.table(before))
     if out is not None:
         result.save(out)
         print(f"saved the scores in {out}")
@@ -215,7 +236,7 @@ def sweep(
     methods: dict[str, le.Method],
     out: Path,
     counts: list[int] | Literal["log17"] | None = None,
-    facts_per_round: list[int | None] | None = None,
+    facts_per_round: list[int | Literal["single"] | None] | None = None,
     grid: dict[str, list[Any]] | None = None,
     skip: int = 0,
     limit: int | None = None,
@@ -234,7 +255,7 @@ def sweep(
         methods: name of your choice -> method, with class_path and init_args as in a configuration file.
         out: the sweep's own folder, for runs.csv and sweep.svg.
         counts: numbers of facts to write, or log17 for 17 from 1 to 10,000; by default all.
-        facts_per_round: numbers of facts written together, null for all.
+        facts_per_round: numbers of facts written together; null for all, single to edit and score each fact alone.
         grid: field of a method -> values, such as lambda_ or values.lr; every combination is run.
         skip: leave out the first facts.
         limit: take so many facts after those.

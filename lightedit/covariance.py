@@ -6,9 +6,7 @@ C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matri
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -27,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.batch import Batch
 from lightedit.lm.hooks import capture, stop_after
@@ -171,9 +170,8 @@ class Covariance:
                 values, vectors = torch.linalg.eigh(self[matrix].double())
                 found = values, vectors.contiguous()
                 if file is not None:
-                    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-                    save_file({"values": found[0], "vectors": found[1]}, unfinished, metadata={"moment": digest})
-                    os.replace(unfinished, file)
+                    with whole_file(file) as unfinished:
+                        save_file({"values": found[0], "vectors": found[1]}, unfinished, metadata={"moment": digest})
             self._eigen[matrix] = found
         return self._eigen[matrix]
 
@@ -215,10 +213,8 @@ class Covariance:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layer.{matrix.key}": moment.contiguous() for matrix, moment in self.moments.items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".covariance.") as room:
-            unfinished = Path(room) / _FILE
+        with whole_file(folder / _FILE) as unfinished:
             save_file(tensors, unfinished, metadata={"provenance": json.dumps(asdict(self.provenance))})
-            os.replace(unfinished, folder / _FILE)
         return folder / _FILE
 
     @classmethod

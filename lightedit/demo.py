@@ -66,7 +66,6 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
             lm,
             [fact.text for fact in facts],
             [fact.target_true or "" for fact in facts],
-            max_tokens=1024,
             progress=report,
         )
     known = [fact for fact, share in zip(facts, scores.token_accuracy.tolist(), strict=True) if share == 1]

@@ -9,10 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from lightedit import generation
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import encode_targets
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import Generations, PromptScores, RecordScores, TargetScores, edit_metrics, score_targets
 from lightedit.metrics.functional import accuracy
 from lightedit.metrics.metrics import METRICS, RECORD_MEANS, EditScore, RecordMean
@@ -78,13 +82,8 @@ class Evaluation:
         content["intervals"] = {
             name: [None if math.isnan(end) else end for end in ends] for name, ends in self.intervals.items()
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-                json.dump(content, file, ensure_ascii=False, allow_nan=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            json.dump(content, file, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
@@ -131,36 +130,44 @@ def _questions(fact: Fact) -> dict[str, list[_Question]]:
 def score_facts(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    max_tokens: int = 1024,
+    batch_size: int = 64,
     report: Report | None = None,
     generate: bool = False,
+    edits: RowwiseEdits | None = None,
 ) -> list[RecordScores]:
-    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if `generate`; see `evaluate`."""
+    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if `generate`; see `evaluate`.
+
+    With `edits`, one row a fact, all that is asked about a fact sees the fact's edit too.
+    """
+    edits = edits or RowwiseEdits({}, torch.zeros(len(facts), dtype=torch.long))
     asked = [_questions(fact) for fact in facts]
     pairs = [
-        (question.prompt, answer)
-        for questions in asked
+        (fact, question.prompt, answer)
+        for fact, questions in enumerate(asked)
         for kind in questions.values()
         for question in kind
         for answer in (question.wanted, question.other)
         if answer is not None
     ]
     place = {pair: index for index, pair in enumerate(pairs)}
-    prompts = [prompt for fact in facts for prompt in _generation_prompts(fact)] if generate else []
-    texts = _TEXT_COST * len(set(prompts))
+    generated = [(i, prompt) for i, fact in enumerate(facts) if generate for prompt in _generation_prompts(fact)]
+    prompts, of_prompt = [prompt for _, prompt in generated], edits.rows([fact for fact, _ in generated])
+    texts = _TEXT_COST * len(set(zip(of_prompt.of_row.tolist(), prompts, strict=True)))
     total = len(place) + texts + _CONTINUATION_COST * len({fact.text for fact in facts}) * generate
     scored = score_targets(
         lm,
-        [prompt for prompt, _ in pairs],
-        [answer for _, answer in pairs],
-        max_tokens,
+        [prompt for _, prompt, _ in pairs],
+        [answer for *_, answer in pairs],
+        batch_size,
         part(report, 0, len(place), total),
+        edits.rows([fact for fact, *_ in pairs]),
     )
     written: list[Generations | None] = [None] * len(facts)
     if generate:
-        drawn = iter(generation.generate(lm, prompts, report=part(report, len(place), texts, total)))
+        drawn = iter(generation.generate(lm, prompts, report=part(report, len(place), texts, total), edits=of_prompt))
         texts_of = [tuple(islice(drawn, len(_generation_prompts(fact)))) for fact in facts]
-        continued = _continuations(lm, facts, part(report, len(place) + texts, total - len(place) - texts, total))
+        rest = part(report, len(place) + texts, total - len(place) - texts, total)
+        continued = _continuations(lm, facts, rest, edits)
         written = [
             Generations(*pair, fact.target_new)
             for pair, fact in zip(zip(texts_of, continued, strict=True), facts, strict=True)
@@ -168,12 +175,17 @@ def score_facts(
     return [
         RecordScores(
             **{
-                kind: _prompt_scores(scored, place, questions, whole=fact.target_true is not None)
+                kind: _prompt_scores(
+                    scored,
+                    [place[index, question.prompt, question.wanted] for question in questions],
+                    [place[index, q.prompt, q.other] for q in questions if q.other is not None],
+                    whole=fact.target_true is not None,
+                )
                 for kind, questions in kinds.items()
             },
             generations=generations,
         )
-        for fact, kinds, generations in zip(facts, asked, written, strict=True)
+        for index, (fact, kinds, generations) in enumerate(zip(facts, asked, written, strict=True))
     ]
 
 
@@ -181,19 +193,19 @@ def _generation_prompts(fact: Fact) -> tuple[str, ...]:
     return fact.generation_prompts or (fact.text, *fact.paraphrase_prompts)
 
 
-def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report) -> list[str]:
+def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report, edits: RowwiseEdits) -> list[str]:
     """What the model says greedily after each fact's own prompt."""
     prompts = [fact.text for fact in facts]
     longest = max(count for _, count in encode_targets(lm.tokenizer, prompts, [fact.target_new for fact in facts]))
     tokens = max(_ANSWER_TOKENS, 2 * longest)
-    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report)
+    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits)
     return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def evaluate(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    max_tokens: int = 1024,
+    batch_size: int = 64,
     progress_bar: bool = True,
     generate: bool = False,
 ) -> Evaluation:
@@ -213,7 +225,7 @@ def evaluate(
     Args:
         lm: the model.
         facts: at least one.
-        max_tokens: tokens of one forward pass at most, when scoring; bounds memory.
+        batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
         progress_bar: show progress and the time left on standard error.
         generate: let the model write, too; several times the time of scoring alone.
 
@@ -224,7 +236,7 @@ def evaluate(
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
-        records = score_facts(lm, facts, max_tokens, report, generate)
+        records = score_facts(lm, facts, batch_size, report, generate)
     return summarize(facts, records)
 
 
@@ -243,11 +255,8 @@ def summarize(facts: Sequence[Fact], records: Sequence[RecordScores]) -> Evaluat
     return Evaluation(scores, intervals, [_as_dict(fact, record) for fact, record in zip(facts, records, strict=True)])
 
 
-def _prompt_scores(
-    scored: TargetScores, place: dict[tuple[str, str], int], questions: list[_Question], whole: bool
-) -> PromptScores:
-    wanted = [place[question.prompt, question.wanted] for question in questions]
-    others = [place[question.prompt, question.other] for question in questions if question.other is not None]
+def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], whole: bool) -> PromptScores:
+    """Scores of one record's prompts of one kind, from the places of their pairs."""
     shares = scored.token_accuracy[wanted]
     return PromptScores(
         nll=scored.nll[wanted],

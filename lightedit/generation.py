@@ -3,7 +3,10 @@
 import hashlib
 from collections.abc import Sequence
 
+import torch
+
 from lightedit.lm import LanguageModel
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.progress import Report
 
 
@@ -17,6 +20,7 @@ def generate(
     seed: int = 0,
     max_rows: int = 128,
     report: Report | None = None,
+    edits: RowwiseEdits | None = None,
 ) -> list[str]:
     """Continue each prompt by sampling from the `top_k` most probable tokens, or greedily.
 
@@ -35,6 +39,7 @@ def generate(
         seed: of the drawing.
         max_rows: prompts continued together; more is faster and takes more memory.
         report: called after each batch with (tokens written, tokens in all).
+        edits: what each prompt sees beside what is written into the model, as many rows as prompts.
 
     Returns:
         Every prompt with its continuation.
@@ -47,11 +52,13 @@ def generate(
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1")
-    distinct = list(dict.fromkeys(prompts))
-    rows = lm.encode(distinct)
+    edits = edits or RowwiseEdits({}, torch.zeros(len(prompts), dtype=torch.long))
+    asked = list(zip(edits.of_row.tolist(), prompts, strict=True))
+    distinct = list(dict.fromkeys(asked))
+    rows = lm.encode([prompt for _, prompt in distinct])
     room = [max(0, max_length - len(row)) if max_new_tokens is None else max_new_tokens for row in rows]
     order = sorted((i for i, tokens in enumerate(room) if tokens), key=lambda i: (len(rows[i]), i))
-    texts = dict(zip(distinct, distinct, strict=True))
+    texts = {question: question[1] for question in distinct}
     done = 0
     for start in range(0, len(order), max_rows):
         group = order[start : start + max_rows]
@@ -59,15 +66,16 @@ def generate(
             [rows[i] for i in group],
             max(room[i] for i in group),
             top_k=1 if greedy else top_k,
-            seed=[_seed(seed, distinct[i]) for i in group],
+            seed=[_seed(seed, distinct[i][1]) for i in group],
             max_batch=max_rows,
+            edits=RowwiseEdits(edits.updates, torch.tensor([distinct[i][0] for i in group])),
         )
         for i, new in zip(group, continued, strict=True):
             texts[distinct[i]] += _continuation(lm, rows[i], new[: room[i]])
             done += room[i]
         if report is not None:
             report(done, sum(room))
-    return [texts[prompt] for prompt in prompts]
+    return [texts[question] for question in asked]
 
 
 def _seed(seed: int, prompt: str) -> int:

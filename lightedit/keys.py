@@ -11,6 +11,7 @@ from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.matrix import Part
+from lightedit.lm.rowwise import RowwiseEdits
 
 
 class KeyWalk:
@@ -27,6 +28,7 @@ class KeyWalk:
 
     Attributes:
         matrix: the present one.
+        edits: an edit of its own that each fact's rows see beside what is written, B in all; none at first.
     """
 
     @torch.no_grad()
@@ -38,6 +40,7 @@ class KeyWalk:
         max_tokens: int = 4096,
     ) -> None:
         self.lm, self.count, self.matrix = lm, len(prompts), Matrix.of(matrix)
+        self.edits = RowwiseEdits({}, torch.arange(len(prompts)))
         # batch, fact index [r], weight in the averaged key [r], weight among the bare prompts [r]
         self._groups: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
@@ -85,6 +88,7 @@ class KeyWalk:
             if not weights.any():
                 continue
             with (
+                self.edits.rows(facts).applied(self.lm),
                 capture({0: module}, len(batch.ids), _last(batch), inputs=inputs) as states,
                 stop_after(module),
                 self.lm.starting_at(self.layer, hidden),
@@ -104,8 +108,9 @@ class KeyWalk:
         if self.layer == present:
             return
         block = self.lm.blocks[self.layer - 1]
-        for index, (batch, *_) in enumerate(self._groups):
+        for index, (batch, facts, *_) in enumerate(self._groups):
             with (
+                self.edits.rows(facts).applied(self.lm),
                 capture({0: block}, len(batch.ids)) as states,
                 stop_after(block),
                 self.lm.starting_at(present, self._hidden[index]),

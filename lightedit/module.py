@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightedit.covariance import Covariance, CovarianceError
+from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
@@ -24,7 +24,7 @@ from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.retention import FILE, RetentionScores, curves, defined
 from lightedit.tables import log_folder, read_table, write_table
-from lightedit.update import Preservation, key_similarity, read_keys, write_facts
+from lightedit.update import key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
 OnCollision = Literal["error", "merge", "keep"]
@@ -59,7 +59,7 @@ class EditModule(LightningModule):
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
         round_keys: matrix -> the keys of the round written last, [d_in, B].
         tokens: tokens that the value optimisation computed.
-        seconds: time spent in "values" and "update".
+        seconds: time spent in "values" and "update"; each round's own are logged as "seconds/values" and so on.
     """
 
     def __init__(
@@ -112,9 +112,8 @@ class EditModule(LightningModule):
                     f"targets: the value of fact {index} is {tuple(value.shape)}, but {self.method.site!r} takes "
                     f"{(size,)}; find it at that site"
                 )
-        self.covariance.check(self.lm, self.method.matrices)
         self._rounds, self._facts = data.rounds, data.facts
-        self._preservation = self._factor()
+        self._preservation = self.method.factors(self.lm, self.covariance)
         self._contexts = self.method.contexts.sample(self.lm)
         # None stands for a fact that was merged into an earlier one
         self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
@@ -131,15 +130,6 @@ class EditModule(LightningModule):
                 "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
             },
         )
-
-    def _factor(self) -> dict[Matrix, Preservation]:
-        factors = {}
-        for matrix in self.method.matrices:
-            try:
-                factors[matrix] = self.method.preservation(self.covariance, matrix).to(self.lm.weight(matrix).device)
-            except ValueError as error:
-                raise CovarianceError(f"{matrix}: {error}") from error
-        return factors
 
     def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
         # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;
@@ -174,6 +164,9 @@ class EditModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.delta], lr=self.method.values.lr)
+
+    def on_train_epoch_start(self) -> None:
+        self._seconds_before = dict(self.seconds)  # by now a checkpoint has restored those of earlier rounds
 
     # Step 1
 
@@ -271,6 +264,8 @@ class EditModule(LightningModule):
         self._targets.clear()
         for matrix, update in updates.items():
             self.log(f"update_norm/layer_{matrix.key}", update.norm(), batch_size=len(indices))
+        for step, seconds in self.seconds.items():
+            self.log(f"seconds/{step}", seconds - self._seconds_before[step], batch_size=len(indices))
 
     def _remember(self, keys: dict[Matrix, Tensor]) -> None:
         if self.method.keeps_past_keys:

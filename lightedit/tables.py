@@ -1,12 +1,13 @@
 """Tables of figures as CSV files."""
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+
+from lightedit.files import whole_file
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -16,15 +17,10 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     above `path` are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        table.writeheader()
+        table.writerows(rows)
 
 
 def read_table(path: Path, rounds: int) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightedit.data.prompts import FactPrompts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel, Matrix
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.ops import preservation_memorization_solve
 
@@ -79,7 +80,10 @@ class Preservation:
         return self
 
     def solve(self, keys: Tensor) -> Tensor:
-        """(A + Kp Kpᵀ)⁻¹ K for K [d_in, B] and the past keys Kp, in float64."""
+        """(A + Kp Kpᵀ)⁻¹ K for K [..., d_in, B] and the past keys Kp, in float64."""
+        if keys.ndim > 2:  # the factor is one for all
+            columns = keys.movedim(-2, 0)
+            return self.solve(columns.flatten(1)).unflatten(1, columns.shape[1:]).movedim(0, -2)
         keys = self._within(keys)
         solved = self._solve_factor(keys)
         if self._past.shape[1]:  # Woodbury: the factor of A stays as it is
@@ -125,16 +129,16 @@ _DEPENDENT = 1e-12
 
 
 def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float) -> LowRankUpdate:
-    """The update that writes `residuals` at `keys`.
+    """The update that writes `residuals` at `keys`, or for batched ones the updates that each write their own.
 
     Args:
         preservation: A, factored.
-        keys: K, [d_in, B].
-        residuals: R, [d_out, B].
+        keys: K, [..., d_in, B].
+        residuals: R, [..., d_out, B].
         gamma: γ >= 0; 0 demands ΔW K = R exactly.
 
     Returns:
-        ΔW as factors R [d_out, B] and right [d_in, B], float64.
+        ΔW as factors R [..., d_out, B] and right [..., d_in, B], float64.
 
     Raises:
         ValueError: γ = 0 and the keys are linearly dependent, so that no ΔW can meet every residual.
@@ -145,7 +149,7 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
     # What a key has beyond those before it; rounding may leave a trace of nothing
     if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
         raise ValueError(
-            f"the keys of {keys.shape[1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
+            f"the keys of {keys.shape[-1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
             "write them in separate rounds"
         )
     return LowRankUpdate(residuals.to(solved), right)
@@ -190,14 +194,61 @@ def write_facts(
     walk = KeyWalk(lm, prompts, method.matrices[0])
     for matrix in method.matrices:
         walk.advance(matrix)
-        keys = method.keys(walk)
-        residuals = method.spread(matrix.layer) * method.residuals(walk, keys, targets)
-        _check_finite(matrix, keys, residuals)
-        update = method.update(preservation[matrix], keys, residuals, walk)
-        _check_finite(matrix, update.left, update.right)
-        update = update.to(lm.weight(matrix).device, torch.promote_types(lm.dtype, torch.float32))
+        keys, residuals = _keys_and_residuals(method, walk, targets)
+        update = _solve(method, preservation[matrix], keys, residuals, walk)
         lm.weights.add(owner, matrix, update)
         yield matrix, update, keys
+
+
+@torch.no_grad()
+def separate_updates(
+    lm: LanguageModel,
+    method: "Method",
+    preservation: Mapping[Matrix, Preservation],
+    prompts: Sequence[FactPrompts],
+    targets: Tensor,
+) -> RowwiseEdits:
+    """Step 2 for facts that are each edited alone, from the model as it is; nothing is written.
+
+    One factor serves all solves, and in later matrices the rows of each fact see what its earlier ones got.
+
+    Args:
+        lm: the model.
+        method: the method.
+        preservation: A of each edited matrix, factored.
+        prompts: B facts.
+        targets: as for `write_facts`.
+
+    Returns:
+        B edits, one a fact.
+
+    Raises:
+        FloatingPointError: an update holds NaN or infinity.
+    """
+    walk = KeyWalk(lm, prompts, method.matrices[0])
+    for matrix in method.matrices:
+        walk.advance(matrix)
+        keys, residuals = (columns.T.unsqueeze(-1) for columns in _keys_and_residuals(method, walk, targets))
+        update = _solve(method, preservation[matrix], keys, residuals, walk)  # each [B, d, 1]
+        walk.edits = RowwiseEdits({**walk.edits.updates, matrix: update}, walk.edits.of_row)
+    return walk.edits
+
+
+def _keys_and_residuals(method: "Method", walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """K [d_in, B] and the share of R [d_out, B] that the walk's matrix takes, both float64."""
+    keys = method.keys(walk)
+    residuals = method.spread(walk.layer) * method.residuals(walk, keys, targets)
+    _check_finite(walk.matrix, keys, residuals)
+    return keys, residuals
+
+
+def _solve(
+    method: "Method", preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk
+) -> LowRankUpdate:
+    """The update of the walk's matrix, as precise as the model's sum of updates."""
+    update = method.update(preservation, keys, residuals, walk)
+    _check_finite(walk.matrix, update.left, update.right)
+    return update.to(walk.lm.weight(walk.matrix).device, torch.promote_types(walk.lm.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -1,16 +1,32 @@
 """The benchmarks' counts, checks and records, on a tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import Options, Result, WrongResultError, ops, registry, run, values
+from benchmarks import (
+    Options,
+    Result,
+    WrongResultError,
+    covariance,
+    evaluation,
+    ops,
+    registry,
+    run,
+    update,
+    values,
+)
+from benchmarks.figure import draw
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
 from lightedit.values import ValueSettings
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.test_module import covariance_of
+from tests.test_sweep import FACTS as COMPLETE
+from tests.test_sweep import MEMIT
 
 CONTEXTS = Contexts(("{}", "The river is long. {}"), (0.5, 0.5))
 FACTS = [Fact("The capital of {}", "France", "Rome"), Fact("{} is a city in the north of", "London", "Spain and Italy")]
@@ -171,6 +187,27 @@ def test_bad_arguments_end_before_any_row(arguments: list[str], monkeypatch: pyt
         run.main(arguments)
 
 
+# Evaluation
+
+
+def test_evaluation_row_counts_all_answers_and_checks_them(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = evaluation.run(lm, COMPLETE).figures
+    assert figures["records"] == 5 and figures["pairs"] == 5 * 2 * (1 + 2 + 2)
+    assert 0 < figures["largest_difference"] < 1e-4
+    assert figures["ratio"] == pytest.approx(figures["published_seconds"] / (sum(figures["seconds"]) / 2))
+    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        evaluation.run(lm, COMPLETE)
+
+
+def test_single_row_checks_every_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=2).figures
+    assert figures["MEMIT"]["loop_facts"] == 2 and 0 < figures["MEMIT"]["largest_difference"] < 1e-3
+    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=1)
+
+
 # Ops
 
 
@@ -226,3 +263,32 @@ def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry, "second_moment_", too_large)
     for case in small_cases()[:2]:
         assert case.error() > case.tolerance
+
+
+def test_covariance_row_checks_its_matrices(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = covariance.run(lm, (1, 2), 1000).figures
+    assert figures["tokens"] == 1000 and 0 < figures["largest_difference"] < 1e-5
+    assert len(figures["seconds"]) == 3 and min(figures["seconds"].values()) > 0
+    monkeypatch.setattr(covariance, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        covariance.run(lm, (1,), 1000)
+
+
+def test_update_row_checks_its_changes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = update.run(lm, FACTS, MEMIT).figures
+    assert figures["facts"] == 2 and 0 < figures["largest_difference"] < 1e-4
+    assert not lm.weights.owners
+    monkeypatch.setattr(update, "TOLERANCE", 1e-12)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        update.run(lm, FACTS, MEMIT)
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+def test_the_ops_figure_has_a_mark_for_every_baseline(tmp_path: Path) -> None:
+    cases = ops.run(small_cases(), torch.device("cpu")).figures["cases"]
+    draw(tmp_path / "ops.svg", cases, "this machine")
+    text = (tmp_path / "ops.svg").read_text()
+    for case in cases:
+        assert case["shape"] in text
+        assert all(name in text for name in case["ratios"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ops.svg"]

@@ -56,6 +56,22 @@ def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture
     assert saved.scores["before"] != pytest.approx(scores)
 
 
+def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--protocol", "single", "--out", "scores.json"]
+    main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
+          "--sequence_length", "32", "--out", "stats"])  # fmt: skip
+    capsys.readouterr()
+    main([*arguments, *QUICK, "--covariance", "stats"])
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed
+    lm = le.LanguageModel.load("model")
+    method = le.MEMIT(layers=(1, 2), lambda_=10.0, values=le.ValueSettings(steps=3))
+    expected = le.evaluate_single(lm, FACTS, method, le.Covariance.load("stats"), progress_bar=False)
+    assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
+    assert "--protocol single and --method go together" in fails(capsys, arguments)
+    assert "--protocol single and --method go together" in fails(capsys, [*arguments[:5], *QUICK])
+
+
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "scores.json"]
     main([*arguments, "--generate", "true"])

@@ -116,6 +116,10 @@ def test_a_trainer_of_the_users_own_gives_the_same_bits_and_retention_curves(lm:
     assert [float(row["update_norm/layer_1"]) for row in rows if row["update_norm/layer_1"]] == pytest.approx(
         [updates[1].norm() for updates in edit.rounds], rel=1e-5
     )
+    for step, total in module.seconds.items():
+        by_round = [float(row[f"seconds/{step}"]) for row in rows if row[f"seconds/{step}"]]
+        assert len(by_round) == 3 and min(by_round) > 0
+        assert sum(by_round) == pytest.approx(total, rel=1e-3)
 
 
 def test_validation_scores_this_round_and_earlier_ones(lm: le.LanguageModel) -> None:

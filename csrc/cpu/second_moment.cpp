@@ -11,9 +11,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/nonzero.h>
 #include <torch/library.h>
+
+#include "../triangle.h"
 
 namespace lightedit {
 namespace {
@@ -136,27 +137,6 @@ bool tiles_run() {
   return runs && at::globalContext().userEnabledMkldnn();
 }
 
-// For float64, and processors without the tiles' kernels. A square block on the diagonal is two half as large, and the
-// rectangle below one and left of the other, which is one large product for the vendor's BLAS.
-void add_products(const at::Tensor& gram, const at::Tensor& keys) {
-  constexpr int64_t leaf = 256;  // the size of block that is computed whole
-  const int64_t d = gram.size(0);
-  if (d <= leaf) {
-    gram.add_(at::mm(keys.t(), keys).tril_());
-    return;
-  }
-  const int64_t half = (d / 2 + 63) / 64 * 64;  // whole cache lines
-  const auto first = keys.narrow(1, 0, half), second = keys.narrow(1, half, d - half);
-  add_products(gram.narrow(0, 0, half).narrow(1, 0, half), first);
-  const auto rectangle = gram.narrow(0, half, d - half).narrow(1, 0, half);
-  if (gram.scalar_type() == keys.scalar_type()) {
-    rectangle.addmm_(second.t(), first);
-  } else {
-    rectangle.add_(at::mm(second.t(), first));
-  }
-  add_products(gram.narrow(0, half, d - half).narrow(1, half, d - half), second);
-}
-
 void second_moment_(const at::Tensor& gram, const at::Tensor& keys, const std::optional<at::Tensor>& mask) {
   TORCH_CHECK(keys.dim() == 2 && gram.dim() == 2 && gram.size(0) == keys.size(1) && gram.size(1) == keys.size(1),
               "expected gram [d, d] and keys [n, d]");
@@ -178,10 +158,11 @@ void second_moment_(const at::Tensor& gram, const at::Tensor& keys, const std::o
                                     [&] { add_in_tiles<float, scalar_t>(gram, keys, chosen, count); });
     return;
   }
+  // float64, and processors without the tiles' kernels
   for (int64_t start = 0; start < count; start += kTokens) {
     const int64_t size = std::min(kTokens, count - start);
     const auto rows = mask ? keys.index_select(0, index.narrow(0, start, size)) : keys.narrow(0, start, size);
-    add_products(gram, rows.to(both ? at::kDouble : at::kFloat));
+    add_products(gram, rows.to(both ? at::kDouble : at::kFloat), /*leaf=*/256);
   }
 }
 

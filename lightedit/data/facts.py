@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from lightedit.files import whole_file
+
 _PROMPT_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 _OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id")
 
@@ -317,14 +319,9 @@ def write_facts(path: str | os.PathLike[str], facts: Iterable[Fact]) -> None:
     path = Path(path)
     if path.suffix == ".json":
         raise FactError(f"{path}: facts are written one a line; name the file {path.with_suffix('.jsonl').name}")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            for fact in facts:
-                file.write(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for fact in facts:
+            file.write(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n")
 
 
 def check_facts(facts: Sequence[Fact]) -> None:

@@ -20,6 +20,7 @@ from lightedit.lm.loading import load_pretrained
 from lightedit.lm.matrix import Matrix
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.prefix import PrefixCache
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
 
@@ -343,6 +344,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         max_batch: int = 64,
         stop_at_end: bool = True,
+        edits: RowwiseEdits | None = None,
     ) -> list[list[int]]:
         """Continue each prompt greedily, or by sampling from the `top_k` most probable tokens.
 
@@ -354,6 +356,7 @@ class LanguageModel:
                 its batch, not on the other prompts.
             max_batch: prompts continued together.
             stop_at_end: whether an end-of-text token ends a continuation.
+            edits: what each prompt sees beside what is written into the model, as many rows as prompts.
 
         Returns:
             New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
@@ -372,6 +375,7 @@ class LanguageModel:
         if top_k and seeds is None:
             sampling = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
         ends = self.tokenizer.eos_token_id if stop_at_end else None
+        edits = edits or RowwiseEdits({}, torch.zeros(len(rows), dtype=torch.long))
         with torch.random.fork_rng(devices):
             if isinstance(seed, int):
                 torch.manual_seed(seed)
@@ -380,16 +384,17 @@ class LanguageModel:
                 if top_k and seeds is not None:
                     draws = SeededDraws([seeds[i] for i in group], max_new_tokens, top_k)
                     sampling["logits_processor"] = LogitsProcessorList([draws])
-                output = self.model.generate(
-                    input_ids=batch.ids,
-                    attention_mask=batch.mask.long(),
-                    max_new_tokens=max_new_tokens,
-                    min_new_tokens=None if stop_at_end else max_new_tokens,
-                    pad_token_id=self.pad_id,
-                    eos_token_id=ends,
-                    repetition_penalty=1.0,  # some checkpoints bring one, under which greedy is not greedy
-                    **sampling,
-                )
+                with edits.rows(group).applied(self):
+                    output = self.model.generate(
+                        input_ids=batch.ids,
+                        attention_mask=batch.mask.long(),
+                        max_new_tokens=max_new_tokens,
+                        min_new_tokens=None if stop_at_end else max_new_tokens,
+                        pad_token_id=self.pad_id,
+                        eos_token_id=ends,
+                        repetition_penalty=1.0,  # some checkpoints bring one, under which greedy is not greedy
+                        **sampling,
+                    )
                 for i, row in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
                     results[i] = row[: row.index(ends)] if ends in row else row
         return results

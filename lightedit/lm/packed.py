@@ -28,33 +28,46 @@ class Span:
         length: tokens of each.
         cache: states of the rows' prefixes, if they have any.
         mask: what each token may attend to, [rows, 1, length, prefix + length]; 0 there, and minus infinity elsewhere.
+        positions: where each token stands in its text, counted from any place, [rows or 1, prefix + length].
     """
 
     rows: int
     length: int
     cache: PrefixCache | None
     mask: Tensor
+    positions: Tensor
 
     @classmethod
     def of(cls, mask: Tensor, length: int, cache: PrefixCache | None, dtype: torch.dtype) -> "Span":
         """Build a span from the mask of real tokens, [rows, prefix + length], whose last `length` are all real."""
         total = mask.shape[1]
         causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
-        hidden = ~(mask[:, None, None, :] & causal)
-        return cls(
-            mask.shape[0],
-            length,
-            cache,
-            torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, -torch.inf),
-        )
+        seen = mask[:, None, :] & causal
+        return cls(len(mask), length, cache, _additive(seen, dtype), torch.arange(total, device=mask.device)[None])
+
+    @classmethod
+    def of_trees(cls, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> "Span":
+        """Build a span of rows that each hold several texts with a common beginning.
+
+        Args:
+            seen: whether each token stands before another in one text, or is it, [rows, length, length] bool.
+            positions: of each token in its texts, [rows, length].
+            dtype: of the mask.
+        """
+        return cls(len(seen), seen.shape[1], None, _additive(seen, dtype), positions)
 
     def visible(self, window: int | None) -> Tensor:
         """The mask, narrowed to the last `window` tokens where the layer's attention slides."""
-        length, total = self.mask.shape[-2:]
-        if window is None or window >= total:
+        if window is None or window >= self.mask.shape[-1]:
             return self.mask
-        far = torch.ones(length, total, dtype=torch.bool, device=self.mask.device).tril(total - length - window)
-        return self.mask.masked_fill(far, -torch.inf)
+        distance = self.positions[:, -self.length :, None] - self.positions[:, None, :]
+        return self.mask.masked_fill((distance >= window)[:, None], -torch.inf)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, length, total] bool as what is added to attention's logits, [rows, 1, length, total]."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def _attend(

@@ -14,14 +14,14 @@ from lightedit.ops.add_low_rank import sum_dtype
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A change of one weight matrix, ΔW = left @ right.T, of rank at most B.
+    """A change of one weight matrix, ΔW = left @ right.T, of rank at most B; or several changes, batched.
 
     Attributes:
-        left: [d_out, B].
-        right: [d_in, B].
+        left: [..., d_out, B].
+        right: [..., d_in, B].
 
     Raises:
-        ValueError: the factors are not two matrices of equally many columns.
+        ValueError: the factors are not matrices of equally many columns, or not equally many of them.
     """
 
     left: Tensor
@@ -29,22 +29,22 @@ class LowRankUpdate:
 
     def __post_init__(self) -> None:
         left, right = tuple(self.left.shape), tuple(self.right.shape)
-        if len(left) != 2 or len(right) != 2 or left[1] != right[1]:
+        if min(len(left), len(right)) < 2 or (*left[:-2], left[-1]) != (*right[:-2], right[-1]):
             raise ValueError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
 
     @property
     def rank(self) -> int:
         """B, the number of columns of both factors: an upper bound of the rank."""
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
     def dense(self) -> Tensor:
-        """ΔW, [d_out, d_in]."""
-        return self.left @ self.right.T
+        """ΔW, [..., d_out, d_in]."""
+        return self.left @ self.right.mT
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW, from the factors' Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
+        """Frobenius norm of ΔW, of all changes together, from the factors' Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
         left, right = self.left.double(), self.right.double()
-        return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+        return float(((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0).sqrt())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LowRankUpdate":
         return LowRankUpdate(self.left.to(device, dtype), self.right.to(device, dtype))
@@ -87,7 +87,7 @@ class EditedWeights:
         """Write `update` into `matrix` on behalf of the edit `owner`."""
         matrix = Matrix.of(matrix)
         weight = self._weight(matrix)
-        shape = (update.left.shape[0], update.right.shape[0])
+        shape = (*update.left.shape[:-1], update.right.shape[-2])
         if shape != tuple(weight.shape):
             raise ValueError(f"{matrix}: an update of shape {shape} does not fit a weight of {tuple(weight.shape)}")
         if matrix not in self._base:

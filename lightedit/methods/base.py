@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightedit.covariance import Covariance
+from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.prompts import ContextSettings
 from lightedit.keys import KeyWalk
-from lightedit.lm import Matrix
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.update import Preservation, low_rank_update
 from lightedit.values import Site, ValueSettings
@@ -63,6 +63,21 @@ class Method(ABC):
     def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:
         """The preservation term A of one matrix."""
 
+    def factors(self, lm: LanguageModel, covariance: Covariance) -> dict[Matrix, Preservation]:
+        """The preservation term of every matrix that is written in `lm`, factored, where the matrix is.
+
+        Raises:
+            CovarianceError: `covariance` is of another model, lacks a matrix, or one cannot be solved with.
+        """
+        covariance.check(lm, self.matrices)
+        factors = {}
+        for matrix in self.matrices:
+            try:
+                factors[matrix] = self.preservation(covariance, matrix).to(lm.weight(matrix).device)
+            except ValueError as error:
+                raise CovarianceError(f"{matrix}: {error}") from error
+        return factors
+
     def gamma(self, facts: int) -> float:
         """γ of the closed form in a solve of so many facts; 0 writes residuals exactly."""
         return 1.0
@@ -88,8 +103,8 @@ class Method(ABC):
         return targets - walk.present(self.value_layer, walk.matrix.part)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
-        """The change of the walk's matrix that writes `residuals` at `keys`."""
-        return low_rank_update(preservation, keys, residuals, self.gamma(keys.shape[1]))
+        """The change of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
+        return low_rank_update(preservation, keys, residuals, self.gamma(keys.shape[-1]))
 
     def to_dict(self) -> dict[str, Any]:
         """Name and settings, for provenance."""

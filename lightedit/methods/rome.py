@@ -63,4 +63,5 @@ class ROME(Method):
         if self.key != "published":
             return super().update(preservation, keys, residuals, walk)
         solved = preservation.solve(keys)
-        return LowRankUpdate(residuals.to(solved), solved / (walk.keys(bare=True).to(solved).T @ solved))
+        bare = walk.keys(bare=True).to(solved).T.reshape(keys.shape)  # one key a solve
+        return LowRankUpdate(residuals.to(solved), solved / (bare.mT @ solved))

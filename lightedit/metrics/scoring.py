@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightedit.data.prompts import encode_targets
 from lightedit.lm import LanguageModel
-from lightedit.lm.batch import by_length, pad
+from lightedit.lm.batch import pad
 from lightedit.lm.packed import Span
+from lightedit.lm.rowwise import RowwiseEdits
 
 
 @dataclass(frozen=True)
@@ -32,47 +34,56 @@ def score_targets(
     lm: LanguageModel,
     prompts: Sequence[str],
     targets: Sequence[str],
-    max_tokens: int = 1024,
+    batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    edits: RowwiseEdits | None = None,
 ) -> TargetScores:
     """Score each target after its prompt and one space.
 
-    Equal pairs are scored once, and answers to one prompt share its pass where one text begins the other: answers of
-    one token always do. Neither order nor `max_tokens` matters, floating-point rounding aside.
+    Equal pairs are scored once, and answers to one prompt share the prompt's states: all of them where rows can be
+    packed, else those whose texts begin one another, as answers of one token do. Neither order nor `batch_size`
+    matters, floating-point rounding aside.
 
     Args:
         lm: the model, as it is now.
         prompts: n texts.
         targets: n answers, without leading space.
-        max_tokens: tokens of one forward pass at most, padding included (but one row is always run whole).
+        batch_size: texts of one forward pass at most; bounds memory.
         progress: called after each pass with (tokens read so far, tokens in all).
+        edits: what each pair sees beside what is written into the model, n rows.
 
     Raises:
+        ValueError: `batch_size` is less than 1.
         FactError: a target cannot be tokenised; raised before any forward pass.
         FloatingPointError: a score is NaN or infinite.
     """
-    pairs = list(zip(prompts, targets, strict=True))
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    edits = edits or RowwiseEdits({}, torch.zeros(len(prompts), dtype=torch.long))
+    pairs = list(zip(edits.of_row.tolist(), prompts, targets, strict=True))
     distinct = list(dict.fromkeys(pairs))
-    encoded = encode_targets(lm.tokenizer, [prompt for prompt, _ in distinct], [target for _, target in distinct])
-    texts = [tuple(ids[:-1]) for ids, _ in encoded]  # nothing is predicted from a target's last token
-    rows, row_of = _longest(texts)
+    encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in distinct], [target for *_, target in distinct])
+    texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
+    rows, place = _rows(distinct, texts, lm.architecture.packs)
     pairs_of: list[list[int]] = [[] for _ in rows]
-    for index, row in enumerate(row_of):
+    for index, (row, _) in enumerate(place):
         pairs_of[row].append(index)
 
     nll = torch.zeros(len(distinct), dtype=torch.float64)
     token_accuracy = torch.zeros_like(nll)
-    done, total = 0, sum(map(len, rows))
-    for group in by_length([len(row) for row in rows], max_tokens):
+    done, total = 0, sum(len(row.ids) for row in rows)
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so that time left is rather overestimated
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
         answered = [index for row in group for index in pairs_of[row]]
-        place = {row: number for number, row in enumerate(group)}
-        reads = [  # (row, position) of what predicts each target token
-            (place[row_of[index]], position)
-            for index in answered
-            for position in range(len(texts[index]) - encoded[index][1], len(texts[index]))
+        number_of = {row: number for number, row in enumerate(group)}
+        reads = [  # (row, place in it) of what predicts each target token
+            (number_of[row], token)
+            for row, tokens, count in ((*place[index], encoded[index][1]) for index in answered)
+            for token in tokens[len(tokens) - count :]
         ]
         at = list(dict.fromkeys(reads))  # answers to one prompt begin at the same place
-        logits = _logits(lm, [rows[row] for row in group], at)
+        logits = _logits(lm, [rows[row] for row in group], at, edits)
         number = {read: index for index, read in enumerate(at)}
         read_at = torch.tensor([number[read] for read in reads], device=logits.device)
         wanted = torch.tensor([token for i in answered for token in encoded[i][0][-encoded[i][1] :]]).to(logits.device)
@@ -83,50 +94,108 @@ def score_targets(
         zeros = torch.zeros(len(answered), dtype=torch.float64)
         nll[answered] = zeros.index_add(0, pair_of, losses) / counts
         token_accuracy[answered] = zeros.index_add(0, pair_of, hits) / counts
-        done += sum(len(rows[row]) for row in group)
+        done += sum(len(rows[row].ids) for row in group)
         if progress is not None:
             progress(done, total)
 
     for index in (~nll.isfinite()).nonzero().flatten().tolist()[:1]:
-        prompt, target = distinct[index]
+        _, prompt, target = distinct[index]
         raise FloatingPointError(
             f"the negative log-likelihood of {target!r} after {prompt!r} is {nll[index].item()}; an edit may "
             "have ruined the model (revert it), or its dtype is too narrow (load it in float32)"
         )
-    order_of = {pair: index for index, pair in enumerate(distinct)}
-    order = torch.tensor([order_of[pair] for pair in pairs], dtype=torch.long)
-    return TargetScores(nll[order], token_accuracy[order])
+    place_of = {pair: index for index, pair in enumerate(distinct)}
+    places = torch.tensor([place_of[pair] for pair in pairs], dtype=torch.long)
+    return TargetScores(nll[places], token_accuracy[places])
 
 
-def _longest(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The texts that begin no other one, and for each text the index of one that begins with it.
+@dataclass(frozen=True)
+class _Row:
+    """Texts that begin alike, laid out as a tree: every token attends to those that precede it in its own texts.
 
-    Attention is causal, so what is read in the shorter text stands in the longer one too.
+    Attributes:
+        edit: index of the edit that the row sees.
+        ids: token ids, each after the one that precedes it.
+        before: place of the token that precedes it, or -1.
+        positions: how many tokens precede it.
     """
-    rows: list[tuple[int, ...]] = []
-    row_of: dict[tuple[int, ...], int] = {}
-    for text in sorted(set(texts), reverse=True):  # those that begin with a text come right before it
-        if not rows or rows[-1][: len(text)] != text:
-            rows.append(text)
-        row_of[text] = len(rows) - 1
-    return rows, [row_of[text] for text in texts]
+
+    edit: int
+    ids: list[int]
+    before: list[int]
+    positions: list[int]
+
+    def add(self, text: Sequence[int]) -> list[int]:
+        """Lay out one more text; returns the place of each of its tokens."""
+        known = {pair: place for place, pair in enumerate(zip(self.before, self.ids, strict=True))}
+        places: list[int] = []
+        for position, token in enumerate(text):
+            before = places[-1] if places else -1
+            if (before, token) not in known:
+                known[before, token] = len(self.ids)
+                self.ids.append(token)
+                self.before.append(before)
+                self.positions.append(position)
+            places.append(known[before, token])
+        return places
+
+    def seen(self) -> np.ndarray:
+        """Whether each token attends to another, [tokens, tokens] bool."""
+        seen = np.eye(len(self.ids), dtype=bool)
+        for place, before in enumerate(self.before):
+            if before >= 0:
+                seen[place] |= seen[before]
+        return seen
 
 
-def _logits(lm: LanguageModel, rows: Sequence[Sequence[int]], at: Sequence[tuple[int, int]]) -> Tensor:
-    """The model's logits at places (row, position), [places, vocabulary] in float32 or better."""
-    row, position = (torch.tensor(column) for column in zip(*at, strict=True))
+def _rows(
+    pairs: Sequence[tuple[int, str, str]], texts: Sequence[Sequence[int]], branching: bool
+) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
+    """Lay out the texts of (edit, prompt, target) pairs so that those of one prompt share what they can.
+
+    Args:
+        branching: whether rows may be trees. Else a text shares the row of one that begins with it, where attention
+            being causal leaves its states as they would be.
+
+    Returns:
+        The rows, and for each pair its row and where its tokens stand there.
+    """
+    rows: list[_Row] = []
+    place: list[tuple[int, list[int]]] = [(0, [])] * len(pairs)
+    rows_of: dict[tuple[int, str], list[int]] = {}
+    for index in sorted(range(len(pairs)), key=lambda index: -len(texts[index])):
+        edit, prompt, _ = pairs[index]
+        text, candidates = texts[index], rows_of.setdefault((edit, prompt), [])
+        row = next((row for row in candidates if branching or rows[row].ids[: len(text)] == text), None)
+        if row is None:
+            row = len(rows)
+            rows.append(_Row(edit, [], [], []))
+            candidates.append(row)
+        place[index] = row, rows[row].add(text)
+    return rows, place
+
+
+def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int]], edits: RowwiseEdits) -> Tensor:
+    """The model's logits at (row, place in it), [places, vocabulary] in float32 or better."""
+    at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
+    edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
     if not lm.architecture.packs:
-        with lm.before_head(len(rows), (row, position)) as states:
-            lm.forward(pad(rows, lm.pad_id))
+        with edits.applied(lm), lm.before_head(len(rows), (at_row, at_place)) as states:
+            lm.forward(pad([row.ids for row in rows], lm.pad_id))
         return lm.head.logits(states[0].to(lm.head.weight.device))
-    lengths = [len(text) for text in rows]
-    place = torch.tensor([0, *accumulate(lengths)])[row] + position
-    spans = [
-        Span.of(torch.ones(len(list(same)), length, dtype=torch.bool, device=lm.device), length, None, lm.dtype)
-        for length, same in groupby(lengths)
-    ]
-    ids = torch.tensor([token for text in rows for token in text])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    with lm.before_head(1, (torch.zeros_like(place), place)) as states:
+    spans = []
+    for _, same in groupby(rows, key=lambda row: len(row.ids)):
+        together = list(same)
+        seen = torch.from_numpy(np.stack([row.seen() for row in together]))
+        positions = torch.tensor([row.positions for row in together])
+        spans.append(Span.of_trees(seen.to(lm.device), positions.to(lm.device), lm.dtype))
+    starts = torch.tensor([0, *accumulate(len(row.ids) for row in rows)])
+    ids, positions = (
+        torch.tensor([number for row in rows for number in numbers(row)])
+        for numbers in (lambda row: row.ids, lambda row: row.positions)
+    )
+    at_token = starts[at_row] + at_place
+    rectangles = [(span.rows, span.length) for span in spans]
+    with edits.applied(lm, rectangles), lm.before_head(1, (torch.zeros_like(at_token), at_token)) as states:
         lm.forward_packed(ids, positions, spans)
     return lm.head.logits(states[0].to(lm.head.weight.device))

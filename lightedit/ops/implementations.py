@@ -14,6 +14,7 @@ import torch
 from torch.library import Library
 
 from lightedit.ops._native import load
+from lightedit.ops._triton import KERNELS as _TRITON
 from lightedit.ops.add_low_rank import reference as _add_low_rank
 from lightedit.ops.rowwise_low_rank import reference as _rowwise_low_rank
 from lightedit.ops.second_moment import reference as _second_moment
@@ -30,7 +31,6 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
     "target_nll_kl": _target_nll_kl,
 }
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # of the dispatcher
-_TRITON: Mapping[tuple[str, str], Callable[..., Any]] = {}  # (op, device) -> kernel
 
 NATIVE_STATUS = load()
 _NATIVE = {

@@ -26,12 +26,15 @@ class Head:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits of hidden states [n, d] in float32 or better, [n, vocabulary]; `out` may hold the product."""
-        if self.bias is None:
-            product = torch.mm(hidden, self.weight.T, out=out)
-        else:  # with one rounding, as the model does
-            product = torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        product = self.product(hidden, out)
         logits = product.to(torch.promote_types(product.dtype, torch.float32))
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """W h + b for hidden states [n, d] in their dtype, [n, vocabulary], with one rounding as the model has it."""
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next token after hidden states [n, d], [n, vocabulary]."""

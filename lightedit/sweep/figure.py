@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightedit.files import whole_file
 from lightedit.sweep.plan import Run, shown
-from lightedit.sweep.table import SCORES, UNEDITED, Row, Table, write_whole
+from lightedit.sweep.table import SCORES, UNEDITED, Row, Table
 
 _TITLES = {"ES": "Efficacy", "PS": "Paraphrase", "NS": "Neighborhood", "S": "Score"}
 _NAMES = {"facts": "facts", "facts_per_round": "facts a round", "lambda_": "λ"}
@@ -97,7 +98,8 @@ def draw(path: Path, runs: Sequence[Run], table: Table, fields: Sequence[str]) -
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightedit"}):
         kind = path.suffix.removeprefix(".")
         figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_whole(path, content.getvalue())
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
 
 
 def _axis(runs: Sequence[Run], fields: Sequence[str]) -> str:
@@ -143,5 +145,6 @@ def _label(run: Run, runs: Sequence[Run], axis: str, fields: Sequence[str]) -> s
         if field != axis and len({shown(other.settings[field]) for other in own if field in other.settings}) > 1:
             parts.append(f"{_NAMES.get(field, field)} {shown(run.settings[field])}")
     if axis != "facts_per_round" and len({other.round_limit for other in own}) > 1:
-        parts.append("all in one round" if run.round_limit is None else f"{run.round_limit} a round")
+        limit = "all in one round" if run.round_limit is None else f"{run.round_limit} a round"
+        parts.append("each alone" if run.round_limit == "single" else limit)
     return ", ".join(parts)

@@ -13,6 +13,9 @@ LOG17 = (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 1000, 1778, 3162, 5623,
 
 Counts = Sequence[int] | Literal["log17"]
 
+RoundLimit = int | Literal["single"] | None
+"""Facts of one round at most; None for any number, "single" for edits that are each scored alone and never written."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -23,29 +26,31 @@ class Run:
         method: the method with the swept settings put in.
         settings: the swept fields that the method has, with their values here.
         facts: how many facts, from the first.
-        round_limit: facts of one round at most, as asked for or as the method allows; None for any number.
+        round_limit: facts of one round at most, as asked for or as the method allows; see `RoundLimit`.
     """
 
     name: str
     method: Method
     settings: dict[str, Any]
     facts: int
-    round_limit: int | None
+    round_limit: RoundLimit
 
     @property
     def facts_per_round(self) -> int:
-        """Facts that are written together; the first round has exactly so many."""
-        return self.facts if self.round_limit is None else min(self.round_limit, self.facts)
+        """Facts of the first round, whose values are found on the unedited model; all of them if they are single."""
+        return min(self.round_limit, self.facts) if isinstance(self.round_limit, int) else self.facts
 
     @property
     def row(self) -> dict[str, Any]:
         """What identifies it in a table: method, swept fields, facts, facts_per_round, all as JSON holds them."""
         swept = json.loads(json.dumps(self.settings))
-        return {"method": self.name, **swept, "facts": self.facts, "facts_per_round": self.facts_per_round}
+        together = "single" if self.round_limit == "single" else self.facts_per_round
+        return {"method": self.name, **swept, "facts": self.facts, "facts_per_round": together}
 
     def __str__(self) -> str:
         settings = [f"{field}={shown(value)}" for field, value in self.settings.items()]
         rounds = [] if self.facts_per_round == self.facts else [f"{self.facts_per_round} a round"]
+        rounds += ["each alone"] if self.round_limit == "single" else []
         return ", ".join([self.name, *settings, f"{self.facts} facts", *rounds])
 
 
@@ -61,7 +66,7 @@ def plan(
     methods: Mapping[str, Method],
     available: int,
     counts: Counts | None = None,
-    facts_per_round: Sequence[int | None] = (None,),
+    facts_per_round: Sequence[RoundLimit] = (None,),
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Run]:
     """Every combination of methods, fields of the grid, facts per round, and counts; the last varies fastest.
@@ -73,7 +78,8 @@ def plan(
         methods: name -> method.
         available: how many facts there are.
         counts: how many of them to write; None for all, "log17" for those of `LOG17` that are not too many.
-        facts_per_round: how many are written together; None for all. A method's own limit goes before.
+        facts_per_round: how many are written together; None for all, "single" for none. A method's own limit goes
+            before.
         grid: field -> values; a dot leads into a nested field, such as "values.lr".
 
     Raises:
@@ -93,8 +99,10 @@ def plan(
             raise ValueError(f"{name}: expected a list of at least one value, got {values!r}")
     sizes = _counts(counts, available)
     for limit in facts_per_round:
-        if limit is not None and limit < 1:
-            raise ValueError(f"facts_per_round: {limit} facts cannot be a round; give at least 1, or null for all")
+        if limit not in (None, "single") and not (isinstance(limit, int) and limit >= 1):
+            raise ValueError(
+                f"facts_per_round: {limit!r} facts cannot be a round; give at least 1, null for all, or single"
+            )
     known = list(dict.fromkeys(field for method in methods.values() for field in swept_fields(method)))
     for field in grid:
         if field not in known:
@@ -130,7 +138,9 @@ def _counts(counts: Counts | None, available: int) -> list[int]:
     return sorted(set(counts))
 
 
-def _round_limit(method: Method, asked: int | None) -> int | None:
+def _round_limit(method: Method, asked: RoundLimit) -> RoundLimit:
+    if asked == "single":
+        return asked
     return min((limit for limit in (asked, method.facts_per_solve) if limit is not None), default=None)
 
 

@@ -16,14 +16,16 @@ from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError, check_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.module import EditModule, OnCollision
 from lightedit.progress import progress, quiet_lightning
 from lightedit.run import edit
+from lightedit.single import evaluate_single
 from lightedit.sweep.figure import draw
-from lightedit.sweep.plan import Counts, Run, plan, swept_fields
-from lightedit.sweep.table import UNEDITED, Row, Table, best, write_whole
+from lightedit.sweep.plan import Counts, RoundLimit, Run, plan, swept_fields
+from lightedit.sweep.table import UNEDITED, Row, Table, best
 from lightedit.sweep.targets import TargetStore
 
 
@@ -34,7 +36,7 @@ def sweep(
     covariance: Covariance,
     out: str | Path,
     counts: Counts | None = None,
-    facts_per_round: Sequence[int | None] = (None,),
+    facts_per_round: Sequence[RoundLimit] = (None,),
     grid: Mapping[str, Sequence[Any]] | None = None,
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
@@ -58,7 +60,8 @@ def sweep(
         covariance: second moments at all matrices that occur.
         out: the sweep's own folder.
         counts: numbers of facts to write; None for all of them, "log17" for PMET's (see `LOG17`).
-        facts_per_round: numbers of facts written together; None for all of a run's.
+        facts_per_round: numbers of facts written together; None for all of a run's, "single" to edit and score each
+            fact alone (see `evaluate_single`).
         grid: field of a method -> values, such as {"lambda_": [100.0, 1000.0], "values.lr": [0.1, 0.5]}. Every
             combination is run; a method that lacks a field is run without it.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
@@ -96,7 +99,8 @@ def sweep(
         _announce(methods, grid, runs, pending)
     _check_collisions(lm, facts, pending, covariance, on_collision)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    with whole_file(out / "sweep.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _score_unedited(lm, facts, runs, table, progress_bar, generate)
 
     store = TargetStore(out / "values", lm, facts, runs)
@@ -111,20 +115,26 @@ def sweep(
             targets, seconds_shared = store.find(run, facts_per_chunk, progress_bar)
             started = time.perf_counter()
             chosen = facts[: run.facts]
-            written = edit(lm, chosen, run.method, covariance, run.facts_per_round, facts_per_chunk, on_collision,
-                           progress_bar, targets=targets)  # fmt: skip
-            scoring = time.perf_counter()
-            try:
-                scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
-            finally:
-                written.revert(lm)
+            spent = {"values": 0.0, "update": 0.0}
+            if run.round_limit == "single":
+                scoring = started
+                scores = evaluate_single(lm, chosen, run.method, covariance, facts_per_chunk=facts_per_chunk,
+                                         progress_bar=progress_bar, generate=generate, targets=targets)  # fmt: skip
+            else:
+                written = edit(lm, chosen, run.method, covariance, run.facts_per_round, facts_per_chunk, on_collision,
+                               progress_bar, targets=targets)  # fmt: skip
+                scoring = time.perf_counter()
+                spent = written.provenance["seconds"]
+                try:
+                    scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
+                finally:
+                    written.revert(lm)
         except (FloatingPointError, ValueError) as error:  # other settings may well do
             failed[str(run)] = error
             if progress_bar:
                 print(f"failed: {error}", file=sys.stderr)
             continue
         seconds, done = seconds + time.perf_counter() - started, done + run.facts
-        spent = written.provenance["seconds"]
         table.add(run, scores, spent["values"] + seconds_shared, spent["update"], time.perf_counter() - scoring)
 
     if progress_bar:
@@ -185,7 +195,7 @@ def _announce(
         lacking = [field for field in grid if field not in swept_fields(method)]
         if lacking:
             print(f"{name} has no {', '.join(lacking)}: it is run once for all values of it", file=sys.stderr)
-        if method.facts_per_solve is not None:
+        if method.facts_per_solve is not None and any(run.name == name and run.round_limit != "single" for run in runs):
             print(f"{name} writes {method.facts_per_solve} fact a round at most", file=sys.stderr)
     finished = len({json.dumps(run.row) for run in runs}) - len(pending)
     if finished:
@@ -201,6 +211,8 @@ def _check_collisions(
     """
     checked = {(run.name, run.method.layers, run.round_limit): run.method for run in runs}
     for (_, _, limit), method in checked.items():
+        if limit == "single":
+            continue
         with quiet_lightning(), suppress(CovarianceError):  # which may well do with the group's other settings
             trainer = Trainer(
                 accelerator="cpu", max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightedit.evaluate import Evaluation
+from lightedit.files import whole_file
 from lightedit.sweep.plan import Run, shown
 
 SCORES = ("ES", "PS", "NS", "S")
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 class Table:
     """Rows of finished runs. The file is written anew with every addition, so it is whole at any time.
 
-    Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round; ES, PS,
-    NS, S in percent, GE in bits times 100 if there is `generation`, and half the width of each one's 95 % interval
-    (empty where the facts do not allow them); seconds of step 1 (seconds_values, 0 where another run had found the
-    values), of step 2 and of the evaluation.
+    Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round ("single"
+    where each fact was edited alone, and step 2 counts as evaluation); ES, PS, NS, S in percent, GE in bits times 100
+    if there is `generation`, and half the width of each one's 95 % interval (empty where the facts do not allow them);
+    seconds of step 1 (seconds_values, 0 where another run had found the values), of step 2 and of the evaluation.
 
     Args:
         path: the file; rows that are in it already are read.
@@ -92,7 +92,8 @@ class Table:
         for row in self.rows:
             cells = ["" if row[name] is None else json.dumps(row[name]) for name in self._columns[1:]]
             writer.writerow([row["method"], *cells])
-        write_whole(self.path, text.getvalue().encode())
+        with whole_file(self.path) as unfinished:
+            unfinished.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _value(column: str, cell: str) -> Any:
@@ -112,16 +113,7 @@ def best(rows: Sequence[Row]) -> list[str]:
             names = list(row)[1 : list(row).index("facts")]
             settings = [f"{name}={shown(row[name])}" for name in names if row[name] is not None]
             spread = "" if row["S_half_width"] is None else f" ± {row['S_half_width']:.1f}"
-            with_ = ", ".join([*settings, f"{row['facts_per_round']} facts a round"])
+            together = row["facts_per_round"]
+            with_ = ", ".join([*settings, "each alone" if together == "single" else f"{together} facts a round"])
             lines.append(f"best on {facts} facts: {method}, S {row['S']:.1f}{spread}, with {with_}")
     return lines
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

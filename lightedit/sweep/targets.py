@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from lightedit.data.facts import Fact
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.data.prompts import tokenize_facts
+from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.progress import progress
@@ -111,10 +111,6 @@ def _read(folder: Path) -> tuple[dict[int, Tensor], float]:
 def _write(folder: Path, indices: Sequence[int], targets: Tensor, seconds: float) -> None:
     """Keep the values [facts, d] of one chunk in a file that appears whole or not at all."""
     path = folder / f"{min(indices)}.safetensors"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {"indices": torch.tensor(indices), "targets": targets.contiguous()}
-    try:
+    with whole_file(path) as unfinished:
         save_file(tensors, unfinished, metadata={"seconds": repr(seconds)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import torch
 from lightedit.data.facts import FactError
 from lightedit.lm import LanguageModel
 from lightedit.metrics import score_targets
-from lightedit.metrics.scoring import _longest
+from lightedit.metrics.scoring import _rows
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 PAIRS = [
@@ -69,12 +69,13 @@ def test_token_accuracy_is_the_share_of_tokens_that_the_model_would_say():
     assert shares.tolist() == pytest.approx([1 / len(tokens), 0])
 
 
-@pytest.mark.parametrize("max_tokens", [1, 50, 4096])
-def test_scores_depend_on_neither_batch_size_nor_order(max_tokens):
-    lm = build("gpt2", "bytelevel")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])  # padded, and packed
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_scores_depend_on_neither_batch_size_nor_order(batch_size, architecture):
+    lm = build(architecture, "bytelevel")
     expected = score_targets(lm, PROMPTS, TARGETS)
     order = torch.randperm(len(PAIRS)).tolist()
-    shuffled = score_targets(lm, [PROMPTS[i] for i in order], [TARGETS[i] for i in order], max_tokens)
+    shuffled = score_targets(lm, [PROMPTS[i] for i in order], [TARGETS[i] for i in order], batch_size)
     torch.testing.assert_close(shuffled.nll, expected.nll[order], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shuffled.token_accuracy, expected.token_accuracy[order])
 
@@ -111,11 +112,37 @@ def test_an_answer_that_begins_another_is_read_with_it(model_type, read):
     assert sum(map(len, read)) == len(lm.encode([" Rome"])[0])
 
 
-def test_rows_that_begin_another_are_read_there():
-    texts = [(1, 2), (1, 2, 3), (1, 2, 4), (2,), (1, 2, 3, 5), (1, 2)]
-    rows, row_of = _longest(texts)
-    assert sorted(rows) == [(1, 2, 3, 5), (1, 2, 4), (2,)]
-    assert all(rows[row][: len(text)] == text for text, row in zip(texts, row_of, strict=True))
+@pytest.mark.parametrize("branching", [True, False])
+def test_rows_hold_the_texts_of_one_prompt_and_edit(branching):
+    pairs = [(0, "a", "x"), (0, "a", "y"), (1, "a", "x"), (0, "a", "z"), (0, "b", "x")]
+    texts = [[1, 2], [1, 2, 3], [1, 2], [1, 2, 4, 3], [1, 2]]
+    rows, place = _rows(pairs, texts, branching)
+    assert len(rows) == (3 if branching else 4)
+    for (edit, *_), text, (row, tokens) in zip(pairs, texts, place, strict=True):
+        assert rows[row].edit == edit
+        assert [rows[row].ids[token] for token in tokens] == text
+        assert [rows[row].positions[token] for token in tokens] == list(range(len(text)))
+        for number, token in enumerate(tokens):
+            assert rows[row].seen()[token].nonzero()[0].tolist() == tokens[: number + 1]
+    assert sum(len(row.ids) for row in rows) == (5 + 2 + 2 if branching else 4 + 3 + 2 + 2)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_answers_that_branch_off_one_prompt(model_type):
+    """Longer than the sliding windows of the tiny models, and the answers share a beginning too."""
+    lm = build(model_type, "bytelevel")
+    prompt = "The river rises in the hills to the north of the city and runs"
+    answers = ["through three countries", "through three hundred", "to the sea", "t", "through three countries"]
+    calls = []
+    assert_naive(lm, [prompt] * 5, answers)
+    score_targets(lm, [prompt] * 5, answers, progress=lambda *call: calls.append(call))
+    texts = {tuple(lm.encode([f"{prompt} {answer}"])[0][:-1]) for answer in answers}
+    beginnings = {text[: end + 1] for text in texts for end in range(len(text))}
+    tokens = calls[-1][1]
+    if lm.architecture.packs:
+        assert tokens == len(beginnings)
+    else:
+        assert len(beginnings) < tokens <= sum(map(len, texts))
 
 
 def test_bfloat16_logits_are_normalised_in_float32():
@@ -131,7 +158,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
 
 def test_progress_reaches_the_total():
     calls = []
-    score_targets(build(), PROMPTS, TARGETS, max_tokens=40, progress=lambda *call: calls.append(call))
+    score_targets(build(), PROMPTS, TARGETS, batch_size=2, progress=lambda *call: calls.append(call))
     done, totals = zip(*calls, strict=True)
     assert len(calls) > 1
     assert list(done) == sorted(set(done))

@@ -9,7 +9,11 @@ import torch
 from lightedit.ops import implementations, use
 
 # (implementation, device); a test module names its op in OP
-RUNS = [("reference", "cpu"), ("native", "cpu")]
+RUNS = [
+    ("reference", "cpu"),
+    ("native", "cpu"),
+    *(pytest.param((name, "cuda"), marks=pytest.mark.cuda) for name in ("reference", "triton", "native")),
+]
 
 
 @pytest.fixture(params=RUNS, ids="-".join)

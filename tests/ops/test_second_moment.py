@@ -22,7 +22,8 @@ def assert_is_sum(gram: Tensor, keys: Tensor, times: int = 1) -> None:
     keys = keys.double()
     exact, size = times * (keys.T @ keys), times * (keys.abs().T @ keys.abs())
     difference = (gram.double() - exact).abs()
-    assert (difference <= 2e-6 * size).tril().logical_or(torch.ones_like(gram).triu(1).bool()).all()
+    slack = 2e-6 if gram.device.type == "cpu" else 1e-5  # tensor cores cut off where a processor rounds
+    assert (difference <= slack * size).tril().logical_or(torch.ones_like(gram).triu(1).bool()).all()
     assert gram.isnan().equal(torch.ones_like(gram).triu(1).bool())
 
 

@@ -1,0 +1,78 @@
+"""Single edits, many at once: every fact is edited alone, from the model as it is, and scored; no weight is written.
+
+The protocol of most published tables edits one fact, scores it, undoes it, and goes on to the next. Here values are
+optimised for many facts at a time, one factor of each preservation term serves all solves, and in the passes that score
+every row carries the edit of its own fact.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightedit.covariance import Covariance
+from lightedit.data.facts import Fact, FactError
+from lightedit.data.modules import chunks_by_suffix
+from lightedit.data.prompts import tokenize_facts
+from lightedit.evaluate import Evaluation, score_facts, summarize
+from lightedit.lm import LanguageModel
+from lightedit.methods import Method
+from lightedit.metrics import RecordScores
+from lightedit.progress import progress
+from lightedit.update import separate_updates
+from lightedit.values import optimize_values
+
+
+def evaluate_single(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: Method,
+    covariance: Covariance,
+    batch_size: int = 64,
+    facts_per_chunk: int = 32,
+    progress_bar: bool = True,
+    generate: bool = False,
+    targets: Mapping[int, Tensor] | None = None,
+) -> Evaluation:
+    """Score each fact right after it alone is edited into `lm`, which stays as it is.
+
+    The scores are those of editing a fact, evaluating it and reverting the edit, fact after fact, floating-point
+    rounding aside; see `evaluate` for what they are.
+
+    Args:
+        lm: the model that every edit starts from.
+        facts: at least one.
+        method: such as `ROME(layers=[5])`.
+        covariance: second moments at the method's matrices, from `estimate_covariance`.
+        batch_size: texts of one forward pass at most, when scoring; bounds memory.
+        facts_per_chunk: facts whose values are optimised together, and whose edits are held in memory.
+        progress_bar: show progress and the time left on standard error.
+        generate: let the edited models write, too; see `evaluate`.
+        targets: fact's index -> value at the method's site, [d], or [2 d] for two sites, where it is known.
+
+    Raises:
+        FactError: there are no facts, or one cannot be edited.
+        CovarianceError: a covariance of another model or other matrices, or one that cannot be solved with.
+        FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
+    """
+    if not facts:
+        raise FactError("facts: the list is empty; give at least one fact to edit")
+    lm.check_layers(method.layers)
+    preservation = method.factors(lm, covariance)
+    prompts = tokenize_facts(lm.tokenizer, facts, method.contexts.sample(lm))
+    records: dict[int, RecordScores] = {}
+    with progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar) as report:
+        for chunk in chunks_by_suffix(facts, range(len(facts)), facts_per_chunk):
+            known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}
+            missing = [index for index in chunk if index not in known]
+            if missing:
+                chosen = [prompts[index] for index in missing]
+                found = optimize_values(lm, chosen, method.value_layer, method.site, method.values).targets
+                known.update(zip(missing, found, strict=True))
+            device = lm.weight(method.value_layer).device
+            values = torch.stack([known[index].to(device, torch.float64) for index in chunk]).T
+            edits = separate_updates(lm, method, preservation, [prompts[index] for index in chunk], values)
+            scored = score_facts(lm, [facts[index] for index in chunk], batch_size, generate=generate, edits=edits)
+            records.update(zip(chunk, scored, strict=True))
+            report(len(records), len(facts))
+    return summarize(facts, [records[index] for index in range(len(facts))])

@@ -1,0 +1,116 @@
+"""Single edits, many at once, against editing, scoring and undoing one fact after the other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightedit as le
+from lightedit.data.prompts import ContextSettings
+from tests.models import tiny_model, tiny_tokenizer
+from tests.test_module import assert_unedited, covariance_of, state
+from tests.test_sweep import FACTS, MEMIT, of, sweep
+
+CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
+VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)
+PLAIN = {"values": VALUES, "contexts": CONTEXTS}
+METHODS = {
+    "ROME": le.ROME(layers=(1,), **PLAIN),
+    "ROME bare": le.ROME(layers=(1, 2), key="bare", **PLAIN),
+    "ROME published": le.ROME(layers=(1,), key="published", **PLAIN),
+    "MEMIT": le.MEMIT(layers=(1, 2), lambda_=5.0, **PLAIN),
+    "EMMET": le.EMMET(layers=(1, 2), mu=0.1, **PLAIN),
+    "PMET": le.PMET(layers=(1, 2), lambda_=5.0, **PLAIN),
+    "AlphaEdit": le.AlphaEdit(layers=(1, 2), threshold=0.9, ridge=1.0, **PLAIN),
+    "ENCORE": le.ENCORE(
+        layers=(1, 2), lambda_=5.0, contexts=CONTEXTS, values=replace(VALUES, stopping=le.MostProbable())
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def lm() -> le.LanguageModel:
+    return le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
+
+
+def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.Evaluation, **kwargs) -> None:
+    assert [record["subject"] for record in found.records] == [fact.subject for fact in FACTS]
+    for fact, record in zip(FACTS, found.records, strict=True):
+        edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
+        (expected,) = le.evaluate(lm, [fact], progress_bar=False, **kwargs).records
+        edit.revert(lm)
+        assert record.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, dict):
+                assert record[name].keys() == value.keys()
+                for of_prompts, numbers in value.items():
+                    assert record[name][of_prompts] == pytest.approx(numbers, rel=1e-4, abs=1e-4)
+            else:
+                assert record[name] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.Method) -> None:
+    before = state(lm)
+    unedited = le.evaluate(lm, FACTS, progress_bar=False)
+    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), 7, facts_per_chunk=3, progress_bar=False)
+    assert_unedited(lm, before)
+    assert_equal_to_the_loop(lm, method, found)
+    for record, other in zip(found.records, unedited.records, strict=True):
+        assert record["efficacy"]["nll_wanted"][0] < other["efficacy"]["nll_wanted"][0] - 0.02
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "opt"])
+def test_other_architectures(architecture: str) -> None:
+    lm = le.LanguageModel(tiny_model(architecture), tiny_tokenizer("bytelevel"))
+    method = METHODS["MEMIT"]
+    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False)
+    assert_equal_to_the_loop(lm, method, found)
+
+
+def test_the_edited_models_write_too() -> None:
+    lm = le.LanguageModel(tiny_model("llama", dtype=torch.float64), tiny_tokenizer("bytelevel"))
+    method = METHODS["MEMIT"]
+    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False, generate=True)
+    assert_equal_to_the_loop(lm, method, found, generate=True)
+    assert "GE" in found.scores
+
+
+def test_a_fact_may_come_twice_and_known_targets_are_used(lm: le.LanguageModel) -> None:
+    method, covariance = METHODS["MEMIT"], covariance_of(lm)
+    once = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False)
+    twice = le.evaluate_single(lm, [*FACTS[:2], FACTS[0]], method, covariance, progress_bar=False)
+    assert twice.records[2] == twice.records[0]
+    assert twice.records[0]["EM"] == pytest.approx(once.records[0]["EM"], abs=0.01)
+    known = {0: torch.zeros(lm.d_model)}
+    other = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False, targets=known)
+    before, after = ([record["efficacy"]["nll_wanted"][0] for record in found.records] for found in (once, other))
+    assert abs(after[0] - before[0]) > 0.02
+    assert after[1] == pytest.approx(before[1], abs=1e-4)
+
+
+def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
+    with pytest.raises(le.FactError, match="empty"):
+        le.evaluate_single(lm, [], MEMIT, covariance_of(lm))
+    with pytest.raises(ValueError, match="out of range"):
+        le.evaluate_single(lm, FACTS, replace(MEMIT, layers=(9,)), covariance_of(lm))
+    with pytest.raises(le.CovarianceError, match="layer 2"):
+        le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm, (1,)))
+    with pytest.raises(ValueError, match="batch_size"):
+        le.evaluate(lm, FACTS, batch_size=0)
+
+
+def test_a_sweep_has_rows_of_single_edits(lm: le.LanguageModel, tmp_path: Path) -> None:
+    methods = {"MEMIT": MEMIT, "ROME": le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS)}
+    rows = sweep(lm, tmp_path / "s", methods, facts_per_round=[None, "single"])
+    for name, method in methods.items():
+        expected = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False)
+        row = of(rows, method=name, facts_per_round="single")
+        assert {score: row[score] for score in ("ES", "PS", "NS", "S")} == pytest.approx(
+            {score: expected.scores[score] for score in ("ES", "PS", "NS", "S")}
+        )
+    assert sweep(lm, tmp_path / "s", methods, facts_per_round=[None, "single"]) == rows
+    assert (tmp_path / "s" / "sweep.svg").is_file()
+    with pytest.raises(ValueError, match="'alone' facts cannot be a round"):
+        sweep(lm, tmp_path / "t", methods, facts_per_round=["alone"])
