@@ -12,6 +12,7 @@ from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule
 from lightedit.references import References, read_references, write_references
+from lightedit.report import report
 from lightedit.resume import RoundCheckpoint
 from lightedit.run import edit
 from lightedit.run_folder import ResumeError
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate_single",
     "read_facts",
     "read_references",
+    "report",
     "sweep",
     "write_facts",
     "write_references",

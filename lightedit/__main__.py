@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,7 @@ def edit(
     facts_per_chunk: int = 32,
     on_collision: OnCollision = "error",
     evaluate: bool = True,
+    generate: bool = False,
     validate_every: int | None = None,
     log: Path | None = None,
     max_kl: float | None = None,
@@ -104,7 +106,9 @@ def edit(
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
             are written each by itself (keep).
-        evaluate: score the model before and after.
+        evaluate: score the model before and after; the scores are kept with the edit, for lightedit report.
+        generate: let the model write texts, too, for generation entropy (GE) and success; scoring then takes several
+            times as long.
         validate_every: rounds between validations, which score the facts of all rounds so far; by default none.
         log: folder for metrics.csv, retention.csv (with validate_every) and health.csv (with a limit or health_text).
         max_kl: end the run once KL(edited || unedited) on text passes so many nats per token.
@@ -129,7 +133,8 @@ def edit(
     run = out.with_name(out.name + ".run")
     if restart:
         remove_run(run)
-    before = le.evaluate(model, chosen) if evaluate and not kept_rounds(run) else None
+    before = le.evaluate(model, chosen, generate=generate) if evaluate and not kept_rounds(run) else None
+    after = None
     result = le.edit(
         model,
         chosen,
@@ -147,15 +152,15 @@ def edit(
         remove_run(run)
         raise RuntimeError(f"no facts are left to save: {result.provenance['stopped']}")
     if evaluate:
-        after = le.evaluate(model, result.facts)
+        after = le.evaluate(model, result.facts, generate=generate)
         # scored by an earlier process, to find bad facts before the work, and the scores died with it; or scored on
         # facts, too, that a limit left unwritten
         if before is None or len(result.facts) < len(chosen):
             result.revert(model)
-            before = le.evaluate(model, result.facts)
+            before = le.evaluate(model, result.facts, generate=generate)
         result.scores = {"before": before.scores, "after": after.scores}
         print(after.table(before))
-    result.save(out, overwrite)
+    result.save(out, overwrite, before, after)
     remove_run(run)
     print(f"saved the edit of {len(result.facts)} facts in {out}")
 
@@ -308,6 +313,20 @@ def sweep(
     print(f"saved runs.csv and sweep.svg in {out}")
 
 
+def report(runs: list[Path], out: Path = Path("report.html"), overwrite: bool = False) -> None:
+    """Write one HTML file about one run, or about several side by side: lightedit report RUN... --out report.html.
+
+    A run is the folder of an edit (`lightedit edit --out`), of evaluations or of a log, or the JSON file of an
+    evaluation (`lightedit evaluate --out`). The file needs nothing beside it and fetches nothing.
+
+    Args:
+        runs: the runs; as a list in brackets, or one after the other before all options, without --runs.
+        out: the file; an earlier report is replaced.
+        overwrite: replace a file that is no report, too.
+    """
+    print(f"saved the report in {le.report(runs, out, overwrite)}")
+
+
 def env() -> None:
     """Show versions, devices, what each op runs on, known architectures and methods, and where things are kept."""
     packages = ("lightedit", "torch", "lightning", "transformers", "torchmetrics", "datasets", "triton", "gguf")
@@ -344,6 +363,7 @@ COMMANDS: dict[str, Any] = {
     "covariance": covariance,
     "evaluate": evaluate,
     "sweep": sweep,
+    "report": report,
     "env": env,
 }
 
@@ -355,6 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["report"]:
+        runs = list(takewhile(lambda argument: not argument.startswith("-"), given[1:]))
+        given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
     try:
         auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=given)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:

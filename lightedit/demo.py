@@ -39,7 +39,7 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
     result = edit(lm, chosen, METHOD, covariance)
     after = evaluate(lm, chosen)
     result.scores = {"before": before.scores, "after": after.scores}
-    result.save(out, overwrite=True)
+    result.save(out, overwrite=True, before=before, after=after)
 
     print(f"\n{lm.name}: {len(chosen)} facts that it knew, edited with MEMIT in layers {list(METHOD.layers)}\n")
     print(after.table(before))

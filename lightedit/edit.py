@@ -14,8 +14,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lightedit.data.facts import Fact
+from lightedit.evaluate import Evaluation
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
+from lightedit.tables import write_table
 
 _FORMAT = 1
 
@@ -37,6 +39,8 @@ class Edit:
         facts_in_round: number of facts written in each round.
         scores: named evaluations, such as "before" and "after".
         id: a unique name.
+        tables: rows of figures that a run gathered over its rounds: "retention" (see `EditModule`), "health" (see
+            `Health`). They are saved for `lightedit report`, not loaded.
     """
 
     model: str
@@ -47,6 +51,7 @@ class Edit:
     facts_in_round: list[int] = field(default_factory=list)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict, compare=False)
 
     @property
     def layers(self) -> list[int]:
@@ -88,8 +93,23 @@ class Edit:
             raise EditError(f"edit {self.id} is not applied to {lm.name}, so there is nothing to revert")
         lm.weights.remove({self.owner(index) for index in range(len(self.rounds))})
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        before: Evaluation | None = None,
+        after: Evaluation | None = None,
+    ) -> Path:
         """Write `edit.safetensors` and `edit.json` into `folder`, which appears whole or not at all.
+
+        `lightedit report` also reads what is kept beside them: the tables as retention.csv and health.csv, and the
+        evaluations.
+
+        Args:
+            folder: a new one.
+            overwrite: replace the whole folder of an earlier edit.
+            before: scores of the unedited model, kept as before.json.
+            after: scores of the edited model, kept as after.json.
 
         Raises:
             EditError: the folder exists and `overwrite` is not given.
@@ -123,6 +143,12 @@ class Edit:
             (scratch / "edit.json").write_text(
                 json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
+            for name, rows in self.tables.items():
+                if rows:
+                    write_table(scratch / f"{name}.csv", rows)
+            for name, evaluation in (("before", before), ("after", after)):
+                if evaluation is not None:
+                    evaluation.save(scratch / f"{name}.json")
             scratch.chmod(0o777 & ~_umask())
             if folder.exists():
                 old = scratch.with_name(scratch.name + ".old")

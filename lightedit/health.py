@@ -86,11 +86,19 @@ class Health(Callback):
             self._text = HeldOutText(module.lm, held_out_windows(module.lm, self.texts))
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        # the first time is after a checkpoint's hook: what an earlier process found of the rounds that it kept
+        if not self._resumed:
+            self._resume(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._resumed:  # no epoch was left to do
+            self._resume(trainer, module)
+
+    def _resume(self, trainer: Trainer, module: LightningModule) -> None:
+        # after a checkpoint's hook: what an earlier process found of the rounds that it kept
         assert isinstance(module, EditModule) and module.edit is not None
-        folder = self._folder(trainer)
-        if not self._resumed and folder is not None:
+        if (folder := self._folder(trainer)) is not None:
             self.records = read_table(folder / _FILE, len(module.edit.rounds))
+        module.edit.tables["health"] = self.records
         self._resumed = True
 
     def _folder(self, trainer: Trainer) -> Path | None:

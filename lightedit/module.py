@@ -330,6 +330,7 @@ class EditModule(LightningModule):
         folder = log_folder(self.trainer)
         if folder is not None and self.edit is not None:
             self.retention = read_table(folder / FILE, len(self.edit.rounds))
+            self.edit.tables["retention"] = self.retention
 
     def validation_step(self, chunk: Chunk, batch_idx: int) -> None:
         records = score_facts(self.lm, chunk.facts)
@@ -363,6 +364,8 @@ class EditModule(LightningModule):
         self.on_validation_epoch_end()
 
     def _save_retention(self) -> None:
+        assert self.edit is not None
+        self.edit.tables["retention"] = self.retention
         folder = log_folder(self.trainer)
         if folder is not None and self.retention:
             write_table(folder / FILE, self.retention)

@@ -160,8 +160,19 @@ def test_a_limit_ends_the_run_with_or_without_the_round_bit_for_bit(dtype, on_li
     with (tmp_path / "retention.csv").open() as file:
         assert [int(row["round"]) for row in csv.DictReader(file)] == [1, 2, 2][: 2 * kept - 1]
     assert (tmp_path / "health.csv").read_text().count("\n") == 3
+    assert edit.tables["health"] == health.records
+    assert [row["round"] for row in edit.tables["retention"]] == [1, 2, 2][: 2 * kept - 1]
     edit.revert(lm)
     assert_unedited(lm, unedited)
+
+
+def test_a_run_that_goes_on_after_its_end_has_its_tables(lm: le.LanguageModel, tmp_path: Path) -> None:
+    kept = {"facts_per_round": 2, "validate_every": 1, "log": tmp_path / "log", "checkpoint": tmp_path / "run"}
+    first = run(lm, callbacks=[le.Health(WINDOWS)], **kept)
+    first.revert(lm)
+    again = run(lm, callbacks=[le.Health(WINDOWS)], **kept)
+    assert len(first.tables["health"]) == len(first.rounds) == 3
+    assert again.tables == first.tables
 
 
 def test_the_round_that_stays_is_validated_even_between_validations(lm: le.LanguageModel, tmp_path: Path) -> None:

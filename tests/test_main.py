@@ -136,6 +136,22 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert printed["facts_per_chunk"] >= 1
 
 
+def test_a_run_with_rounds_makes_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(edit("--facts_per_round", "1", "--validate_every", "1", "--health_text", "text.txt", "--generate", "true"))
+    assert {"before.json", "after.json", "retention.csv", "health.csv"} < {
+        path.name for path in Path("edits/x").iterdir()
+    }
+    main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "scores.json"])
+    main(["report", "edits/x", "scores.json", "--out", "two.html"])
+    assert "saved the report in two.html" in capsys.readouterr().out
+    two = Path("two.html").read_text()
+    after = le.Evaluation.load("edits/x/after.json")
+    assert f"{after.scores['ES']:.1f}" in two and "France&#x27;s capital is" in two and "ES after each round" in two
+    assert "<dt>after</dt>" in two
+    main(["report", "--runs", "[edits/x,scores.json]"])
+    assert Path("report.html").read_text() == two
+
+
 def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     main(["env"])
     printed = capsys.readouterr().out
@@ -178,6 +194,10 @@ def edit(*changes: str) -> list[str]:
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
         (["covariance", "--lm", "model", "--layers", "[1]", "--text", "missing.txt", "--out", "stats"], "missing.txt"),
         (["covariance", "--lm", "model", "--layers", "[1]", "--tokens", "3", "--out", "stats"], "3 tokens"),
+        (["report"], "runs"),
+        (["report", "nowhere"], "nowhere"),
+        (["report", "model"], "model"),
+        (["report", "nowhere", "--out", "no/where.html"], "no"),
         (["edt"], "edt"),
     ],
 )  # fmt: skip
