@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
-from lightedit.covariance import estimate_covariance
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.texts import read_texts, token_windows
+from lightedit.estimation import estimate_covariance
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.lm.hooks import capture, stop_after

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
 from benchmarks.values import load_facts
-from lightedit.covariance import Covariance, estimate_covariance
+from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
+from lightedit.estimation import estimate_covariance
 from lightedit.evaluate import evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT, ROME, Method

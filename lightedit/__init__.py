@@ -1,10 +1,11 @@
 """lightedit: edit facts in transformer language models, and be able to ship, undo and trust the edit."""
 
-from lightedit.covariance import Covariance, CovarianceError, estimate_covariance
+from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
+from lightedit.estimation import estimate_covariance
 from lightedit.evaluate import evaluate
 from lightedit.evaluation import Evaluation
 from lightedit.health import Health

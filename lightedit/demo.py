@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightedit.covariance import estimate_covariance
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError
 from lightedit.edit import check_free
+from lightedit.estimation import estimate_covariance
 from lightedit.evaluate import evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT

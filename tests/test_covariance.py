@@ -16,15 +16,10 @@ from lightning import Trainer
 from torch import Tensor
 
 from lightedit import covariance as covariance_module
-from lightedit.covariance import (
-    Covariance,
-    CovarianceError,
-    CovarianceModule,
-    Provenance,
-    SecondMoment,
-    estimate_covariance,
-)
+from lightedit import estimation
+from lightedit.covariance import Covariance, CovarianceError, Provenance
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
+from lightedit.estimation import CovarianceModule, SecondMoment, estimate_covariance
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.lm.weights import LowRankUpdate
@@ -194,7 +189,7 @@ def test_two_processes_sum_to_what_one_collects(lm: LanguageModel, tmp_path: Pat
             import sys
             import torch
             from lightning import Trainer
-            from lightedit.covariance import CovarianceModule
+            from lightedit.estimation import CovarianceModule
             from lightedit.data.texts import TextDataModule
             from tests.test_covariance import LAYERS, SENTENCES, make
 
@@ -523,7 +518,7 @@ def test_cache_spares_a_second_pass_and_grows_by_layers(
     wider = estimate(lm, text=text, layers=[2], cache=True)
     assert sorted(wider.moments) == [1, 2]
     torch.testing.assert_close(wider[1], first[1])
-    monkeypatch.setattr(covariance_module, "token_windows", None)  # whatever reads text now fails
+    monkeypatch.setattr(estimation, "token_windows", None)  # whatever reads text now fails
     again = estimate(lm, text=text, cache=True)
     assert torch.equal(again[2], wider[2])
     for change in ({"sequence_length": 16}, {"tokens": 900}):
