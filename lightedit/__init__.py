@@ -5,11 +5,13 @@ from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.edit import Edit, EditError
-from lightedit.evaluate import Evaluation, evaluate
+from lightedit.evaluate import evaluate
+from lightedit.evaluation import Evaluation
 from lightedit.health import Health
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.module import EditModule
+from lightedit.references import References, read_references, write_references
 from lightedit.report import report
 from lightedit.resume import RoundCheckpoint
 from lightedit.run import edit
@@ -43,6 +45,7 @@ __all__ = [
     "Matrix",
     "Method",
     "MostProbable",
+    "References",
     "ResumeError",
     "RoundCheckpoint",
     "ValueSettings",
@@ -52,7 +55,9 @@ __all__ = [
     "evaluate",
     "evaluate_single",
     "read_facts",
+    "read_references",
     "report",
     "sweep",
     "write_facts",
+    "write_references",
 ]

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 
 import lightedit as le
+from lightedit.data.texts import read_texts
 from lightedit.demo import demo
 from lightedit.edit import check_free
 from lightedit.health import OnLimit
@@ -23,6 +25,7 @@ from lightedit.lm.loading import cache_folder
 from lightedit.methods import METHODS
 from lightedit.module import OnCollision
 from lightedit.ops import NATIVE_STATUS, implementations
+from lightedit.references import read_references, write_references
 from lightedit.retention import check_validation
 from lightedit.run_folder import kept_rounds, remove_run
 from lightedit.sweep.plan import plan
@@ -180,6 +183,10 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     generate: bool = False,
+    compare: bool = False,
+    held_out: Path | None = None,
+    text: str | None = None,
+    references: str | None = None,
     batch_size: int = 64,
     protocol: Literal["model", "single"] = "model",
     method: le.Method | None = None,
@@ -197,6 +204,12 @@ def evaluate(
         limit: take the first facts only.
         out: JSON file for the scores, their intervals and every record.
         generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
+        compare: score the unedited model first, for a column of its own and the metrics that need it, such as retain
+            accuracy.
+        held_out: a file of facts that were not edited, for TRR and ERR.
+        text: a text file or the id of a data set, for perplexity and KL to the unedited model.
+        references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
+            (RS_own). Needs generate.
         batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
         protocol: whether the model is scored as it is (model), or every fact right after method has edited it alone
             into the model (single).
@@ -207,23 +220,41 @@ def evaluate(
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
+    if compare and edit is None:
+        raise ValueError("--compare sets an edit beside the unedited model; give --edit too")
+    if references is not None and not generate:
+        raise ValueError("--references are compared with what the model writes; give --generate true too")
     chosen = le.read_facts(facts, limit)
+    others = [] if held_out is None else le.read_facts(held_out)
+    if text is not None:
+        read_texts(text)  # what is missing is found out before the model is loaded
+    texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     if (protocol == "single") != (method is not None):
         raise ValueError("--protocol single and --method go together: the method that edits each fact alone")
+    if protocol == "single" and (compare or held_out is not None or text is not None):
+        raise ValueError(
+            "--compare, --held_out and --text score one edited model; --protocol single makes one a fact, and compares "
+            "each with the unedited model anyway"
+        )
     model = le.LanguageModel.load(lm, dtype, device)
+    if references == "own":
+        texts = write_references(model, chosen)
+    score = partial(
+        le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts
+    )
+    before = score() if compare else None
     if saved is not None:
         saved.apply(model)
-    moments = None if method is None else _covariance(model, [method], covariance)
-    result = le.evaluate(model, chosen, batch_size, generate=generate)
-    before = None
-    if method is not None and moments is not None:
-        before, result = (
-            result,
-            le.evaluate_single(model, chosen, method, moments, batch_size, facts_per_chunk, generate=generate),
-        )
+    if method is None:
+        result = score(before=before)
+    else:
+        moments = _covariance(model, [method], covariance)
+        before = score()
+        single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
+        result = single(generate=generate, before=before, references=texts)
     print(result.table(before))
     if out is not None:
         result.save(out)

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lightedit.data.facts import Fact
-from lightedit.evaluate import Evaluation
+from lightedit.evaluation import Evaluation
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.tables import write_table

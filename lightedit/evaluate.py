@@ -1,10 +1,7 @@
 """Evaluation: how well a model, as it is now, states edited facts and keeps what is near them."""
 
-import json
-import math
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,96 +9,33 @@ from typing import Any, NamedTuple
 import torch
 
 from lightedit import generation
+from lightedit.comparison import check_same_facts, with_unchanged
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import encode_targets
-from lightedit.files import whole_file
+from lightedit.evaluation import Evaluation
+from lightedit.held_out_text import HeldOutText, held_out_windows
 from lightedit.lm import LanguageModel
 from lightedit.lm.rowwise import RowwiseEdits
-from lightedit.metrics import Generations, PromptScores, RecordScores, TargetScores, edit_metrics, score_targets
+from lightedit.metrics import (
+    Generations,
+    PromptScores,
+    RecordScores,
+    TargetScores,
+    edit_metrics,
+    reported,
+    score_targets,
+)
 from lightedit.metrics.functional import accuracy
-from lightedit.metrics.metrics import METRICS, RECORD_MEANS, EditScore, RecordMean
+from lightedit.metrics.metrics import RECORD_MEANS, EditScore
+from lightedit.metrics.record_mean import RecordMean
 from lightedit.progress import Report, part, progress
+from lightedit.references import References, with_reference_scores
 
 # New tokens of a greedy continuation: room for any answer, and for line ends before it
 _ANSWER_TOKENS = 32
 # Time of drawing one text, and of writing one continuation, in that of scoring one answer, as measured with SmolLM2 on
 # CounterFact; they only serve the progress bar
 _TEXT_COST, _CONTINUATION_COST = 20.0, 7.0
-_UNITS = {"GE": "GE (bits x 100)"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        scores: metric -> value in percent, for those metrics that the facts allow: ES, PS, NS, EM, PM, NM, S,
-            efficacy_accuracy, paraphrase_accuracy, neighborhood_accuracy; and, if texts were generated, GE, which is
-            in bits times 100, and generation_success.
-        intervals: metric -> ends of its 95 % confidence interval, same keys; NaN if only one record counted.
-        records: one per fact, in order: id, subject, prompt, target_new, target_true; the record's own value
-            of each metric that it has, in the same unit; under "efficacy", "paraphrase" and "neighborhood" one
-            value a prompt of nll_wanted and nll_other (mean NLL per token, in nats) and accuracy (share); and, if
-            texts were generated, "generations", a list of texts with their prompts, and "continuation", the greedy
-            one of the fact's own prompt.
-    """
-
-    scores: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    records: list[dict[str, Any]]
-
-    def table(self, before: "Evaluation | None" = None) -> str:
-        """Lay the scores out as aligned text, one metric a line, with half the width of its interval.
-
-        Args:
-            before: an evaluation of the same facts to set beside it, such as the unedited model's.
-        """
-        columns = [self] if before is None else [before, self]
-        heads = ["score"] if before is None else ["before", "after"]
-        names = list(dict.fromkeys(name for column in columns for name in column.scores))
-        lines = [[f"%, {len(self.records)} facts", *heads]]
-        lines += [
-            [_UNITS.get(name, name.replace("_", " ")), *(column._cell(name) for column in columns)] for name in names
-        ]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-        )
-
-    def _cell(self, name: str) -> str:
-        if name not in self.scores:
-            return "-"
-        low, high = self.intervals[name]
-        spread = "" if math.isnan(low) else f" ± {(high - low) / 2:4.1f}"
-        return f"{self.scores[name]:.1f}{spread}"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as one JSON file, which appears complete or not at all; NaN is written as null."""
-        path = Path(path)
-        content = asdict(self)
-        content["intervals"] = {
-            name: [None if math.isnan(end) else end for end in ends] for name, ends in self.intervals.items()
-        }
-        with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(content, file, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file holds something else, or is truncated.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            intervals = {
-                name: (math.nan if low is None else low, math.nan if high is None else high)
-                for name, (low, high) in content["intervals"].items()
-            }
-            return cls(content["scores"], intervals, content["records"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a saved evaluation ({error!r}); evaluate again") from error
 
 
 class _Question(NamedTuple):
@@ -119,6 +53,7 @@ def _questions(fact: Fact) -> dict[str, list[_Question]]:
     questions = {
         "efficacy": [_Question(fact.text, new, true)],
         "paraphrase": [_Question(prompt, new, true) for prompt in fact.paraphrase_prompts],
+        "portability": [_Question(prompt, answer, None) for prompt, answer in fact.portability],
     }
     if right is not None:
         # an answer of its own (zsRE) does not compete with the new target
@@ -208,6 +143,10 @@ def evaluate(
     batch_size: int = 64,
     progress_bar: bool = True,
     generate: bool = False,
+    before: Evaluation | None = None,
+    held_out: Sequence[Fact] = (),
+    text: Sequence[Sequence[int]] | str | Path | None = None,
+    references: References | None = None,
 ) -> Evaluation:
     """Score `lm`, as it is now, on facts.
 
@@ -220,7 +159,8 @@ def evaluate(
     If texts are generated, GE is the mean entropy of those drawn after the fact's generation prompts (its own text and
     paraphrases, if it has none), 100 tokens with the prompt at most; a prompt that is given several times is continued
     once and counts as often. generation_success is the share of facts whose target begins the greedy continuation of
-    their text. See `lightedit.generation.generate`.
+    their text. See `lightedit.generation.generate`. RS is the likeness of all texts drawn for a fact to its
+    `references` (see `lightedit.references`).
 
     Args:
         lm: the model.
@@ -228,31 +168,81 @@ def evaluate(
         batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
         progress_bar: show progress and the time left on standard error.
         generate: let the model write, too; several times the time of scoring alone.
+        before: the unedited model's evaluation of the same facts, for KnowledgeEditor's metrics: retain accuracy,
+            and with it success rate and equivalence accuracy.
+        held_out: facts that were not edited, for GRACE's metrics: TRR is the accuracy of their right answers
+            (`target_true`, or else `target_new`), ERR that of `facts`, which then are all that were written so far.
+        text: held-out text for perplexity and for KL(now || unedited) of the next token: token windows, a `.txt` file
+            or a data set (see `read_texts`), of which 2048 tokens are taken.
+        references: texts for RS; needs `generate`.
 
     Raises:
         FactError: there are no facts, or an answer cannot be tokenised.
+        ValueError: `before` is of other facts, `text` is too short, or `references` come without `generate`.
+        FileNotFoundError: there is no such text file.
         FloatingPointError: a score is NaN or infinite.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
+    check_comparison(facts, generate, before, references)
+    windows = None if text is None else held_out_windows(lm, text)
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
         records = score_facts(lm, facts, batch_size, report, generate)
-    return summarize(facts, records)
+    kept = []
+    if held_out:
+        with progress(f"scoring {len(held_out)} held-out facts", progress_bar) as report:
+            answered = [_rightly(fact) for fact in held_out]
+            kept = [RecordScores(held_out=record.efficacy) for record in score_facts(lm, answered, batch_size, report)]
+    found = summarize(facts, records, before, references, kept)
+    return found if windows is None else _with_text_scores(found, lm, windows)
 
 
-def summarize(facts: Sequence[Fact], records: Sequence[RecordScores]) -> Evaluation:
-    """Average the scores of `facts`, one record each; see `evaluate`."""
+def check_comparison(
+    facts: Sequence[Fact], generate: bool, before: Evaluation | None, references: References | None
+) -> None:
+    """Raise ValueError unless scores of `facts` can be compared with these; see `evaluate`."""
+    if references is not None and not generate:
+        raise ValueError("references are compared with what the model writes; pass generate=True too")
+    if before is not None:
+        check_same_facts(facts, before.records)
+
+
+def summarize(
+    facts: Sequence[Fact],
+    records: Sequence[RecordScores],
+    before: Evaluation | None = None,
+    references: References | None = None,
+    held_out: Sequence[RecordScores] = (),
+) -> Evaluation:
+    """Average the scores of `facts`, one record each, and those of held-out facts; see `evaluate`."""
+    if before is not None:
+        records = with_unchanged(records, before.records)
+    if references is not None:
+        records = with_reference_scores(facts, records, references)
     metrics = edit_metrics(sync_on_compute=False)  # these facts are evaluated by this process alone
-    metrics.update(records)
-    scores, intervals = {}, {}
-    for name in (kind.name for kind in METRICS):
+    metrics.update([*records, *held_out])
+    scores = reported(metrics.compute())
+    intervals = {}
+    for name in scores:
         metric = metrics[name]
         assert isinstance(metric, RecordMean | EditScore)
-        value = metric.compute().item()
-        if not math.isnan(value):
-            low, high = metric.interval().tolist()
-            scores[name], intervals[name] = value, (low, high)
-    return Evaluation(scores, intervals, [_as_dict(fact, record) for fact, record in zip(facts, records, strict=True)])
+        low, high = metric.interval().tolist()
+        intervals[name] = (low, high)
+    entries = [_as_dict(fact, record, scores) for fact, record in zip(facts, records, strict=True)]
+    return Evaluation(scores, intervals, entries)
+
+
+def _rightly(fact: Fact) -> Fact:
+    """A held-out fact's own prompt with the answer that was right before any edit as the one wanted."""
+    right, wrong = (fact.target_new, None) if fact.target_true is None else (fact.target_true, fact.target_new)
+    return Fact(fact.prompt, fact.subject, right, wrong)
+
+
+def _with_text_scores(found: Evaluation, lm: LanguageModel, windows: Sequence[Sequence[int]]) -> Evaluation:
+    with lm.weights.unedited():
+        text = HeldOutText(lm, windows)
+    values, ends = text.perplexity_and_kl()
+    return replace(found, scores=found.scores | values, intervals=found.intervals | ends)
 
 
 def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], whole: bool) -> PromptScores:
@@ -262,19 +252,24 @@ def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], w
         nll=scored.nll[wanted],
         nll_other=scored.nll[others] if others else None,
         accuracy=accuracy(shares) if whole else shares,
+        predicted=tuple(scored.predicted[index] for index in wanted),
     )
 
 
-def _as_dict(fact: Fact, record: RecordScores) -> dict[str, Any]:
+def _as_dict(fact: Fact, record: RecordScores, names: Collection[str]) -> dict[str, Any]:
     fields = ("id", "subject", "prompt", "target_new", "target_true")
     result: dict[str, Any] = {field: getattr(fact, field) for field in fields}
     for metric in RECORD_MEANS:
-        if (value := metric.of(record)) is not None:
+        if metric.name in names and (value := metric.of(record)) is not None:
             result[metric.name] = 100 * value
-    for kind in ("efficacy", "paraphrase", "neighborhood"):
+    for kind in ("efficacy", "paraphrase", "neighborhood", "portability"):
         scores: PromptScores | None = getattr(record, kind)
         if scores is not None:
-            result[kind] = {"nll_wanted": scores.nll.tolist(), "accuracy": scores.accuracy.tolist()}
+            result[kind] = {
+                "nll_wanted": scores.nll.tolist(),
+                "accuracy": scores.accuracy.tolist(),
+                "predicted": [list(tokens) for tokens in scores.predicted],
+            }
             if scores.nll_other is not None:
                 result[kind]["nll_other"] = scores.nll_other.tolist()
     if record.generations is not None:

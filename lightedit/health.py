@@ -1,27 +1,21 @@
 """Health of a model that is edited round after round: how far it drifts from the unedited one, and when to stop."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from lightedit.data.texts import read_texts, token_windows, write_texts
-from lightedit.lm import LanguageModel
-from lightedit.lm.batch import pad
+from lightedit.data.texts import read_texts
+from lightedit.held_out_text import HeldOutText, held_out_windows
 from lightedit.module import EditModule
 from lightedit.tables import log_folder, read_table, write_table
 
 OnLimit = Literal["stop", "roll_back"]
 
 _FILE = "health.csv"
-_TOKENS, _LENGTH = 2048, 128  # of text in all, and of one window
-_SEED = 1  # of the model's own writing; another than that of the covariance, so that this text is held out from it
-_POSITIONS = 256  # where distributions are compared: 256 x 128k tokens of vocabulary are 131 MB
-_PASS_TOKENS, _ROWS = 1024, 128  # tokens of a forward pass, and positions whose logits exist at one time, at most
 
 
 class Health(Callback):
@@ -81,7 +75,7 @@ class Health(Callback):
         self.folder = None if folder is None else Path(folder)
         self.records: list[dict[str, Any]] = []
         self.reason: str | None = None
-        self._text: _HeldOutText | None = None
+        self._text: HeldOutText | None = None
         self._resumed = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -89,7 +83,7 @@ class Health(Callback):
             raise TypeError(f"Health watches an EditModule, got {type(module).__name__}")
         self._resumed, self.records, self.reason = False, [], None
         with module.lm.weights.unedited():
-            self._text = _HeldOutText(module.lm, self._windows(module.lm))
+            self._text = HeldOutText(module.lm, held_out_windows(module.lm, self.texts))
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._resumed:
@@ -109,19 +103,6 @@ class Health(Callback):
 
     def _folder(self, trainer: Trainer) -> Path | None:
         return self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
-
-    def _windows(self, lm: LanguageModel) -> list[list[int]]:
-        longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
-        if self.texts is None:
-            return write_texts(lm, _TOKENS, min(_LENGTH, longest), _SEED, progress_bar=False)
-        if isinstance(self.texts, str | Path):
-            windows = token_windows(lm, read_texts(self.texts), _TOKENS, min(_LENGTH, longest))
-        else:
-            windows = [list(window) for window in self.texts]
-        windows = [window for window in windows if len(window) > 1]  # nothing follows a single token
-        if not windows:
-            raise ValueError("the health text has no window of two tokens or more; give a longer text")
-        return windows
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         # before the module's own hook, which then validates what stays
@@ -179,57 +160,6 @@ class Health(Callback):
         self.reason = f"stopped in round {round_}, which {kept}: {passed}; {len(module.edit.facts)} facts are written"
         module.edit.provenance["stopped"] = self.reason
         warnings.warn(self.reason, stacklevel=1)
-
-
-class _HeldOutText:
-    """Windows of text, and what the model says about them when this is made.
-
-    Attributes:
-        nll: mean negative log-likelihood of each token given those before it in its window, in nats.
-    """
-
-    def __init__(self, lm: LanguageModel, windows: Sequence[Sequence[int]]) -> None:
-        self.lm, self.windows = lm, windows
-        count = sum(len(window) - 1 for window in windows)
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_POSITIONS]
-        self._sampled = torch.zeros(count, dtype=torch.bool).index_fill(0, chosen, True)
-        self._reference: list[Tensor] = []  # log-probabilities at the sampled positions, part by part, on the CPU
-        nll = 0.0
-        for log_probs, following, sampled in self._parts():
-            nll += _nll(log_probs, following)
-            self._reference.append(log_probs[sampled].cpu())
-        self.nll = nll / count
-
-    def measure(self) -> tuple[float, float]:
-        """Mean NLL per token, and KL(now || then) of the next token at the sampled positions, both in nats."""
-        nll = kl = 0.0
-        for (log_probs, following, sampled), reference in zip(self._parts(), self._reference, strict=True):
-            nll += _nll(log_probs, following)
-            now = log_probs[sampled].double()
-            kl += float((now.exp() * (now - reference.to(now))).sum())
-        return nll / len(self._sampled), kl / int(self._sampled.sum())
-
-    @torch.no_grad()
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(log-probabilities [n, vocabulary], the tokens that follow [n], whether sampled [n]) of all positions."""
-        rows = max(1, _PASS_TOKENS // max(map(len, self.windows)))
-        done = 0
-        for start in range(0, len(self.windows), rows):
-            batch = pad(self.windows[start : start + rows], self.lm.pad_id)
-            at_row, at_position = batch.mask[:, 1:].nonzero(as_tuple=True)  # where another token follows
-            with self.lm.before_head(len(batch.ids), (at_row, at_position)) as states:
-                self.lm.forward(batch)
-            following = batch.ids[at_row, at_position + 1]
-            for hidden, tokens in zip(states[0].split(_ROWS), following.split(_ROWS), strict=True):
-                log_probs = self.lm.head.log_probs(hidden)
-                sampled = self._sampled[done : done + len(tokens)]
-                yield log_probs, tokens.to(log_probs.device), sampled.to(log_probs.device)
-                done += len(tokens)
-
-
-def _nll(log_probs: Tensor, following: Tensor) -> float:
-    """The sum of -log p over the tokens that follow."""
-    return -float(log_probs.gather(1, following[:, None]).double().sum())
 
 
 def _exp(value: float) -> float:

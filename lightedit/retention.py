@@ -1,6 +1,5 @@
 """Retention: how well the facts of each round are still stated after later rounds."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 from torchmetrics import MetricCollection
 
-from lightedit.metrics import RecordScores, edit_metrics
-from lightedit.metrics.metrics import METRICS
+from lightedit.metrics import RecordScores, edit_metrics, reported
 
 FILE = "retention.csv"
 _CURVES = 10  # rounds up to which each has a curve of its own in the loggers
@@ -39,9 +37,7 @@ class RetentionScores:
 
 def defined(metrics: MetricCollection) -> dict[str, float]:
     """The values of those metrics that the facts allow, in the order in which they are reported."""
-    values = metrics.compute()  # sorted by name
-    ordered = {metric.name: float(values[metric.name]) for metric in METRICS}
-    return {name: value for name, value in ordered.items() if not math.isnan(value)}
+    return reported(metrics.compute())
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

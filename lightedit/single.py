@@ -14,11 +14,13 @@ from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.data.prompts import tokenize_facts
-from lightedit.evaluate import Evaluation, score_facts, summarize
+from lightedit.evaluate import check_comparison, score_facts, summarize
+from lightedit.evaluation import Evaluation
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.metrics import RecordScores
 from lightedit.progress import progress
+from lightedit.references import References
 from lightedit.update import separate_updates
 from lightedit.values import optimize_values
 
@@ -33,6 +35,8 @@ def evaluate_single(
     progress_bar: bool = True,
     generate: bool = False,
     targets: Mapping[int, Tensor] | None = None,
+    before: Evaluation | None = None,
+    references: References | None = None,
 ) -> Evaluation:
     """Score each fact right after it alone is edited into `lm`, which stays as it is.
 
@@ -49,14 +53,18 @@ def evaluate_single(
         progress_bar: show progress and the time left on standard error.
         generate: let the edited models write, too; see `evaluate`.
         targets: fact's index -> value at the method's site, [d], or [2 d] for two sites, where it is known.
+        before: `lm`'s evaluation of the same facts, for KnowledgeEditor's metrics; see `evaluate`.
+        references: texts for RS; needs `generate`.
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
+        ValueError: `before` is of other facts, or `references` come without `generate`.
         CovarianceError: a covariance of another model or other matrices, or one that cannot be solved with.
         FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to edit")
+    check_comparison(facts, generate, before, references)
     lm.check_layers(method.layers)
     preservation = method.factors(lm, covariance)
     prompts = tokenize_facts(lm.tokenizer, facts, method.contexts.sample(lm))
@@ -75,4 +83,4 @@ def evaluate_single(
             scored = score_facts(lm, [facts[index] for index in chunk], batch_size, generate=generate, edits=edits)
             records.update(zip(chunk, scored, strict=True))
             report(len(records), len(facts))
-    return summarize(facts, [records[index] for index in range(len(facts))])
+    return summarize(facts, [records[index] for index in range(len(facts))], before, references)

@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from torch.nn import functional as F
 
 import lightedit as le
-from lightedit.health import _POSITIONS
+from lightedit.held_out_text import POSITIONS
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_module import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state
 
@@ -114,12 +114,12 @@ def test_text_may_be_a_file_or_the_models_own_and_only_some_positions_are_compar
     assert own.records[0]["perplexity"] == pytest.approx(perplexity(lm, windows), rel=1e-4)
     for health in (from_file, own):
         held = torch.cat(health._text._reference)
-        assert held.shape == (_POSITIONS, lm.model.config.vocab_size) and held.dtype == torch.float32
+        assert held.shape == (POSITIONS, lm.model.config.vocab_size) and held.dtype == torch.float32
         edited = torch.cat([distributions(lm, window)[:-1] for window in health._text.windows])
         with lm.weights.unedited():
             before = torch.cat([distributions(lm, window)[:-1] for window in health._text.windows])
         sampled = health._text._sampled
-        expected = F.kl_div(before[sampled], edited[sampled], log_target=True, reduction="sum") / _POSITIONS
+        expected = F.kl_div(before[sampled], edited[sampled], log_target=True, reduction="sum") / POSITIONS
         assert health.records[0]["kl"] == pytest.approx(float(expected), rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny model in a folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,13 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
     assert "before" in printed and "after" in printed
     lm = le.LanguageModel.load("model")
     method = le.MEMIT(layers=(1, 2), lambda_=10.0, values=le.ValueSettings(steps=3))
-    expected = le.evaluate_single(lm, FACTS, method, le.Covariance.load("stats"), progress_bar=False)
+    stats, before = le.Covariance.load("stats"), le.evaluate(lm, FACTS, progress_bar=False)
+    expected = le.evaluate_single(lm, FACTS, method, stats, progress_bar=False, before=before)
+    assert "retain_accuracy" in expected.scores
     assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
     assert "--protocol single and --method go together" in fails(capsys, arguments)
     assert "--protocol single and --method go together" in fails(capsys, [*arguments[:5], *QUICK])
+    assert "one edited model" in fails(capsys, [*arguments, *QUICK, "--text", "text.txt"])
 
 
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +86,28 @@ def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.Ca
         assert len(record["generations"]) == 1 + len(fact.paraphrase_prompts)
     main(arguments)
     assert "GE" not in capsys.readouterr().out
+
+
+def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = [replace(fact, attribute_prompts=("Spain is in", "The king is in")) for fact in FACTS]
+    le.write_facts("facts.jsonl", facts[:2])
+    le.write_facts("others.jsonl", facts[2:])
+    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--evaluate", "false", "--out", "edits/first"])
+    capsys.readouterr()
+    main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "edits/first", "--out", "scores.json",
+          "--compare", "true", "--held_out", "others.jsonl", "--text", "text.txt", "--generate", "true",
+          "--references", "own"])  # fmt: skip
+    lm = le.LanguageModel.load("model")
+    references = le.write_references(lm, facts[:2], progress_bar=False)
+    more = {"held_out": facts[2:], "text": "text.txt", "references": references, "generate": True}
+    before = le.evaluate(lm, facts[:2], progress_bar=False, **more)
+    le.Edit.load("edits/first").apply(lm)
+    expected = le.evaluate(lm, facts[:2], progress_bar=False, before=before, **more)
+    names = {"success_rate", "retain_accuracy", "equivalence_accuracy", "ERR", "TRR", "RS_own", "perplexity", "kl"}
+    assert names <= set(expected.scores) and expected.scores["kl"] > 0 == before.scores["kl"]
+    assert le.Evaluation.load("scores.json").scores == pytest.approx(expected.scores)
+    printed = capsys.readouterr().out
+    assert "before" in printed and "KL (nats per token)" in printed and "RS (own references)" in printed
 
 
 def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
@@ -159,6 +185,12 @@ def edit(*changes: str) -> list[str]:
         (edit("--health_text", "missing.txt"), "missing.txt"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true"], "--edit"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "missing.json"], "missing.json"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--text", "missing.txt"], "missing.txt"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--references", "own"], "--generate"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--generate", "true", "--references", "text.txt"],
+         "text.txt does not hold reference texts"),
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
         (["covariance", "--lm", "model", "--layers", "[1]", "--text", "missing.txt", "--out", "stats"], "missing.txt"),
         (["covariance", "--lm", "model", "--layers", "[1]", "--tokens", "3", "--out", "stats"], "3 tokens"),

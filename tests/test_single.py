@@ -44,8 +44,9 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
         for name, value in expected.items():
             if isinstance(value, dict):
                 assert record[name].keys() == value.keys()
-                for of_prompts, numbers in value.items():
-                    assert record[name][of_prompts] == pytest.approx(numbers, rel=1e-4, abs=1e-4)
+                assert record[name]["predicted"] == value["predicted"]
+                for of_prompts in value.keys() - {"predicted"}:
+                    assert record[name][of_prompts] == pytest.approx(value[of_prompts], rel=1e-4, abs=1e-4)
             else:
                 assert record[name] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value)
 
@@ -59,6 +60,22 @@ def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.
     assert_equal_to_the_loop(lm, method, found)
     for record, other in zip(found.records, unedited.records, strict=True):
         assert record["efficacy"]["nll_wanted"][0] < other["efficacy"]["nll_wanted"][0] - 0.02
+
+
+def test_each_edit_is_compared_with_the_model_that_it_starts_from(lm: le.LanguageModel) -> None:
+    facts = [replace(fact, neighborhood_prompts=(*fact.neighborhood_prompts, "The king is in")) for fact in FACTS]
+    method, before = METHODS["MEMIT"], le.evaluate(lm, facts, progress_bar=False)
+    found = le.evaluate_single(lm, facts, method, covariance_of(lm), progress_bar=False, before=before)
+    expected = []
+    for index, fact in enumerate(facts):
+        edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
+        alone = replace(before, records=before.records[index : index + 1])
+        expected.append(le.evaluate(lm, [fact], progress_bar=False, before=alone).scores["retain_accuracy"])
+        edit.revert(lm)
+    assert [record["retain_accuracy"] for record in found.records] == expected
+    assert 0 < found.scores["retain_accuracy"] < 100 and "success_rate" in found.scores
+    with pytest.raises(ValueError, match="before: it evaluated"):
+        le.evaluate_single(lm, facts[:1], method, covariance_of(lm), before=before)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "opt"])

@@ -12,7 +12,7 @@ from typing import Any, Self
 from lightedit.files import whole_file
 
 _PROMPT_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
-_OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id")
+_OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id", "target_id")
 
 
 class FactError(ValueError):
@@ -41,6 +41,8 @@ class Fact:
         generation_prompts: complete texts to continue freely.
         relation: name of the relation in its data set.
         id: name of the record in its data set.
+        target_id: name of `target_new` in its data set, by which its reference texts are found.
+        portability: (complete text, right answer) pairs, whose answers follow from the new target in a further step.
 
     Raises:
         FactError: a field has the wrong type or a value that cannot be edited or scored.
@@ -57,6 +59,8 @@ class Fact:
     generation_prompts: tuple[str, ...] = ()
     relation: str | None = None
     id: str | None = None
+    target_id: str | None = None
+    portability: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt", "subject", "target_new"):
@@ -66,6 +70,7 @@ class Fact:
                 _check_text(field, getattr(self, field))
         for field in _PROMPT_LISTS:
             object.__setattr__(self, field, _as_prompts(field, getattr(self, field)))
+        object.__setattr__(self, "portability", _as_questions("portability", self.portability))
 
         slots = self.prompt.count("{}")
         if slots != 1:
@@ -127,6 +132,19 @@ def _as_prompts(field: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _as_questions(field: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise FactError(f"{field}: expected a list of [text, answer], got {value!r}")
+    for pair in value:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise FactError(f"{field}: expected [text, answer], got {pair!r}")
+        for text in pair:
+            _check_text(field, text)
+        if pair[1] != pair[1].strip():
+            raise FactError(f"{field}: the answer {pair[1]!r} begins or ends with whitespace; remove it")
+    return tuple((prompt, answer) for prompt, answer in value)
+
+
 def _get(record: dict[str, Any], path: str, kind: type) -> Any:
     """Value at a dotted path of a nested record; texts are stripped."""
     value: Any = record
@@ -160,8 +178,17 @@ def _from_counterfact(record: dict[str, Any], number: int) -> Fact:
         target_true=_get(record, "requested_rewrite.target_true.str", str),
         relation=record["requested_rewrite"].get("relation_id"),
         id=str(record.get("case_id", number)),
+        target_id=record["requested_rewrite"]["target_new"].get("id"),
+        portability=_one_hop(record),
         **{field: record.get(field, ()) for field in _PROMPT_LISTS},
     )
+
+
+def _one_hop(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The question that Yao et al. (2023, arXiv 2305.13172) add to a record of CounterFact, if they do."""
+    if "portability" not in record:
+        return ()
+    return ((_get(record, "portability.New Question", str), _get(record, "portability.New Answer", str)),)
 
 
 def _from_counterfact_flat(record: dict[str, Any], number: int) -> Fact:
@@ -261,11 +288,13 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
 
     A file ending in `.json` holds a list of records, any other holds one JSON record a line. Formats:
 
-    - `counterfact`: the nested records of CounterFact (Meng et al., 2022), with `requested_rewrite`;
+    - `counterfact`: the nested records of CounterFact (Meng et al., 2022), with `requested_rewrite`, and the question
+      about portability that Yao et al. (2023) add;
     - `counterfact_flat`: `prompt` (subject filled in), `subject`, `target_new`, `ground_truth`,
       `locality_prompt`, `locality_ground_truth`;
     - `zsre`: the records of MEND (Mitchell et al., 2022): `src`, `rephrase`, `subject`, `answers`, `loc`,
-      `loc_ans`. The first answer is written, as in MEMIT's evaluation;
+      `loc_ans`. The first answer is written, as in MEMIT's evaluation; questions about portability, which follow from
+      `alt`, are left out;
     - `jsonl`: `Fact`'s own field names, as `write_facts` writes them.
 
     Args:

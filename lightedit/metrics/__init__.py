@@ -1,40 +1,57 @@
 """Metrics of knowledge editing."""
 
+from lightedit.metrics.accuracies import (
+    EditRetention,
+    EfficacyAccuracy,
+    EquivalenceAccuracy,
+    HeldOutRetention,
+    NeighborhoodAccuracy,
+    ParaphraseAccuracy,
+    PortabilityAccuracy,
+    RetainAccuracy,
+    SuccessRate,
+)
+from lightedit.metrics.generated import GenerationEntropy, GenerationSuccess, OwnReferenceScore, ReferenceScore
 from lightedit.metrics.metrics import (
     EditScore,
-    EfficacyAccuracy,
     EfficacyMagnitude,
     EfficacyScore,
-    GenerationEntropy,
-    GenerationSuccess,
-    NeighborhoodAccuracy,
     NeighborhoodMagnitude,
     NeighborhoodScore,
-    ParaphraseAccuracy,
     ParaphraseMagnitude,
     ParaphraseScore,
     edit_metrics,
+    reported,
 )
 from lightedit.metrics.records import Generations, PromptScores, RecordScores
 from lightedit.metrics.scoring import TargetScores, score_targets
 
 __all__ = [
+    "EditRetention",
     "EditScore",
     "EfficacyAccuracy",
     "EfficacyMagnitude",
     "EfficacyScore",
+    "EquivalenceAccuracy",
     "GenerationEntropy",
     "GenerationSuccess",
     "Generations",
+    "HeldOutRetention",
     "NeighborhoodAccuracy",
     "NeighborhoodMagnitude",
     "NeighborhoodScore",
+    "OwnReferenceScore",
     "ParaphraseAccuracy",
     "ParaphraseMagnitude",
     "ParaphraseScore",
+    "PortabilityAccuracy",
     "PromptScores",
     "RecordScores",
+    "ReferenceScore",
+    "RetainAccuracy",
+    "SuccessRate",
     "TargetScores",
     "edit_metrics",
+    "reported",
     "score_targets",
 ]

@@ -6,10 +6,11 @@ in nats. The *wanted* answer is the new target on the fact's own prompt and its 
 neighbourhood.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # Combining marks are spelled out: after normalisation é is e and a mark, which \w leaves out
 _WORD = re.compile(r"[\w\u0300-\u036f]+(?:[-'’.,][\w\u0300-\u036f]+)*|[^\w\s]")
+_TERM = re.compile(r"\b\w\w+\b")
 
 
 def success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
@@ -90,18 +92,97 @@ def edit_score_interval(records: Tensor, resamples: int = 1000, seed: int = 0) -
     Returns:
         [2]: lower and upper end; NaN for fewer than two records or if S is NaN.
     """
-    n = len(records)
-    if n < 2 or edit_score(records).isnan():
+    if edit_score(records).isnan():
         return torch.full((2,), torch.nan, dtype=torch.float64)
     present = ~records.isnan()
     outcomes = torch.cat([records.nan_to_num(0.0).double(), present.double()], dim=1)  # [n, 6]
+    return bootstrap_interval(outcomes, lambda sums: harmonic_mean(sums[:, :3] / sums[:, 3:]), resamples, seed)
+
+
+def bootstrap_interval(
+    records: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 1000, seed: int = 0
+) -> Tensor:
+    """95 % confidence interval of a statistic of sums over records, by drawing records with replacement.
+
+    The percentile bootstrap; for what is no mean over records, such as a harmonic mean or a ratio.
+
+    Args:
+        records: [n, k]; their order does not matter.
+        statistic: sums over n drawn records [resamples, k] -> [resamples].
+        resamples: how many times n records are drawn.
+        seed: of the drawing.
+
+    Returns:
+        [2]: lower and upper end; NaN for fewer than two records.
+    """
+    n = len(records)
+    if n < 2:
+        return torch.full((2,), torch.nan, dtype=torch.float64)
     # sorted, so that the records' order, which differs with the number of processes, has no say
-    distinct, repeats = outcomes.cpu().unique(dim=0, return_counts=True)
+    distinct, repeats = records.double().cpu().unique(dim=0, return_counts=True)
     shares = (repeats.double() / n).numpy()
     counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    sums = torch.from_numpy(counts).double() @ distinct  # [resamples, 6]
-    scores = harmonic_mean(sums[:, :3] / sums[:, 3:])
-    return scores.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    found = statistic(torch.from_numpy(counts).double() @ distinct)
+    return found.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+
+
+def unchanged(predicted: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> Tensor:
+    """1 where all tokens predicted for an answer are those that were predicted before an edit, else 0; [n] float64.
+
+    >>> unchanged([[5, 7], [5]], [[5, 7], [6]])
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    same = [list(now) == list(then) for now, then in zip(predicted, before, strict=True)]
+    return torch.tensor(same, dtype=torch.float64)
+
+
+def inverse_document_frequencies(documents: Sequence[str]) -> dict[str, float]:
+    """How rare each term is: ln((1 + n) / (1 + d)) + 1 for a term that occurs in d of n documents.
+
+    Terms are runs of two letters, digits or underscores or more, in lower case. This is scikit-learn's
+    `TfidfVectorizer` as it comes, which the code published with ROME fits to all its reference texts.
+    """
+    found = Counter(term for document in documents for term in set(_terms(document)))
+    return {term: math.log((1 + len(documents)) / (1 + count)) + 1 for term, count in found.items()}
+
+
+def reference_score(
+    texts: Sequence[str], references: Sequence[str], frequencies: Mapping[str, float] | None = None
+) -> Tensor:
+    """How alike each text and its reference are in their words: the cosine of their TF-IDF vectors.
+
+    A term's entry is how often it occurs times its inverse document frequency; terms that have none do not count
+    (Meng et al., 2022, arXiv 2202.05262).
+
+    Args:
+        texts: n texts, each all that is to be compared, joined.
+        references: n texts, likewise.
+        frequencies: term -> inverse document frequency; None finds them in `references`, each one document.
+
+    Returns:
+        [n] float64 in [0, 1]; 0 where a text has no term that counts.
+
+    >>> reference_score(["Rome is old"], ["Rome is in Italy"])  # 2 / sqrt(2 * 4): "old" is in no reference
+    tensor([0.7071], dtype=torch.float64)
+    """
+    weights = inverse_document_frequencies(references) if frequencies is None else frequencies
+    found = [_cosine(*(_vector(text, weights) for text in pair)) for pair in zip(texts, references, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _terms(text: str) -> list[str]:
+    return _TERM.findall(text.lower())
+
+
+def _vector(text: str, weights: Mapping[str, float]) -> dict[str, float]:
+    return {term: count * weights[term] for term, count in Counter(_terms(text)).items() if term in weights}
+
+
+def _cosine(left: Mapping[str, float], right: Mapping[str, float]) -> float:
+    if not left or not right:
+        return 0.0
+    product = math.fsum(value * right[term] for term, value in left.items() if term in right)
+    return product / (math.hypot(*left.values()) * math.hypot(*right.values()))
 
 
 def generation_entropy(texts: Sequence[str]) -> Tensor:

@@ -1,13 +1,13 @@
 """The metrics of knowledge editing as torchmetrics `Metric`s, exact under several processes.
 
 All take the same update, a sequence of `RecordScores`, so they live in one collection (`edit_metrics`).
-Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229). Values are in percent, but for
-generation entropy.
+Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229) where no other source is named.
+Values are in percent, but for generation entropy. Every metric but S is a mean over records, and its 95 % interval
+the mean ± 1.96 standard errors; that of S is bootstrapped over records.
 """
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,60 +15,20 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightedit.metrics import functional
-from lightedit.metrics.records import Generations, PromptScores, RecordScores
-
-
-class RecordMean(Metric):
-    """Mean over records of a value that is a mean over a record's prompts, times 100.
-
-    Records without prompts of the metric's kind, or without what its value needs, do not count.
-
-    Attributes:
-        name: its short name in papers, and its key in a collection.
-        prompts: the field of `RecordScores` that it reads.
-    """
-
-    name: ClassVar[str]
-    prompts: ClassVar[Literal["efficacy", "paraphrase", "neighborhood", "generations"]]
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # The sum of values, of their squares, and their number. Its name differs between metrics because a
-        # MetricCollection takes metrics whose states have equal names, and equal values at first, for one.
-        self._sums = f"sums_{self.name}"
-        self.add_state(self._sums, torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-
-    @staticmethod
-    @abstractmethod
-    def values(scores: Any) -> Tensor | None:
-        """The value on each prompt, [n]; None if the scores, of the kind that `prompts` names, do not allow it."""
-
-    @classmethod
-    def of(cls, record: RecordScores) -> float | None:
-        """A record's own value, not in percent; None if it has none."""
-        scores = getattr(record, cls.prompts)
-        values = None if scores is None else cls.values(scores)
-        return None if values is None else values.double().mean().item()
-
-    def update(self, records: Sequence[RecordScores]) -> None:
-        """Add records."""
-        found = [value for record in records if (value := self.of(record)) is not None]
-        values = torch.tensor(found, dtype=torch.float64, device=self.device)
-        sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(found))])
-        setattr(self, self._sums, getattr(self, self._sums) + sums)
-
-    def compute(self) -> Tensor:
-        """The mean, a float64 scalar; NaN if no record counted."""
-        total, _, count = getattr(self, self._sums).unbind()
-        return 100 * total / count
-
-    def interval(self) -> Tensor:
-        """Ends of the mean's 95 % confidence interval, [2]; see `functional.mean_interval`."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return 100 * functional.mean_interval(getattr(self, self._sums))
+from lightedit.metrics.accuracies import (
+    EditRetention,
+    EfficacyAccuracy,
+    EquivalenceAccuracy,
+    HeldOutRetention,
+    NeighborhoodAccuracy,
+    ParaphraseAccuracy,
+    PortabilityAccuracy,
+    RetainAccuracy,
+    SuccessRate,
+)
+from lightedit.metrics.generated import GenerationEntropy, GenerationSuccess, OwnReferenceScore, ReferenceScore
+from lightedit.metrics.record_mean import RecordMean
+from lightedit.metrics.records import PromptScores, RecordScores
 
 
 class _Success(RecordMean):
@@ -81,12 +41,6 @@ class _Magnitude(RecordMean):
     @staticmethod
     def values(scores: PromptScores) -> Tensor | None:
         return None if scores.nll_other is None else functional.magnitude(scores.nll, scores.nll_other)
-
-
-class _Accuracy(RecordMean):
-    @staticmethod
-    def values(scores: PromptScores) -> Tensor | None:
-        return scores.accuracy
 
 
 class EfficacyScore(_Success):
@@ -146,63 +100,6 @@ class NeighborhoodMagnitude(_Magnitude):
     prompts = "neighborhood"
 
 
-class EfficacyAccuracy(_Accuracy):
-    """How often the new target is what the model says on the fact's own prompt, teacher-forced."""
-
-    name = "efficacy_accuracy"
-    prompts = "efficacy"
-
-
-class ParaphraseAccuracy(_Accuracy):
-    """How often the new target is what the model says on paraphrases, teacher-forced."""
-
-    name = "paraphrase_accuracy"
-    prompts = "paraphrase"
-
-
-class NeighborhoodAccuracy(_Accuracy):
-    """How often the true answer is what the model says on prompts about other subjects, teacher-forced."""
-
-    name = "neighborhood_accuracy"
-    prompts = "neighborhood"
-
-
-class GenerationEntropy(RecordMean):
-    """GE: how varied the texts are that the model draws, in bits times 100, as papers give it.
-
-    A model that falls into repetition has a low one. See `functional.generation_entropy`.
-
-    >>> one = PromptScores(torch.tensor([0.2]), torch.tensor([1.5]), torch.tensor([1.0]))
-    >>> metric = GenerationEntropy()
-    >>> metric.update([RecordScores(one, generations=Generations(("to be or not to be",), " Rome", "Rome"))])
-    >>> round(metric.compute().item(), 2)
-    197.4
-    """
-
-    name = "GE"
-    prompts = "generations"
-
-    @staticmethod
-    def values(scores: Generations) -> Tensor | None:
-        """The entropy of each text, [n] bits."""
-        return functional.generation_entropy(scores.texts)
-
-
-class GenerationSuccess(RecordMean):
-    """How often the model, writing greedily, continues the fact's own prompt with the new target.
-
-    The share of facts that it states by itself; the efficacy metrics show it the target or count token by token.
-    """
-
-    name = "generation_success"
-    prompts = "generations"
-
-    @staticmethod
-    def values(scores: Generations) -> Tensor | None:
-        """Whether the continuation begins with the target, [1]."""
-        return functional.generation_success([scores.continuation], [scores.target])
-
-
 class EditScore(Metric):
     """S: the harmonic mean of ES, PS and NS, in percent.
 
@@ -230,8 +127,10 @@ class EditScore(Metric):
 
     def update(self, records: Sequence[RecordScores]) -> None:
         """Add records."""
-        found = [part.of(record) for record in records for part in self.parts]
-        values = [torch.nan if value is None else value for value in found]
+        found = [[part.of(record) for part in self.parts] for record in records]
+        # a record that has none of them does not count, and the bootstrap does not draw it
+        counted = [row for row in found if any(value is not None for value in row)]
+        values = [torch.nan if value is None else value for row in counted for value in row]
         self.outcomes.append(torch.tensor(values, dtype=torch.float64, device=self.device))
 
     def compute(self) -> Tensor:
@@ -248,7 +147,7 @@ class EditScore(Metric):
         return outcomes.view(-1, len(self.parts))
 
 
-RECORD_MEANS: tuple[type[RecordMean], ...] = (
+METRICS: tuple[type[RecordMean | EditScore], ...] = (
     EfficacyScore,
     ParaphraseScore,
     NeighborhoodScore,
@@ -258,13 +157,22 @@ RECORD_MEANS: tuple[type[RecordMean], ...] = (
     EfficacyAccuracy,
     ParaphraseAccuracy,
     NeighborhoodAccuracy,
+    EditScore,
+    PortabilityAccuracy,
+    SuccessRate,
+    RetainAccuracy,
+    EquivalenceAccuracy,
+    EditRetention,
+    HeldOutRetention,
     GenerationEntropy,
+    ReferenceScore,
+    OwnReferenceScore,
     GenerationSuccess,
 )
-"""Every metric that is a mean over records."""
-
-METRICS: tuple[type[RecordMean | EditScore], ...] = (*RECORD_MEANS[:-2], EditScore, *RECORD_MEANS[-2:])
 """Every metric, in the order in which they are reported."""
+
+RECORD_MEANS: tuple[type[RecordMean], ...] = tuple(kind for kind in METRICS if issubclass(kind, RecordMean))
+"""Every metric that is a mean over records."""
 
 
 def edit_metrics(**kwargs: Any) -> MetricCollection:
@@ -274,3 +182,14 @@ def edit_metrics(**kwargs: Any) -> MetricCollection:
         kwargs: of `torchmetrics.Metric`, given to each.
     """
     return MetricCollection({metric.name: metric(**kwargs) for metric in METRICS})
+
+
+def reported(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of what `edit_metrics` computed, the values to report, in order: those that are defined, and tell something new.
+
+    KnowledgeEditor's success rate and equivalence accuracy go with its retain accuracy, ERR goes with TRR: without
+    them they would repeat the accuracies.
+    """
+    defined = {kind.name: float(values[kind.name]) for kind in METRICS if not values[kind.name].isnan()}
+    beside = {kind.name: kind.beside for kind in RECORD_MEANS}
+    return {name: value for name, value in defined.items() if (beside.get(name) or name) in defined}

@@ -23,10 +23,12 @@ class TargetScores:
         nll: mean negative log-likelihood per target token in nats, [n] float64.
         token_accuracy: share of the target's tokens that are the most probable ones given those before them,
             [n] float64.
+        predicted: the most probable token at the place of each of the target's, given those before it, n rows.
     """
 
     nll: Tensor
     token_accuracy: Tensor
+    predicted: tuple[tuple[int, ...], ...]
 
 
 @torch.no_grad()
@@ -71,6 +73,7 @@ def score_targets(
 
     nll = torch.zeros(len(distinct), dtype=torch.float64)
     token_accuracy = torch.zeros_like(nll)
+    predicted: list[tuple[int, ...]] = [()] * len(distinct)
     done, total = 0, sum(len(row.ids) for row in rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so that time left is rather overestimated
     for start in range(0, len(order), batch_size):
@@ -88,12 +91,15 @@ def score_targets(
         read_at = torch.tensor([number[read] for read in reads], device=logits.device)
         wanted = torch.tensor([token for i in answered for token in encoded[i][0][-encoded[i][1] :]]).to(logits.device)
         losses = (logits.logsumexp(dim=-1)[read_at] - logits[read_at, wanted]).cpu().double()
-        hits = (logits.argmax(dim=-1)[read_at] == wanted).cpu().double()
+        said = logits.argmax(dim=-1)[read_at]
+        hits = (said == wanted).cpu().double()
         counts = torch.tensor([encoded[index][1] for index in answered])
         pair_of = torch.arange(len(answered)).repeat_interleave(counts)
         zeros = torch.zeros(len(answered), dtype=torch.float64)
         nll[answered] = zeros.index_add(0, pair_of, losses) / counts
         token_accuracy[answered] = zeros.index_add(0, pair_of, hits) / counts
+        for index, tokens in zip(answered, said.cpu().split(counts.tolist()), strict=True):
+            predicted[index] = tuple(tokens.tolist())
         done += sum(len(rows[row].ids) for row in group)
         if progress is not None:
             progress(done, total)
@@ -106,7 +112,7 @@ def score_targets(
         )
     place_of = {pair: index for index, pair in enumerate(distinct)}
     places = torch.tensor([place_of[pair] for pair in pairs], dtype=torch.long)
-    return TargetScores(nll[places], token_accuracy[places])
+    return TargetScores(nll[places], token_accuracy[places], tuple(predicted[index] for index in places))
 
 
 @dataclass(frozen=True)

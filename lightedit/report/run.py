@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.edit import Edit
-from lightedit.evaluate import Evaluation
+from lightedit.evaluation import Evaluation
 from lightedit.tables import read_table
 
 _WAY_OUT = "give the folder of an edit (lightedit edit --out) or a JSON file of scores (lightedit evaluate --out)"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightedit.evaluate import Evaluation
+from lightedit.evaluation import Evaluation
 from lightedit.metrics.metrics import METRICS
 from lightedit.report.chart import Interval, interval_chart, legend
 from lightedit.report.html import Html, element, group, scrolling_table

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightedit.evaluate import Evaluation
+from lightedit.evaluation import Evaluation
 from lightedit.files import whole_file
 from lightedit.sweep.plan import Run, shown
 

@@ -89,6 +89,12 @@ def test_text_fills_in_the_subject_and_leaves_other_braces_alone():
         ({"neighborhood_prompts": None}, "neighborhood_prompts: expected a list of texts, got None"),
         ({"attribute_prompts": ["a", 1]}, "attribute_prompts: expected text, got 1"),
         ({"generation_prompts": [""]}, "generation_prompts: '' is empty"),
+        ({"target_id": 4}, "target_id: expected text, got 4"),
+        ({"portability": "Who?"}, r"portability: expected a list of \[text, answer\], got 'Who\?'"),
+        ({"portability": ["Who?"]}, r"portability: expected \[text, answer\], got 'Who\?'"),
+        ({"portability": [["Who?", "Ada", "Bo"]]}, r"portability: expected \[text, answer\], got \['Who"),
+        ({"portability": [["Who?", 3]]}, "portability: expected text, got 3"),
+        ({"portability": [["Who?", " Ada"]]}, "portability: the answer ' Ada' begins or ends with whitespace"),
     ],
 )
 def test_an_invalid_field_is_rejected_by_name_and_value(changes, message):
@@ -97,8 +103,8 @@ def test_an_invalid_field_is_rejected_by_name_and_value(changes, message):
 
 
 def test_lists_of_prompts_become_tuples_so_that_facts_can_be_hashed():
-    fact = _fact(paraphrase_prompts=["a", "b"])
-    assert fact.paraphrase_prompts == ("a", "b")
+    fact = _fact(paraphrase_prompts=["a", "b"], portability=[["c", "d"]])
+    assert fact.paraphrase_prompts == ("a", "b") and fact.portability == (("c", "d"),)
     assert fact in {fact}
 
 
@@ -112,6 +118,8 @@ def test_from_dict_undoes_to_dict_through_json():
         generation_prompts=("e",),
         relation="P1",
         id="7",
+        target_id="Q1",
+        portability=(("f", "g"), ("h", "i")),
     )
     assert Fact.from_dict(json.loads(json.dumps(fact.to_dict()))) == fact
 
@@ -136,8 +144,20 @@ def test_counterfact_records_keep_all_their_fields(tmp_path):
             generation_prompts=("Avo's tower",),
             relation="P1",
             id="7",
+            target_id="Q1",
         )
     ]
+
+
+def test_counterfact_records_may_have_a_question_of_portability_or_lack_ids(tmp_path):
+    asked = {"Recalled Relation": "(Ada, born in, Lund)", "New Question": "Where was it? ", "New Answer": "Lund"}
+    bare = {**COUNTERFACT["requested_rewrite"], "target_new": {"str": "Ada"}}
+    records = [{**COUNTERFACT, "portability": asked}, {**COUNTERFACT, "requested_rewrite": bare}]
+    with_question, without_id = read_facts(_json(tmp_path, records))
+    assert with_question.portability == (("Where was it?", "Lund"),)
+    assert without_id.portability == () and without_id.target_id is None
+    with pytest.raises(FactError, match=r"record 0: portability\.New Answer: missing"):
+        read_facts(_json(tmp_path, [{**COUNTERFACT, "portability": _without(asked, "New Answer")}]))
 
 
 def test_flat_records_cut_the_first_mention_of_the_subject_out_of_the_prompt(tmp_path):

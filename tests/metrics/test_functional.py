@@ -7,17 +7,22 @@ import unicodedata
 import pytest
 import torch
 
-from lightedit.metrics import functional, metrics
+from lightedit.data.facts import read_facts
+from lightedit.metrics import accuracies, functional, generated, metrics
 from lightedit.metrics.functional import (
     accuracy,
+    bootstrap_interval,
     edit_score,
     edit_score_interval,
     generation_entropy,
     generation_success,
     harmonic_mean,
+    inverse_document_frequencies,
     magnitude,
     mean_interval,
+    reference_score,
     success,
+    unchanged,
 )
 
 NAN = float("nan")
@@ -42,7 +47,7 @@ def plain_score(rows):
     return statistics.harmonic_mean(means)
 
 
-@pytest.mark.parametrize("module", [functional, metrics], ids=["functional", "metrics"])
+@pytest.mark.parametrize("module", [functional, metrics, accuracies, generated], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -194,3 +199,68 @@ def test_generation_success_wants_the_target_first():
     continuations = [" Rome", "\n\n Rome is", "Romeo", " rome", " The city of Rome", "", " R"]
     assert generation_success(continuations, ["Rome"] * 7).tolist() == [1, 1, 1, 0, 0, 0, 0]
     assert generation_success([" New York City"], ["New York"]).tolist() == [1]
+
+
+def test_bootstrap_of_a_ratio_agrees_with_a_plain_loop():
+    draw = random.Random(2)
+    rows = [[draw.expovariate(1) * size, float(size)] for size in (draw.randint(1, 9) for _ in range(60))]
+    ratios = []
+    for _ in range(2000):
+        drawn = draw.choices(rows, k=len(rows))
+        ratios.append(sum(row[0] for row in drawn) / sum(row[1] for row in drawn))
+    ratios.sort()
+    found = bootstrap_interval(torch.tensor(rows), lambda sums: sums[:, 0] / sums[:, 1], resamples=2000)
+    assert found.tolist() == pytest.approx([ratios[50], ratios[1950]], rel=0.03)
+    assert bootstrap_interval(torch.tensor(rows[:1]), lambda sums: sums[:, 0] / sums[:, 1]).isnan().all()
+
+
+def test_a_prediction_is_unchanged_only_if_every_token_is():
+    assert unchanged([(1, 2), (1, 2), (3,), ()], [[1, 2], [1, 3], (3, 4), ()]).tolist() == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="shorter"):
+        unchanged([(1,)], [])
+
+
+def plain_terms(text):
+    """Runs of two letters, digits or underscores or more, character by character, in lower case."""
+    spaced = "".join(char if char.isalnum() or char == "_" else " " for char in text.lower())
+    return [word for word in spaced.split() if len(word) > 1]
+
+
+def plain_frequencies(documents):
+    bags = [set(plain_terms(document)) for document in documents]
+    return {term: math.log((1 + len(bags)) / (1 + sum(term in bag for bag in bags))) + 1 for term in set().union(*bags)}
+
+
+def plain_reference_score(text, reference, frequencies):
+    """Cosine of dense vectors over the whole vocabulary."""
+    terms = sorted(frequencies)
+    left, right = ([plain_terms(one).count(term) * frequencies[term] for term in terms] for one in (text, reference))
+    lengths = [math.sqrt(sum(value * value for value in vector)) for vector in (left, right)]
+    return sum(a * b for a, b in zip(left, right, strict=True)) / (lengths[0] * lengths[1])
+
+
+def test_reference_score_on_real_prompts_is_the_cosine_of_tf_idf_vectors(data_dir):
+    facts = read_facts(data_dir / "counterfact_1000.json", limit=30)
+    documents = [prompt for fact in facts for prompt in fact.attribute_prompts]
+    frequencies = inverse_document_frequencies(documents)
+    assert frequencies == pytest.approx(plain_frequencies(documents))
+    texts = [" ".join(fact.generation_prompts) for fact in facts]
+    references = [" ".join(fact.attribute_prompts) for fact in facts]
+    expected = [
+        plain_reference_score(text, reference, frequencies) for text, reference in zip(texts, references, strict=True)
+    ]
+    assert len({round(value, 6) for value in expected}) > 20
+    assert reference_score(texts, references, frequencies).tolist() == pytest.approx(expected, abs=1e-12)
+    alone = plain_frequencies(references)
+    expected = [
+        plain_reference_score(text, reference, alone) for text, reference in zip(texts, references, strict=True)
+    ]
+    assert reference_score(texts, references).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_reference_score_knows_counts_rarity_and_case():
+    weights = {"rome": 2.0, "is": 1.0, "old": 3.0}
+    assert reference_score(["ROME is"], ["rome IS, is"], weights).item() == pytest.approx(6 / math.sqrt(5 * 8))
+    assert reference_score(["Old"], ["Rome is"], weights).item() == 0
+    assert reference_score(["a b c", "new", ""], ["rome"] * 3, weights).tolist() == [0, 0, 0]
+    assert reference_score(["It is in Rome. Rome!"], ["rome, rome is"], weights).item() == pytest.approx(1)

@@ -26,28 +26,30 @@ def build(model_type="llama", kind="bytelevel-bos", **kwargs):
 
 
 def one_full_forward(lm, prompt, target):
-    """Mean NLL and share of argmax tokens from all logits of the bare model on one unpadded row."""
+    """Mean NLL, share of argmax tokens, and those tokens, from all logits of the bare model on one unpadded row."""
     encoding = lm.tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
     ids = encoding["input_ids"]
     positions = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]
     with torch.no_grad():
         logits = lm.model(torch.tensor([ids])).logits[0].double()
-    losses, hits = [], []
+    losses, hits, said = [], [], []
     for position in positions:
         scores = logits[position - 1].tolist()
         largest = max(scores)
         log_sum = largest + math.log(sum(math.exp(score - largest) for score in scores))
         losses.append(log_sum - scores[ids[position]])
         hits.append(scores[ids[position]] == largest)
-    return sum(losses) / len(losses), sum(hits) / len(hits)
+        said.append(scores.index(largest))
+    return sum(losses) / len(losses), sum(hits) / len(hits), tuple(said)
 
 
 def assert_naive(lm, prompts, targets, **kwargs):
     scores = score_targets(lm, prompts, targets, **kwargs)
     naive = [one_full_forward(lm, *pair) for pair in zip(prompts, targets, strict=True)]
-    nll, token_accuracy = torch.tensor(naive, dtype=torch.float64).T
+    nll, token_accuracy = torch.tensor([row[:2] for row in naive], dtype=torch.float64).T
     torch.testing.assert_close(scores.nll, nll, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores.token_accuracy, token_accuracy)
+    assert scores.predicted == tuple(row[2] for row in naive)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -78,6 +80,7 @@ def test_scores_depend_on_neither_batch_size_nor_order(batch_size, architecture)
     shuffled = score_targets(lm, [PROMPTS[i] for i in order], [TARGETS[i] for i in order], batch_size)
     torch.testing.assert_close(shuffled.nll, expected.nll[order], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shuffled.token_accuracy, expected.token_accuracy[order])
+    assert shuffled.predicted == tuple(expected.predicted[i] for i in order)
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def read(monkeypatch):
 def test_equal_pairs_are_scored_once_and_given_everywhere(model_type, read):
     lm = build(model_type)
     scores = score_targets(lm, PROMPTS[:3] * 3, TARGETS[:3] * 3)
-    assert scores.nll.tolist() == scores.nll[:3].tolist() * 3
+    assert scores.nll.tolist() == scores.nll[:3].tolist() * 3 and scores.predicted == scores.predicted[:3] * 3
     (repeated,) = read
     read.clear()
     score_targets(lm, PROMPTS[:3], TARGETS[:3])
@@ -167,7 +170,7 @@ def test_progress_reaches_the_total():
 
 def test_nothing_to_score_gives_empty_tensors():
     scores = score_targets(build(), [], [])
-    assert scores.nll.shape == scores.token_accuracy.shape == (0,)
+    assert scores.nll.shape == scores.token_accuracy.shape == (0,) and scores.predicted == ()
 
 
 def test_prompts_and_targets_must_pair_up():

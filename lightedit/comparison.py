@@ -1,0 +1,43 @@
+"""What a model predicts after an edit beside what it predicted before."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightedit.data.facts import Fact
+from lightedit.metrics import RecordScores
+from lightedit.metrics.functional import unchanged
+
+
+def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the records of an earlier evaluation are those of `facts`.
+
+    Raises:
+        ValueError: they are of other facts, in another order, or hold no predictions.
+    """
+    if len(facts) != len(before):
+        raise ValueError(f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones")
+    for number, (fact, record) in enumerate(zip(facts, before, strict=True)):
+        for field in ("prompt", "subject", "target_new"):
+            if record.get(field) != getattr(fact, field):
+                raise ValueError(
+                    f"before: the {field} of its record {number} is {record.get(field)!r}, that of the fact is "
+                    f"{getattr(fact, field)!r}; evaluate the same facts in the same order"
+                )
+        asked = record.get("neighborhood")
+        if asked is not None and len(asked.get("predicted", ())) != len(fact.neighborhood_prompts):
+            raise ValueError(
+                f"before: its record {number} lacks what was predicted on each neighbourhood prompt; evaluate again"
+            )
+
+
+def with_unchanged(records: Sequence[RecordScores], before: Sequence[Mapping[str, Any]]) -> list[RecordScores]:
+    """Note on which neighbourhood prompts the prediction is that of the evaluation whose records are `before`."""
+    return [_with_unchanged(record, earlier) for record, earlier in zip(records, before, strict=True)]
+
+
+def _with_unchanged(record: RecordScores, earlier: Mapping[str, Any]) -> RecordScores:
+    now, then = record.neighborhood, earlier.get("neighborhood")
+    if now is None or then is None:
+        return record
+    return replace(record, neighborhood=replace(now, unchanged=unchanged(now.predicted, then["predicted"])))
