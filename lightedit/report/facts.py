@@ -94,7 +94,9 @@ def _card(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | No
     return element(
         "article",
         element("p", prompt, " → ", target, instead, class_="fact"),
-        element("p", f"score {_score(record):.1f} · margin {number(_margin(record))} nats{identity}", class_="about"),
+        element(
+            "p", f"score {_score(record):.1f} · margin {number(_margin(record), 2)} nats{identity}", class_="about"
+        ),
         _continuations(record, before),
         _outcomes(record, before),
         _prompts(record, before, fact),

@@ -1,10 +1,10 @@
 """The page of a report: all sections in one HTML file without scripts, fonts or anything else to fetch."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lightedit.files import whole_file
 from lightedit.report.curves import curves_section
 from lightedit.report.facts import facts_section
 from lightedit.report.html import Html, element, group
@@ -47,13 +47,9 @@ def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.ht
     out = Path(out)
     _check_free(out, overwrite)
     content = page(read_runs([runs] if isinstance(runs, str | Path) else runs))
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(out) as unfinished:
         # half a surrogate pair, which a JSON file may hold, is no text
         unfinished.write_bytes(content.encode("utf-8", "replace"))
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return out
 
 

@@ -15,6 +15,13 @@ HEADLINES = ("S", "ES", "PS", "NS")
 ACCURACIES = ("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy")
 
 _CLASSES = {metric.name: metric for metric in METRICS}
+_ON_TEXT = {
+    "perplexity": "Perplexity on held-out text.",
+    "kl": "How far what the model says on held-out text is from the unedited model, KL in nats per token.",
+}
+"""Scores that are no `Metric`: less is better."""
+_UNITS = {"GE": "bits × 100", "perplexity": "no unit", "kl": "nats per token"}
+_DIGITS = {"kl": 4}
 
 
 class Column(NamedTuple):
@@ -46,12 +53,12 @@ def scores_section(runs: Sequence[Run]) -> Html | None:
         notes.append("“better” stands where that interval overlaps with none of those it is compared with.")
     if not comparable:
         notes.append("These columns were scored on different facts, so none is marked as better.")
-    table = element("div", _table(columns, comparable), _explanations(_metrics(columns)))
     return element(
         "section",
         element("h2", "Scores"),
         element("p", " ".join(notes)),
-        element("div", table, _figures(columns), class_="beside"),
+        element("div", _table(columns, comparable), _figures(columns), class_="beside"),
+        _explanations(_metrics(columns)),
         id="scores",
     )
 
@@ -104,29 +111,37 @@ def better(values: Sequence[tuple[float, float] | None], higher: bool) -> int | 
 
 
 def label(metric: str) -> str:
-    """A metric's name as people read it."""
-    return metric.replace("_", " ")
+    """A metric's name as people read it, with its unit unless that is percent."""
+    unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
+    return metric.replace("_", " ") + unit
 
 
-def arrow(metric: str) -> str:
-    """Which way is better; empty for a metric that is not known here."""
-    if metric not in _CLASSES:
-        return ""
-    return "↑" if _CLASSES[metric].higher_is_better else "↓"
+def higher_is_better(metric: str) -> bool | None:
+    """Which way is better; None for a metric that is not known here."""
+    if metric in _CLASSES:
+        return _CLASSES[metric].higher_is_better
+    return False if metric in _ON_TEXT else None
+
+
+def _arrow(metric: str) -> str:
+    higher = higher_is_better(metric)
+    return "" if higher is None else "↑" if higher else "↓"
 
 
 def explanation(metric: str) -> str:
     """What a metric is, in a sentence; empty for one that is not known here."""
     if metric not in _CLASSES:
-        return ""
+        return _ON_TEXT.get(metric, "")
     text = (inspect.getdoc(_CLASSES[metric]) or "").partition("\n\n")[0].replace("\n", " ")
     text = text.removeprefix(f"{metric}: ")
     return text[:1].upper() + text[1:]
 
 
 def _explanations(metrics: Sequence[str]) -> Html:
-    rows = [group(element("dt", label(name)), element("dd", explanation(name))) for name in metrics]
-    return element("details", element("summary", "what the metrics are"), element("dl", *rows), open="")
+    rows = [element("div", element("dt", label(name)), element("dd", explanation(name))) for name in metrics]
+    return element(
+        "details", element("summary", "What the metrics are"), element("dl", *rows), open="", class_="metrics"
+    )
 
 
 def _metrics(columns: Sequence[Column]) -> list[str]:
@@ -143,36 +158,36 @@ def _table(columns: Sequence[Column], comparable: bool) -> Html:
     for metric in _metrics(columns):
         compared = [index for index, column in enumerate(columns) if column.compared]
         best = None
-        if comparable and metric in _CLASSES:
-            intervals = [columns[index].scores.intervals.get(metric) for index in compared]
-            best = better(intervals, bool(_CLASSES[metric].higher_is_better))
+        if comparable and (higher := higher_is_better(metric)) is not None:
+            best = better([columns[index].scores.intervals.get(metric) for index in compared], higher)
         winner = None if best is None else compared[best]
         cells = [_cell(column.scores, metric, index == winner) for index, column in enumerate(columns)]
         if changes:
             old, new = (column.scores.scores.get(metric) for column in columns)
-            cells.append(element("td", "" if old is None or new is None else number(new - old, "+"), class_="number"))
-        name = group(element("b", label(metric)), f" {arrow(metric)}")
+            change = "" if old is None or new is None else number(new - old, _DIGITS.get(metric, 1), "+")
+            cells.append(element("td", change, class_="number"))
+        name = group(element("b", label(metric)), f" {_arrow(metric)}")
         rows.append(element("tr", element("th", name, scope="row", title=explanation(metric)), *cells))
     return scrolling_table("Scores, with 95 % confidence intervals", *rows)
 
 
-def number(value: float, sign: str = "-") -> str:
+def number(value: float, digits: int = 1, sign: str = "-") -> str:
     """A number as tables hold it, with a minus and not a hyphen; `sign` is "+" for one that always has a sign."""
-    return f"{value:{sign}.1f}".replace("-", "−")
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def _cell(scores: Evaluation, metric: str, is_better: bool) -> Html:
     if metric not in scores.scores:
         return element("td", "–", class_="number")
     low, high = scores.intervals.get(metric, (math.nan, math.nan))
-    known = not math.isnan(low)
+    known, digits = not math.isnan(low), _DIGITS.get(metric, 1)
     return element(
         "td",
-        element("b" if is_better else "span", number(scores.scores[metric])),
-        element("span", f" ± {(high - low) / 2:.1f}", class_="spread") if known else None,
+        element("b" if is_better else "span", number(scores.scores[metric], digits)),
+        element("span", f" ± {(high - low) / 2:.{digits}f}", class_="spread") if known else None,
         element("span", "better", class_="better") if is_better else None,
         class_="number",
-        title=f"from {number(low)} to {number(high)}" if known else None,
+        title=f"from {number(low, digits)} to {number(high, digits)}" if known else None,
     )
 
 

@@ -41,7 +41,8 @@ def records(facts: list[Fact], quality: float, seed: int = 0) -> list[RecordScor
         if not count:
             return None
         wanted = 4 * torch.rand(count, generator=draw)
-        return PromptScores(wanted, wanted + quality + torch.randn(count, generator=draw), (wanted < 0.5).double())
+        other = (wanted + quality + torch.randn(count, generator=draw)).clamp(min=0.01)
+        return PromptScores(wanted, other, (wanted < 0.5).double())
 
     return [
         RecordScores(

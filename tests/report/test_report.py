@@ -18,7 +18,7 @@ from lightedit.report.curves import curves_section
 from lightedit.report.facts import EACH, chosen, facts_section, ranked
 from lightedit.report.page import page
 from lightedit.report.run import Run, read_runs
-from lightedit.report.scores import arrow, better, explanation, scores_section
+from lightedit.report.scores import better, explanation, higher_is_better, scores_section
 from lightedit.report.settings import settings_section
 from tests.report.runs import FACTS, MARKUP, evaluation, records, save_run
 
@@ -251,8 +251,15 @@ def test_runs_scored_on_other_facts_are_not_compared(run):
 def test_every_metric_is_explained_and_says_which_way_is_better(run):
     assert explanation("ES").startswith("How often the new target is more probable than the true one")
     for name in run.after.scores:
-        assert explanation(name) and arrow(name) == "↑", name
-    assert explanation("something new") == arrow("something new") == ""
+        assert explanation(name) and higher_is_better(name) is True, name
+    assert explanation("something new") == "" and higher_is_better("something new") is None
+
+
+def test_of_perplexity_and_kl_less_is_better_and_both_have_their_unit():
+    columns = [Run(name, after=le.Evaluation({"kl": kl}, {"kl": (kl - 0.001, kl + 0.001)}, []))
+               for name, kl in (("a", 0.0123), ("b", 0.5))]  # fmt: skip
+    cells = rows_of(scores_section(columns))["kl (nats per token)"]
+    assert cells == ["0.0123 ± 0.0010better", "0.5000 ± 0.0010"]
 
 
 # Facts
