@@ -13,7 +13,7 @@ from lightedit.data.facts import Fact, read_facts
 from lightedit.evaluate import evaluate
 from lightedit.evaluation import Evaluation
 from lightedit.health import Health
-from lightedit.held_out_text import HeldOutText
+from lightedit.held_out_text import POSITIONS, HeldOutText
 from lightedit.lm import LanguageModel
 from lightedit.lm.weights import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
@@ -178,6 +178,12 @@ def test_perplexity_and_kl_are_their_definitions_and_those_of_health():
     assert found.scores["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4) and found.scores["kl"] > 1e-3
     assert found.scores["perplexity"] == health.records[-1]["perplexity"]
     assert found.scores["kl"] == health.records[-1]["kl"]
+    long = [[token % 300 + 3 for token in range(start, start + 120)] for start in range(0, 1500, 500)]
+    assert sum(len(window) - 1 for window in long) > POSITIONS  # so that KL is read at some of them only
+    with lm.weights.unedited():
+        text = HeldOutText(lm, long)
+    scores = evaluate(lm, [FRANCE], progress_bar=False, text=long).scores
+    assert (math.log(scores["perplexity"]), scores["kl"]) == pytest.approx(text.measure(), rel=1e-12)
     assert list(found.scores)[-2:] == ["perplexity", "kl"]
 
 
