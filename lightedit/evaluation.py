@@ -10,14 +10,24 @@ from typing import Any
 from lightedit.files import whole_file
 from lightedit.metrics.metrics import METRICS
 
-_UNITS = {
-    "GE": "GE (bits x 100)",
+_LABELS = {
+    "GE": "GE (bits × 100)",
     "RS_own": "RS (own references)",
     "perplexity": "perplexity (no unit)",
     "kl": "KL (nats per token)",
 }
 _DECIMALS = {"kl": 4}
 _ORDER = [*(metric.name for metric in METRICS), "perplexity", "kl"]
+
+
+def label(metric: str) -> str:
+    """A metric's name as people read it, with its unit unless that is percent."""
+    return _LABELS.get(metric, metric.replace("_", " "))
+
+
+def decimals(metric: str) -> int:
+    """How many digits to show after the point."""
+    return _DECIMALS.get(metric, 1)
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,7 @@ class Evaluation:
         found = list(dict.fromkeys(name for column in columns for name in column.scores))
         names = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
         lines = [[f"%, {len(self.records)} facts", *heads]]
-        lines += [
-            [_UNITS.get(name, name.replace("_", " ")), *(column._cell(name) for column in columns)] for name in names
-        ]
+        lines += [[label(name), *(column._cell(name) for column in columns)] for name in names]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
@@ -69,7 +77,7 @@ class Evaluation:
         if name not in self.scores:
             return "-"
         low, high = self.intervals[name]
-        digits = _DECIMALS.get(name, 1)
+        digits = decimals(name)
         spread = "" if math.isnan(low) else f" ± {(high - low) / 2:4.{digits}f}"
         return f"{self.scores[name]:.{digits}f}{spread}"
 

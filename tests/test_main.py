@@ -79,7 +79,7 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "scores.json"]
     main([*arguments, "--generate", "true"])
-    assert "GE (bits x 100)" in capsys.readouterr().out
+    assert "GE (bits × 100)" in capsys.readouterr().out
     found = le.Evaluation.load("scores.json")
     assert found.scores["GE"] > 0 and 0 <= found.scores["generation_success"] <= 100
     for fact, record in zip(FACTS, found.records, strict=True):

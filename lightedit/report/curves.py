@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightedit.evaluation import label
 from lightedit.report.chart import Line, legend, line_chart, thinned
 from lightedit.report.html import Html, element, group, scrolling_table
 from lightedit.report.run import Run
-from lightedit.report.scores import ACCURACIES, HEADLINES, label
+from lightedit.report.scores import ACCURACIES, HEADLINES
 
 _FIRST, _ALL, _LATEST = "facts of the first round", "all facts so far", "facts of the latest round"
 _HEALTH = (

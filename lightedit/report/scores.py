@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightedit.evaluation import Evaluation
+from lightedit.evaluation import Evaluation, decimals, label
 from lightedit.metrics.metrics import METRICS
 from lightedit.report.chart import Interval, interval_chart, legend
 from lightedit.report.html import Html, element, group, scrolling_table
@@ -20,8 +20,6 @@ _ON_TEXT = {
     "kl": "How far what the model says on held-out text is from the unedited model, KL in nats per token.",
 }
 """Scores that are no `Metric`: less is better."""
-_UNITS = {"GE": "bits × 100", "perplexity": "no unit", "kl": "nats per token"}
-_DIGITS = {"kl": 4}
 
 
 class Column(NamedTuple):
@@ -110,12 +108,6 @@ def better(values: Sequence[tuple[float, float] | None], higher: bool) -> int | 
     return None
 
 
-def label(metric: str) -> str:
-    """A metric's name as people read it, with its unit unless that is percent."""
-    unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
-    return metric.replace("_", " ") + unit
-
-
 def higher_is_better(metric: str) -> bool | None:
     """Which way is better; None for a metric that is not known here."""
     if metric in _CLASSES:
@@ -164,7 +156,7 @@ def _table(columns: Sequence[Column], comparable: bool) -> Html:
         cells = [_cell(column.scores, metric, index == winner) for index, column in enumerate(columns)]
         if changes:
             old, new = (column.scores.scores.get(metric) for column in columns)
-            change = "" if old is None or new is None else number(new - old, _DIGITS.get(metric, 1), "+")
+            change = "" if old is None or new is None else number(new - old, decimals(metric), "+")
             cells.append(element("td", change, class_="number"))
         name = group(element("b", label(metric)), f" {_arrow(metric)}")
         rows.append(element("tr", element("th", name, scope="row", title=explanation(metric)), *cells))
@@ -180,7 +172,7 @@ def _cell(scores: Evaluation, metric: str, is_better: bool) -> Html:
     if metric not in scores.scores:
         return element("td", "–", class_="number")
     low, high = scores.intervals.get(metric, (math.nan, math.nan))
-    known, digits = not math.isnan(low), _DIGITS.get(metric, 1)
+    known, digits = not math.isnan(low), decimals(metric)
     return element(
         "td",
         element("b" if is_better else "span", number(scores.scores[metric], digits)),

@@ -258,7 +258,7 @@ def test_every_metric_is_explained_and_says_which_way_is_better(run):
 def test_of_perplexity_and_kl_less_is_better_and_both_have_their_unit():
     columns = [Run(name, after=le.Evaluation({"kl": kl}, {"kl": (kl - 0.001, kl + 0.001)}, []))
                for name, kl in (("a", 0.0123), ("b", 0.5))]  # fmt: skip
-    cells = rows_of(scores_section(columns))["kl (nats per token)"]
+    cells = rows_of(scores_section(columns))["KL (nats per token)"]
     assert cells == ["0.0123 ± 0.0010better", "0.5000 ± 0.0010"]
 
 
