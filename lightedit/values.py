@@ -22,6 +22,7 @@ from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.packed import Span
 from lightedit.lm.prefix import PrefixCache
 from lightedit.ops import target_nll_kl
+from lightedit.progress import Report
 from lightedit.stopping import Evaluated, KLBelow, MostProbable
 
 Site = Literal["block", "mlp", "attention+mlp"]
@@ -468,12 +469,15 @@ def optimize_values(
     site: Site = "block",
     settings: ValueSettings | None = None,
     max_tokens: int = 1024,
+    report: Report | None = None,
 ) -> Values:
-    """Run step 1 to its end for `prompts` together; see `ValueOptimization`."""
+    """Run step 1 to its end for `prompts` together, reporting shares of it; see `ValueOptimization`."""
     search = ValueOptimization(lm, prompts, layer, site, settings or ValueSettings(), max_tokens)
     optimizer = search.make_optimizer()
     while not search.done:
         search.backward()
         optimizer.step()
         search.after_step()
+        if report is not None:
+            report(float(search.progress.mean()), 1.0)
     return search.values()

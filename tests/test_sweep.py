@@ -248,11 +248,11 @@ def test_values_of_finished_chunks_are_kept(
     searched = []
     search = targets.optimize_values
 
-    def stop_in_the_third_chunk(lm, prompts, *args):
+    def stop_in_the_third_chunk(lm, prompts, *args, **kwargs):
         searched.append(len(prompts))
         if len(searched) == 3:
             raise KeyboardInterrupt
-        return search(lm, prompts, *args)
+        return search(lm, prompts, *args, **kwargs)
 
     monkeypatch.setattr(targets, "optimize_values", stop_in_the_third_chunk)
     with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from lightedit.data.prompts import tokenize_facts
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
-from lightedit.progress import progress
+from lightedit.progress import part, progress
 from lightedit.sweep.plan import Run
 from lightedit.values import optimize_values
 
@@ -83,13 +83,17 @@ class TargetStore:
                 for chunk in chunks_by_suffix(self.facts, missing, facts_per_chunk):
                     started = time.perf_counter()
                     values = optimize_values(
-                        self.lm, [prompts[index] for index in chunk], method.value_layer, method.site, method.values
+                        self.lm,
+                        [prompts[index] for index in chunk],
+                        method.value_layer,
+                        method.site,
+                        method.values,
+                        report=part(report, len(found), len(chunk), self._needed[key]),
                     )
                     targets, spent = values.targets.cpu(), time.perf_counter() - started
                     _write(folder, chunk, targets, spent)
                     found.update(zip(chunk, targets, strict=True))
                     seconds += spent
-                    report(len(found), self._needed[key])
         own = seconds if run == self._first[key] else 0.0
         return {index: found[index] for index in range(run.facts_per_round)}, own
 
