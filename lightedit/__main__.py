@@ -19,6 +19,7 @@ import lightedit as le
 from lightedit.data.texts import read_texts
 from lightedit.demo import demo
 from lightedit.edit import check_free
+from lightedit.harness import check_harness
 from lightedit.health import OnLimit
 from lightedit.lm.architectures import ARCHITECTURES
 from lightedit.lm.loading import cache_folder
@@ -187,6 +188,8 @@ def evaluate(
     held_out: Path | None = None,
     text: str | None = None,
     references: str | None = None,
+    harness: list[str] | None = None,
+    harness_limit: int | None = None,
     batch_size: int = 64,
     protocol: Literal["model", "single"] = "model",
     method: le.Method | None = None,
@@ -210,6 +213,8 @@ def evaluate(
         text: a text file or the id of a data set, for perplexity and KL to the unedited model.
         references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
             (RS_own). Needs generate.
+        harness: tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format.
+        harness_limit: take the first examples of each such task only.
         batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
         protocol: whether the model is scored as it is (model), or every fact right after method has edited it alone
             into the model (single).
@@ -226,6 +231,8 @@ def evaluate(
         raise ValueError("--references are compared with what the model writes; give --generate true too")
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
+    if harness:
+        check_harness(harness, harness_limit)
     if text is not None:
         read_texts(text)  # what is missing is found out before the model is loaded
     texts = None if references in (None, "own") else read_references(references, chosen)
@@ -234,17 +241,18 @@ def evaluate(
         raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
     if (protocol == "single") != (method is not None):
         raise ValueError("--protocol single and --method go together: the method that edits each fact alone")
-    if protocol == "single" and (compare or held_out is not None or text is not None):
+    if protocol == "single" and (compare or held_out is not None or text is not None or harness):
         raise ValueError(
-            "--compare, --held_out and --text score one edited model; --protocol single makes one a fact, and compares "
-            "each with the unedited model anyway"
+            "--compare, --held_out, --text and --harness score one edited model; --protocol single makes one a fact, "
+            "and compares each with the unedited model anyway"
         )
     model = le.LanguageModel.load(lm, dtype, device)
     if references == "own":
         texts = write_references(model, chosen)
     score = partial(
-        le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts
-    )
+        le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
+        harness=harness or (), harness_limit=harness_limit,
+    )  # fmt: skip
     before = score() if compare else None
     if saved is not None:
         saved.apply(model)
@@ -380,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
     try:
         auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=given)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Evaluation: how well a model, as it is now, states edited facts and keeps what is near them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from lightedit.comparison import check_same_facts, with_unchanged
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import encode_targets
 from lightedit.evaluation import Evaluation
+from lightedit.harness import check_harness, harness_scores
 from lightedit.held_out_text import HeldOutText, held_out_windows
 from lightedit.lm import LanguageModel
 from lightedit.lm.rowwise import RowwiseEdits
@@ -147,6 +148,8 @@ def evaluate(
     held_out: Sequence[Fact] = (),
     text: Sequence[Sequence[int]] | str | Path | None = None,
     references: References | None = None,
+    harness: Sequence[str] = (),
+    harness_limit: int | None = None,
 ) -> Evaluation:
     """Score `lm`, as it is now, on facts.
 
@@ -175,16 +178,21 @@ def evaluate(
         text: held-out text for perplexity and for KL(now || unedited) of the next token: token windows, a `.txt` file
             or a data set (see `read_texts`), of which 2048 tokens are taken.
         references: texts for RS; needs `generate`.
+        harness: tasks of the lm-evaluation-harness to run beside (see `lightedit.harness`).
+        harness_limit: examples of each such task at most, from the first.
 
     Raises:
         FactError: there are no facts, or an answer cannot be tokenised.
         ValueError: `before` is of other facts, `text` is too short, or `references` come without `generate`.
-        FileNotFoundError: there is no such text file.
+        FileNotFoundError: there is no such text file, or no such file of a task.
+        ImportError: the harness is not installed.
         FloatingPointError: a score is NaN or infinite.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     check_comparison(facts, generate, before, references)
+    if harness:
+        check_harness(harness, harness_limit)
     windows = None if text is None else held_out_windows(lm, text)
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
         records = score_facts(lm, facts, batch_size, report, generate)
@@ -194,7 +202,13 @@ def evaluate(
             answered = [_rightly(fact) for fact in held_out]
             kept = [RecordScores(held_out=record.efficacy) for record in score_facts(lm, answered, batch_size, report)]
     found = summarize(facts, records, before, references, kept)
-    return found if windows is None else _with_text_scores(found, lm, windows)
+    if windows is not None:
+        with lm.weights.unedited():
+            held_out_text = HeldOutText(lm, windows)
+        found = _with_scores(found, *held_out_text.perplexity_and_kl())
+    if harness:
+        found = _with_scores(found, *harness_scores(lm, harness, harness_limit, batch_size))
+    return found
 
 
 def check_comparison(
@@ -238,11 +252,8 @@ def _rightly(fact: Fact) -> Fact:
     return Fact(fact.prompt, fact.subject, right, wrong)
 
 
-def _with_text_scores(found: Evaluation, lm: LanguageModel, windows: Sequence[Sequence[int]]) -> Evaluation:
-    with lm.weights.unedited():
-        text = HeldOutText(lm, windows)
-    values, ends = text.perplexity_and_kl()
-    return replace(found, scores=found.scores | values, intervals=found.intervals | ends)
+def _with_scores(found: Evaluation, values: Mapping[str, float], ends: Mapping[str, tuple[float, float]]) -> Evaluation:
+    return replace(found, scores=found.scores | dict(values), intervals=found.intervals | dict(ends))
 
 
 def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], whole: bool) -> PromptScores:

@@ -1,0 +1,99 @@
+"""Tasks of EleutherAI's lm-evaluation-harness: what else the model can do, before an edit and after it."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightedit.lm import LanguageModel
+
+_SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1")  # metrics that are told in percent
+
+
+def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
+    """Check before work starts that the tasks can be run.
+
+    Raises:
+        ImportError: the harness is not installed.
+        FileNotFoundError: a task that is given as a file is not there.
+        ValueError: a task is not known, or `limit` is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: got {limit} examples of a task, expected at least 1")
+    if find_spec("lm_eval") is None:
+        raise ImportError("the harness is not installed; pip install 'lightedit[harness]'")
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    for task in tasks:
+        if _is_file(task):
+            if not Path(task).is_file():
+                raise FileNotFoundError(f"no task at {task}; give the name of a task of the harness, or its file")
+        elif task not in known:
+            raise ValueError(f"the harness has no task {task!r}; `lm-eval ls tasks` lists those it has")
+
+
+def harness_scores(
+    lm: LanguageModel, tasks: Sequence[str], limit: int | None = None, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Run tasks on `lm` as it is now.
+
+    Their data come from the Hub, or from where a task's file says.
+
+    Args:
+        lm: the model.
+        tasks: names of the harness's tasks, such as "piqa", or `.yaml` files of its format.
+        limit: take the first examples of each task only.
+        batch_size: texts of one forward pass at most.
+
+    Returns:
+        "task metric", such as "piqa acc", -> value, in percent where it is a share; and -> ends of its 95 %
+        confidence interval, from the harness's standard error; NaN where it gives none.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: see `check_harness`.
+    """
+    check_harness(tasks, limit)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # a copy of the tokenizer, because the harness gives it a padding token
+    model = HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        found = simple_evaluate(
+            model,
+            tasks=[
+                yaml.safe_load(Path(task).read_text(encoding="utf-8")) if _is_file(task) else task for task in tasks
+            ],
+            limit=limit,
+            log_samples=False,
+            random_seed=None,  # leave Python's and NumPy's random numbers alone
+            numpy_random_seed=None,
+        )
+    return _scores(found["results"])
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    scores, intervals = {}, {}
+    for task, found in results.items():
+        for key, value in found.items():
+            metric, _, kind = key.partition(",")  # such as "acc,none", beside "acc_stderr,none"
+            if metric.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = found.get(f"{metric}_stderr,{kind}")
+            spread = 1.96 * error if isinstance(error, float) else float("nan")
+            scale = 100 if metric in _SHARES else 1
+            name = f"{task} {metric}" if kind in ("", "none") else f"{task} {metric} ({kind})"
+            scores[name] = scale * value
+            intervals[name] = (scale * (value - spread), scale * (value + spread))
+    return scores, intervals
