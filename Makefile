@@ -11,7 +11,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv, install lightedit with all its extras and build its C++ kernels
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*)
 	@echo "installing into $(VENV) (minutes the first time)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@# torch on its own: if a later package fails, its long download is not repeated

@@ -28,11 +28,7 @@ void check(cudaError_t error, const char* op) {
 }
 
 void second_moment_(const at::Tensor& gram, const at::Tensor& keys, const std::optional<at::Tensor>& mask) {
-  TORCH_CHECK(keys.dim() == 2 && gram.dim() == 2 && gram.size(0) == keys.size(1) && gram.size(1) == keys.size(1),
-              "expected gram [d, d] and keys [n, d]");
-  TORCH_CHECK(gram.scalar_type() == at::kFloat || gram.scalar_type() == at::kDouble, "gram is float32 or float64");
-  TORCH_CHECK(!mask || (mask->dim() == 1 && mask->size(0) == keys.size(0) && mask->scalar_type() == at::kBool),
-              "expected a bool mask [n]");
+  check_second_moment(gram, keys, mask);
   const int64_t n = keys.size(0), d = keys.size(1);
   if (n == 0 || d == 0) return;
   const c10::cuda::CUDAGuard guard(keys.device());
