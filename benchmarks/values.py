@@ -19,7 +19,7 @@ from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.progress import progress
 from lightedit.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
-from tests.reference import published_values
+from tests.reference import PublishedValue, published_values
 
 LAYER = 8
 SITE: Site = "block"
@@ -157,28 +157,35 @@ def _reference(
     with progress("reference, one fact at a time") as report:
         for done, (fact, ours) in enumerate(zip(facts, expected, strict=False), start=1):
             start = time.perf_counter()
-            value = published_values(
-                lm.model,
-                lm.tokenizer,
-                fact.prompt,
-                fact.subject,
-                fact.target_new,
-                contexts.templates,
-                layer,
-                SITE,
-                lr=settings.lr,
-                steps=settings.steps,
-                clamp_norm_factor=settings.clamp_norm_factor,
-                kl_factor=settings.kl_factor,
-                weight_decay=settings.weight_decay,
-                loss_threshold=settings.loss_threshold,
-            )
+            value = published_value(lm, fact, contexts, layer, SITE, settings)
             seconds += time.perf_counter() - start
             _check(fact, ours, value.target)
             targets.append(value.target)
             steps += value.steps_taken
             report(done, len(facts))
     return _Reference(seconds, targets, steps)
+
+
+def published_value(
+    lm: LanguageModel, fact: Fact, contexts: Contexts, layer: int, site: Site, settings: ValueSettings
+) -> PublishedValue:
+    """One fact's value by the published loop."""
+    return published_values(
+        lm.model,
+        lm.tokenizer,
+        fact.prompt,
+        fact.subject,
+        fact.target_new,
+        contexts.templates,
+        layer,
+        site,
+        lr=settings.lr,
+        steps=settings.steps,
+        clamp_norm_factor=settings.clamp_norm_factor,
+        kl_factor=settings.kl_factor,
+        weight_decay=settings.weight_decay,
+        loss_threshold=settings.loss_threshold,
+    )
 
 
 def _check(fact: Fact, ours: Tensor, reference: Tensor) -> float:

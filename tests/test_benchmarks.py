@@ -26,7 +26,7 @@ from lightedit.values import ValueSettings
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
 from tests.test_module import covariance_of
 from tests.test_sweep import FACTS as COMPLETE
-from tests.test_sweep import MEMIT
+from tests.test_sweep import MEMIT, ROME
 
 CONTEXTS = Contexts(("{}", "The river is long. {}"), (0.5, 0.5))
 FACTS = [Fact("The capital of {}", "France", "Rome"), Fact("{} is a city in the north of", "London", "Spain and Italy")]
@@ -200,12 +200,17 @@ def test_evaluation_row_counts_all_answers_and_checks_them(lm: LanguageModel, mo
         evaluation.run(lm, COMPLETE)
 
 
-def test_single_row_checks_every_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=2).figures
-    assert figures["MEMIT"]["loop_facts"] == 2 and 0 < figures["MEMIT"]["largest_difference"] < 1e-3
-    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
-    with pytest.raises(WrongResultError, match="no speed is reported"):
-        evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=1)
+def test_single_row_checks_every_answer_against_both_loops(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {"MEMIT": MEMIT, "ROME": ROME}
+    figures = evaluation.run_single(lm, COMPLETE, methods, covariance_of(lm), reference_facts=2).figures
+    for of_method in figures.values():
+        for loop in (of_method["loop"], of_method["published"]):
+            assert loop["facts"] == 2 and 0 < loop["largest_difference"] < 1e-3
+            assert loop["ratio"] == pytest.approx(loop["seconds_per_fact"] / of_method["seconds_per_fact"])
+    for tolerance in ("TOLERANCE", "PUBLISHED_TOLERANCE"):
+        with monkeypatch.context() as patch, pytest.raises(WrongResultError, match="no speed is reported"):
+            patch.setattr(evaluation, tolerance, 1e-12)
+            evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=1)
 
 
 # Ops
@@ -267,9 +272,10 @@ def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) 
 
 def test_covariance_row_checks_its_matrices(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = covariance.run(lm, (1, 2), 1000).figures
-    assert figures["tokens"] == 1000 and 0 < figures["largest_difference"] < 1e-5
+    assert figures["tokens"] == 1000 and figures["largest_difference"] < 1e-5
     assert len(figures["seconds"]) == 3 and min(figures["seconds"].values()) > 0
-    monkeypatch.setattr(covariance, "TOLERANCE", 1e-12)
+    published = covariance._published
+    monkeypatch.setattr(covariance, "_published", lambda *args: {n: 1.001 * m for n, m in published(*args).items()})
     with pytest.raises(WrongResultError, match="no speed is reported"):
         covariance.run(lm, (1,), 1000)
 
