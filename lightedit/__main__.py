@@ -195,10 +195,14 @@ def evaluate(
     method: le.Method | None = None,
     covariance: Path | None = None,
     facts_per_chunk: int = 32,
+    restart: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """Score a language model, with or without an edit, on facts; or a method on edits of one fact each.
+
+    With --protocol single, scores of finished facts are kept beside out, in a folder that ends in .run, until all are
+    saved. After the process was killed, the same command goes on after them.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -222,6 +226,7 @@ def evaluate(
         covariance: for single: what `lightedit covariance` saved, or a folder of published .npz files; by default it
             is estimated from the model's own writing and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
+        restart: for single: throw away what an interrupted run has kept.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -246,6 +251,9 @@ def evaluate(
             "--compare, --held_out, --text and --harness score one edited model; --protocol single makes one a fact, "
             "and compares each with the unedited model anyway"
         )
+    run = None if out is None else out.with_name(f"{out.name}.run")
+    if restart and run is not None:
+        remove_run(run)
     model = le.LanguageModel.load(lm, dtype, device)
     if references == "own":
         texts = write_references(model, chosen)
@@ -262,10 +270,11 @@ def evaluate(
         moments = _covariance(model, [method], covariance)
         before = score()
         single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
-        result = single(generate=generate, before=before, references=texts)
+        result = single(generate=generate, before=before, references=texts, checkpoint=run)
     print(result.table(before))
-    if out is not None:
+    if out is not None and run is not None:
         result.save(out)
+        remove_run(run)
         print(f"saved the scores in {out}")
 
 
@@ -397,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = {
             "edit": "the same command goes on after the last finished round",
             "sweep": "the same command goes on after the last finished run",
+            "evaluate": "the same command goes on where --protocol single has an --out, else nothing was written",
         }
         state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)

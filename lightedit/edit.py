@@ -6,17 +6,21 @@ import os
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
+from lightedit.data.prompts import Contexts
 from lightedit.evaluation import Evaluation
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
+from lightedit.methods import Method
 from lightedit.tables import write_table
 
 _FORMAT = 1
@@ -24,6 +28,17 @@ _FORMAT = 1
 
 class EditError(ValueError):
     """An edit cannot be saved, loaded, applied or reverted; the message says why and what to do."""
+
+
+def provenance(lm: LanguageModel, method: Method, contexts: Contexts, covariance: Covariance) -> dict[str, Any]:
+    """What an edit by `method` is made with, as JSON can hold it."""
+    return {
+        "method": method.to_dict(),
+        "contexts": asdict(contexts),
+        "covariance": asdict(covariance.provenance),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
+    }
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from typing import Any, Literal
 
@@ -15,7 +13,7 @@ from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
-from lightedit.edit import Edit, EditError
+from lightedit.edit import Edit, EditError, provenance
 from lightedit.evaluate import score_facts
 from lightedit.keys import KeyWalk
 from lightedit.lm import LanguageModel, Matrix
@@ -122,13 +120,7 @@ class EditModule(LightningModule):
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
-            provenance={
-                "method": self.method.to_dict(),
-                "contexts": asdict(self._contexts),
-                "covariance": asdict(self.covariance.provenance),
-                "dtype": str(self.lm.dtype).removeprefix("torch."),
-                "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
-            },
+            provenance=provenance(self.lm, self.method, self._contexts, self.covariance),
         )
 
     def _resolve_collisions(self, facts: Sequence[Fact]) -> None:

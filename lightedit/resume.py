@@ -1,9 +1,9 @@
 """A run that outlives its process: every finished round is kept on disk, and the same run goes on after the last."""
 
-import fcntl
 import json
-import os
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,8 +12,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightedit.covariance import Covariance
+from lightedit.data.facts import Fact
 from lightedit.data.modules import FactsDataModule
-from lightedit.run_folder import ResumeError, Round, check_run, checksum, kept_rounds, start_run
+from lightedit.lm import LanguageModel
+from lightedit.methods import Method
+from lightedit.run_folder import Round, check_run, checksum, kept_rounds, locked, start_run
 
 if TYPE_CHECKING:
     from lightedit.module import EditModule
@@ -38,7 +42,7 @@ class RoundCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._lock: int | None = None
+        self._lock = ExitStack()
         self._kept = 0
 
     # By now the module has read contexts and keys from the unedited model, and other callbacks what they need of it:
@@ -49,7 +53,8 @@ class RoundCheckpoint(Checkpoint):
         assert module.edit is not None
         data = cast(FactsDataModule, getattr(trainer, "datamodule"))  # noqa: B009
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        self._lock.close()
+        self._lock.enter_context(locked(self.folder))
         settings, files = _settings(module, data), kept_rounds(self.folder)
         self._kept = len(files)
         if not files:
@@ -100,49 +105,36 @@ class RoundCheckpoint(Checkpoint):
         round_.save(self.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._lock.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._lock.close()
 
-    # The system gives the lock back when the process dies, however it dies
 
-    def _acquire(self) -> None:
-        self._release()
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
-            raise ResumeError(
-                f"another process is at work on the run in {self.folder}; let it finish, or choose another folder"
-            ) from None
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+def determining(lm: LanguageModel, method: Method, covariance: Covariance, facts: Sequence[Fact]) -> dict[str, Any]:
+    """What determines a run beside its provenance: the weights, tensors and facts themselves, and the machine."""
+    # also matrices that carry an earlier edit
+    weights = {matrix.key: lm.weight(matrix) for matrix in {*method.matrices, *lm.weights.matrices}}
+    return {
+        "model": lm.fingerprint,
+        "weights": checksum("", weights),
+        "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in method.matrices}),
+        "facts": checksum(json.dumps([fact.to_dict() for fact in facts]), {}),
+        "device": lm.device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
     """All that determines a run, under names that its user knows, as JSON gives it back."""
-    lm, edit = module.lm, module.edit
-    assert edit is not None
-    covariance = {matrix.key: module.covariance[matrix] for matrix in module.method.matrices}
-    # also matrices that carry an earlier edit
-    weights = {matrix.key: lm.weight(matrix) for matrix in {*module.method.matrices, *lm.weights.matrices}}
+    assert module.edit is not None
     settings = {
-        **{name: value for name, value in edit.provenance.items() if name != "seconds"},
-        "model": edit.fingerprint,
-        "weights": checksum("", weights),
-        "covariance tensors": checksum("", covariance),
-        "facts": checksum(json.dumps([fact.to_dict() for fact in data.facts]), {}),
+        **{name: value for name, value in module.edit.provenance.items() if name != "seconds"},
+        **determining(module.lm, module.method, module.covariance, data.facts),
         "facts_per_round": data.facts_per_round,
         "facts_per_chunk": data.facts_per_chunk,
         "on_collision": module.on_collision,
         "collision_similarity": module.collision_similarity,
         "max_tokens": module.max_tokens,
-        "device": lm.device.type,
-        "threads": torch.get_num_threads(),
     }
     return cast(dict[str, Any], json.loads(json.dumps(settings)))

@@ -1,13 +1,17 @@
 """The files of a run that can be continued.
 
-`run.json` names all that determines the run, and for each finished round there is one file such as
-`round-0001.safetensors` with its updates and keys. Files are only added, each whole or not at all, so a process may be
-killed at any moment and a checkpoint costs the same after a thousand rounds as after one.
+`run.json` names all that determines the run. A run that edits has a file for each finished round, such as
+`round-0001.safetensors`, with its updates and keys; one that scores single edits has a file for each finished chunk of
+facts, such as `chunk-000032.json`. Files are only added, each whole or not at all, so a process may be killed at any
+moment and a checkpoint costs the same after a thousand rounds as after one.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +27,7 @@ from lightedit.lm.weights import LowRankUpdate
 _FORMAT = 1
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
+_CHUNKS = "chunk-*.json"
 _TENSORS = ("updates", "keys", "random")
 _ANEW = (
     "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart true)"
@@ -123,9 +128,39 @@ def kept_rounds(folder: Path) -> list[Path]:
     return files
 
 
+def kept_chunks(folder: Path) -> list[Path]:
+    """The files of the finished chunks in a run's folder; none if there is no such folder."""
+    return sorted(folder.glob(_CHUNKS))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds files of a run."""
+    return (folder / _RUN).exists() or bool(kept_rounds(folder) or kept_chunks(folder))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes off the run in `folder`; the system gives the lock back when the process dies, too.
+
+    Raises:
+        ResumeError: another process is at work there.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(
+                f"another process is at work on the run in {folder}; let it finish, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
 def remove_run(folder: Path) -> None:
     """Delete a run's files, and their folder unless it holds anything else."""
-    for pattern in (_ROUNDS, _RUN, ".*.tmp"):
+    for pattern in (_ROUNDS, _CHUNKS, _RUN, ".*.tmp"):
         # the last round first, so that what a kill leaves is a run that can go on
         for file in sorted(folder.glob(pattern), reverse=True):
             file.unlink()
@@ -153,7 +188,7 @@ def check_run(folder: Path, settings: dict[str, Any]) -> str:
             raise TypeError(f"id {id_!r}")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResumeError(
-            f"{file} is missing or damaged ({type(error).__name__}: {error}), so the rounds beside it cannot be "
+            f"{file} is missing or damaged ({type(error).__name__}: {error}), so what is kept beside it cannot be "
             f"continued; {_ANEW}"
         ) from error
     if format_ != _FORMAT:

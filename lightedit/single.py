@@ -5,7 +5,10 @@ optimised for many facts at a time, one factor of each preservation term serves 
 every row carries the edit of its own fact.
 """
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,13 +17,17 @@ from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.data.prompts import tokenize_facts
+from lightedit.edit import provenance
 from lightedit.evaluate import check_comparison, score_facts, summarize
 from lightedit.evaluation import Evaluation
+from lightedit.kept_scores import KeptScores, kept_scores
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.metrics import RecordScores
 from lightedit.progress import part, progress
 from lightedit.references import References
+from lightedit.resume import determining
+from lightedit.run_folder import checksum
 from lightedit.update import separate_updates
 from lightedit.values import optimize_values
 
@@ -39,6 +46,7 @@ def evaluate_single(
     targets: Mapping[int, Tensor] | None = None,
     before: Evaluation | None = None,
     references: References | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Evaluation:
     """Score each fact right after it alone is edited into `lm`, which stays as it is.
 
@@ -57,22 +65,36 @@ def evaluate_single(
         targets: fact's index -> value at the method's site, [d], or [2 d] for two sites, where it is known.
         before: `lm`'s evaluation of the same facts, for KnowledgeEditor's metrics; see `evaluate`.
         references: texts for RS; needs `generate`.
+        checkpoint: a folder of this run alone, in which the scores of finished chunks are kept: after the process was
+            killed, the same call goes on after them. Delete it once the evaluation is saved.
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
         ValueError: `before` is of other facts, or `references` come without `generate`.
         CovarianceError: a covariance of another model or other matrices, or one that cannot be solved with.
         FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
+        ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to edit")
     check_comparison(facts, generate, before, references)
     lm.check_layers(method.layers)
     preservation = method.factors(lm, covariance)
-    prompts = tokenize_facts(lm.tokenizer, facts, method.contexts.sample(lm))
-    records: dict[int, RecordScores] = {}
-    with progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar) as report:
+    contexts = method.contexts.sample(lm)
+    prompts = tokenize_facts(lm.tokenizer, facts, contexts)
+    with ExitStack() as stack:
+        kept: KeptScores | None = None
+        if checkpoint is not None:
+            settings = provenance(lm, method, contexts, covariance) | determining(lm, method, covariance, facts)
+            settings |= {"facts_per_chunk": facts_per_chunk, "generate": generate}
+            settings["targets"] = checksum("", {str(index): value for index, value in (targets or {}).items()})
+            kept = stack.enter_context(kept_scores(Path(checkpoint), settings))
+        records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
+        report = stack.enter_context(progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar))
         for chunk in chunks_by_suffix(facts, range(len(facts)), facts_per_chunk):
+            if chunk[0] in records:
+                continue
+            started = time.perf_counter()
             known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}
             missing = [index for index in chunk if index not in known]
             searching = _SEARCH * len(missing)
@@ -89,4 +111,6 @@ def evaluate_single(
             rest = part(report, len(records) + searching, len(chunk) - searching, len(facts))
             scored = score_facts(lm, [facts[index] for index in chunk], batch_size, rest, generate, edits)
             records.update(zip(chunk, scored, strict=True))
+            if kept is not None:
+                kept.add({index: records[index] for index in chunk}, time.perf_counter() - started)
     return summarize(facts, [records[index] for index in range(len(facts))], before, references)

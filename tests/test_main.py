@@ -9,8 +9,10 @@ import torch
 import yaml
 
 import lightedit as le
+from lightedit import single
 from lightedit.__main__ import main
 from tests.models import tiny_model, tiny_tokenizer
+from tests.test_module import covariance_of
 
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France's capital is",),
@@ -71,9 +73,41 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
     expected = le.evaluate_single(lm, FACTS, method, stats, progress_bar=False, before=before)
     assert "retain_accuracy" in expected.scores
     assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
+    assert not Path("scores.json.run").exists()
     assert "--protocol single and --method go together" in fails(capsys, arguments)
     assert "--protocol single and --method go together" in fails(capsys, [*arguments[:5], *QUICK])
     assert "one edited model" in fails(capsys, [*arguments, *QUICK, "--text", "text.txt"])
+
+
+def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    covariance_of(le.LanguageModel.load("model")).save("stats")
+    arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--protocol", "single", "--out", "scores.json",
+                 *QUICK, "--covariance", "stats", "--facts_per_chunk", "1"]  # fmt: skip
+    score, calls = single.score_facts, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(single, "score_facts", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments)
+    assert "the same command goes on" in capsys.readouterr().err
+    kept = Path("scores.json.run")
+    assert len(list(kept.glob("chunk-*.json"))) == 1 and not Path("scores.json").exists()
+    other = [*arguments[:-1], "2"]
+    assert "facts_per_chunk (1 there, 2 now)" in fails(capsys, other)
+    main(arguments)
+    assert len(calls) == 2 + len(FACTS) - 1 and not kept.exists()
+    calls.clear()
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments)
+    main([*other, "--restart", "true"])
+    assert not kept.exists()
 
 
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

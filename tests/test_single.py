@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import lightedit as le
+from lightedit import single
 from lightedit.data.prompts import ContextSettings
+from lightedit.run_folder import kept_chunks, locked, remove_run
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_module import assert_unedited, covariance_of, state
 from tests.test_sweep import FACTS, MEMIT, of, sweep
@@ -107,6 +109,71 @@ def test_a_fact_may_come_twice_and_known_targets_are_used(lm: le.LanguageModel) 
     assert after[1] == pytest.approx(before[1], abs=1e-4)
 
 
+def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Interrupt the next evaluation before it scores chunk number `chunks`, from 0."""
+    score, calls = single.score_facts, iter(range(chunks))
+
+    def interrupted(*args, **kwargs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(single, "score_facts", interrupted)
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_an_interrupted_evaluation_goes_on(
+    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: bool
+) -> None:
+    def run(checkpoint: Path | None) -> le.Evaluation:
+        return le.evaluate_single(
+            lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=2, progress_bar=False, generate=generate,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+
+    whole, folder = run(None), tmp_path / "scores.run"
+    for chunks in (1, 0, 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, chunks)
+            run(folder)
+    assert len(kept_chunks(folder)) == 2
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)  # nothing that is kept is scored again
+        assert run(folder) == whole
+    remove_run(folder)
+    assert not folder.exists()
+
+
+def test_a_folder_of_another_evaluation_or_a_damaged_one_is_refused(
+    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, method, covariance = tmp_path / "scores.run", METHODS["MEMIT"], covariance_of(lm)
+
+    def run(lm: le.LanguageModel = lm, facts=FACTS, method=method, **changes) -> le.Evaluation:
+        changes = {"facts_per_chunk": 2, "progress_bar": False, "checkpoint": folder} | changes
+        return le.evaluate_single(lm, facts, method, covariance, **changes)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        run()
+    with pytest.raises(le.ResumeError, match=r"differs in facts;.*choose another folder, or delete this one"):
+        run(facts=FACTS[:4])
+    with pytest.raises(le.ResumeError, match=r"differs in method.init_args.lambda_|differs in method.lambda_"):
+        run(method=replace(method, lambda_=6.0))
+    with pytest.raises(le.ResumeError, match="differs in generate"):
+        run(generate=True)
+    with pytest.raises(le.ResumeError, match="differs in targets"):
+        run(targets={0: torch.zeros(lm.d_model)})
+    with locked(folder), pytest.raises(le.ResumeError, match="another process"):
+        run()
+    (chunk,) = kept_chunks(folder)
+    chunk.write_text(chunk.read_text()[:-9])
+    with pytest.raises(le.ResumeError, match=f"{chunk.name} is truncated or was altered .*delete it"):
+        run()
+    chunk.unlink()
+    assert run() == run(checkpoint=None)
+
+
 def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
     with pytest.raises(le.FactError, match="empty"):
         le.evaluate_single(lm, [], MEMIT, covariance_of(lm))
@@ -128,6 +195,6 @@ def test_a_sweep_has_rows_of_single_edits(lm: le.LanguageModel, tmp_path: Path) 
             {score: expected.scores[score] for score in ("ES", "PS", "NS", "S")}
         )
     assert sweep(lm, tmp_path / "s", methods, facts_per_round=[None, "single"]) == rows
-    assert (tmp_path / "s" / "sweep.svg").is_file()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["runs.csv", "sweep.json", "sweep.svg", "values"]
     with pytest.raises(ValueError, match="'alone' facts cannot be a round"):
         sweep(lm, tmp_path / "t", methods, facts_per_round=["alone"])

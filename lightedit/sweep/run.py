@@ -17,11 +17,13 @@ from lightedit.data.facts import Fact, FactError, check_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
 from lightedit.files import whole_file
+from lightedit.kept_scores import KeptScores
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.module import EditModule, OnCollision
 from lightedit.progress import progress, quiet_lightning
 from lightedit.run import edit
+from lightedit.run_folder import remove_run
 from lightedit.single import evaluate_single
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, RoundLimit, Run, plan, swept_fields
@@ -111,31 +113,35 @@ def sweep(
             left = sum(other.facts for other in pending[number:])
             time_left = f"; about {seconds * left / done / 60:.1f} min left, values still to find aside" if done else ""
             print(f"run {number + 1} of {len(pending)}: {run}{time_left}", file=sys.stderr, flush=True)
+        kept = out / f"single-{_digest(run.row)}"
         try:
             targets, seconds_shared = store.find(run, facts_per_chunk, progress_bar)
             started = time.perf_counter()
             chosen = facts[: run.facts]
             spent = {"values": 0.0, "update": 0.0}
             if run.round_limit == "single":
-                scoring = started
                 scores = evaluate_single(lm, chosen, run.method, covariance, facts_per_chunk=facts_per_chunk,
-                                         progress_bar=progress_bar, generate=generate, targets=targets)  # fmt: skip
+                                         progress_bar=progress_bar, generate=generate, targets=targets,
+                                         checkpoint=kept)  # fmt: skip
+                scoring = KeptScores(kept).seconds
             else:
                 written = edit(lm, chosen, run.method, covariance, run.facts_per_round, facts_per_chunk, on_collision,
                                progress_bar, targets=targets)  # fmt: skip
-                scoring = time.perf_counter()
                 spent = written.provenance["seconds"]
+                before = time.perf_counter()
                 try:
                     scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
                 finally:
                     written.revert(lm)
+                scoring = time.perf_counter() - before
         except (FloatingPointError, ValueError) as error:  # other settings may well do
             failed[str(run)] = error
             if progress_bar:
                 print(f"failed: {error}", file=sys.stderr)
             continue
         seconds, done = seconds + time.perf_counter() - started, done + run.facts
-        table.add(run, scores, spent["values"] + seconds_shared, spent["update"], time.perf_counter() - scoring)
+        table.add(run, scores, spent["values"] + seconds_shared, spent["update"], scoring)
+        remove_run(kept)
 
     if progress_bar:
         print(*best(table.rows), sep="\n", file=sys.stderr)
