@@ -14,6 +14,7 @@ EACH = 3
 """Facts shown of each kind."""
 
 _KINDS = {"efficacy": "its own prompt", "paraphrase": "paraphrases", "neighborhood": "neighbourhood"}
+_SHOWN = _KINDS | {"portability": "portability"}  # beside those that facts are ordered by
 _RULE = (
     "Facts are ordered by the harmonic mean of their own ES, PS and NS (of their accuracies, where there is no true "
     "target), and those alike in it by the margin: by how many nats per token the wanted answer is ahead of the "
@@ -120,7 +121,7 @@ def _outcomes(record: dict[str, Any], before: dict[str, Any] | None) -> Html:
     heads = [element("th", name, scope="col") for name in ("prompts", *names)]
     rows = [
         element("tr", element("th", title, scope="row"), *(_outcome(column.get(kind)) for column in columns))
-        for kind, title in _KINDS.items()
+        for kind, title in _SHOWN.items()
         if kind in record
     ]
     return scrolling_table("Outcomes of this fact", element("tr", *heads), *rows)
@@ -133,7 +134,7 @@ def _outcome(scores: dict[str, Any] | None) -> Html:
     chance = fmean(math.exp(-nll) for nll in wanted)
     if others is None:
         right = 100 * fmean(scores["accuracy"])
-        return element("td", f"{right:.0f} % of tokens", element("small", f"p {chance:.2f}", class_="about"))
+        return element("td", f"{right:.0f} % right", element("small", f"p {chance:.2f}", class_="about"))
     won = sum(nll < other for nll, other in zip(wanted, others, strict=True))
     other_chance = fmean(math.exp(-nll) for nll in others)
     about = element("small", f"p {chance:.2f} : {other_chance:.2f}", class_="about")
@@ -141,11 +142,15 @@ def _outcome(scores: dict[str, Any] | None) -> Html:
 
 
 def _prompts(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | None) -> Html | None:
-    """Each paraphrase and neighbour with its outcome, where the edit tells what they are."""
+    """Each paraphrase, neighbour and further question with its outcome, where the edit tells what they are."""
     if fact is None:
         return None
     lists = []
-    for kind, prompts in (("paraphrase", fact.paraphrase_prompts), ("neighborhood", fact.neighborhood_prompts)):
+    for kind, prompts in (
+        ("paraphrase", fact.paraphrase_prompts),
+        ("neighborhood", fact.neighborhood_prompts),
+        ("portability", [f"{question} → {answer}" for question, answer in fact.portability]),
+    ):
         scores, old = record.get(kind), (before or {}).get(kind)
         if scores is None or len(scores["nll_wanted"]) != len(prompts):
             continue
@@ -158,7 +163,7 @@ def _prompts(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact |
             )
             for index, prompt in enumerate(prompts)
         ]
-        lists.append(group(element("h5", _KINDS[kind]), element("ul", *items)))
+        lists.append(group(element("h5", _SHOWN[kind]), element("ul", *items)))
     return element("details", element("summary", "every prompt"), *lists) if lists else None
 
 

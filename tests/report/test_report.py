@@ -5,9 +5,11 @@ import itertools
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import lightedit as le
 from lightedit.evaluate import summarize
@@ -365,4 +367,14 @@ def test_zsre_scores_make_a_report(tmp_path):
     ]  # fmt: skip
     summarize(facts, without_other).save(tmp_path / "zsre.json")
     text = _Reader(report(tmp_path / "zsre.json", tmp_path / "x.html").read_text()).text
-    assert "efficacy accuracy" in text and "% of tokens" in text and "NaN" not in text
+    assert "efficacy accuracy" in text and "% right" in text and "NaN" not in text
+
+
+def test_cards_hold_portability_questions_with_their_answers(tmp_path):
+    fact = replace(FACTS[5], portability=(("The neighbours speak", "Dutch"), ("Read in", "Leiden")))
+    (scores,) = records([fact], 1.0)
+    asked = PromptScores(torch.tensor([0.5, 2.0]), None, torch.tensor([1.0, 0.0]))
+    found = summarize([fact], [replace(scores, portability=asked)])
+    edit = le.Edit("model", "fingerprint", facts=[fact])
+    text = _Reader(str(facts_section([Run("x", edit, after=found)]))).text
+    assert "50 % right" in text and "The neighbours speak → Dutch" in text and "Read in → Leiden" in text
