@@ -194,6 +194,7 @@ def test_a_sweep_has_rows_of_single_edits(lm: le.LanguageModel, tmp_path: Path) 
         assert {score: row[score] for score in ("ES", "PS", "NS", "S")} == pytest.approx(
             {score: expected.scores[score] for score in ("ES", "PS", "NS", "S")}
         )
+    assert ",single," in (tmp_path / "s" / "runs.csv").read_text()
     assert sweep(lm, tmp_path / "s", methods, facts_per_round=[None, "single"]) == rows
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["runs.csv", "sweep.json", "sweep.svg", "values"]
     with pytest.raises(ValueError, match="'alone' facts cannot be a round"):

@@ -15,7 +15,7 @@ from lightedit.__main__ import main
 from lightedit.data.prompts import ContextSettings
 from lightedit.sweep import LOG17, run, targets
 from lightedit.sweep.plan import plan, shown
-from lightedit.sweep.table import best
+from lightedit.sweep.table import Table, best
 from lightedit.sweep.targets import TargetStore
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_module import assert_unedited, covariance_of, state
@@ -287,6 +287,16 @@ def test_a_folder_of_something_else_is_refused(lm: le.LanguageModel, tmp_path: P
     with pytest.raises(ValueError, match="holds no sweep"):
         sweep(lm, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_texts_in_the_table_come_back_as_they_were(tmp_path: Path) -> None:
+    texts = ["bare", "true", "NaN", "", "1", "[1]", "two words", 'a "quoted", one']
+    run = plan({"ROME": ROME}, 1, grid={"key": ["bare"]})[0]
+    table = Table(tmp_path / "runs.csv", ["key"])
+    for text in texts:
+        table.add(replace(run, settings={"key": text}), le.Evaluation({}, {}, []))
+    assert [row["key"] for row in Table(tmp_path / "runs.csv", ["key"]).rows] == texts
+    assert "ROME,bare,1,1," in (tmp_path / "runs.csv").read_text()
 
 
 def test_damaged_files_are_named(lm: le.LanguageModel, tmp_path: Path) -> None:

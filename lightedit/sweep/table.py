@@ -81,7 +81,13 @@ class Table:
             if reader.fieldnames != self._columns:
                 raise ValueError(f"{self.path} has the columns {reader.fieldnames}, expected {self._columns}")
             try:
-                return [{name: _value(name, cell) for name, cell in row.items()} for row in reader]
+                return [
+                    {
+                        name: cell if name in self._key and _is_word(cell) else _value(name, cell)
+                        for name, cell in row.items()
+                    }
+                    for row in reader
+                ]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{self.path} is damaged ({error}); correct the row, or delete it") from error
 
@@ -90,10 +96,18 @@ class Table:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self._columns)
         for row in self.rows:
-            cells = ["" if row[name] is None else json.dumps(row[name]) for name in self._columns[1:]]
-            writer.writerow([row["method"], *cells])
+            writer.writerow([row["method"], *(_cell(row[name]) for name in self._columns[1:])])
         with whole_file(self.path) as unfinished:
             unfinished.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it is a text that can stand in the file without quotes, because it is nothing else in JSON."""
+    return isinstance(value, str) and value.isidentifier() and value not in ("true", "false", "null", "NaN", "Infinity")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value) if _is_word(value) else json.dumps(value)
 
 
 def _value(column: str, cell: str) -> Any:
