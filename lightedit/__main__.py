@@ -28,7 +28,9 @@ from lightedit.module import OnCollision
 from lightedit.ops import NATIVE_STATUS, implementations
 from lightedit.references import read_references, write_references
 from lightedit.retention import check_validation
+from lightedit.run import check_edit
 from lightedit.run_folder import kept_rounds, remove_run
+from lightedit.single import check_single
 from lightedit.sweep.plan import plan
 
 
@@ -130,10 +132,10 @@ def edit(
     chosen = le.read_facts(facts, limit)
     model = le.LanguageModel.load(lm, dtype, device)
     moments = _covariance(model, [method], covariance)
-    moments.check(model, method.matrices)
     run = out.with_name(out.name + ".run")
     if restart:
         remove_run(run)
+    check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
     before = le.evaluate(model, chosen, generate=generate) if evaluate and not kept_rounds(run) else None
     after = None
     result = le.edit(
@@ -153,14 +155,17 @@ def edit(
         remove_run(run)
         raise RuntimeError(f"no facts are left to save: {result.provenance['stopped']}")
     if evaluate:
-        after = le.evaluate(model, result.facts, generate=generate)
+        try:
+            after = le.evaluate(model, result.facts, generate=generate)
+        except FloatingPointError as error:
+            print(f"the edited model cannot be scored, so the edit is saved without: {error}", file=sys.stderr)
         # scored by an earlier process, to find bad facts before the work, and the scores died with it; or scored on
         # facts, too, that a limit left unwritten
         if before is None or len(result.facts) < len(chosen):
             result.revert(model)
             before = le.evaluate(model, result.facts, generate=generate)
-        result.scores = {"before": before.scores, "after": after.scores}
-        print(after.table(before))
+        result.scores = {"before": before.scores} | ({} if after is None else {"after": after.scores})
+        print(before.table() if after is None else after.table(before))
     result.save(out, overwrite, before, after)
     remove_run(run)
     print(f"saved the edit of {len(result.facts)} facts in {out}")
@@ -244,6 +249,8 @@ def evaluate(
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file for the scores")
     if (protocol == "single") != (method is not None):
         raise ValueError("--protocol single and --method go together: the method that edits each fact alone")
     if protocol == "single" and (compare or held_out is not None or text is not None or harness):
@@ -251,7 +258,7 @@ def evaluate(
             "--compare, --held_out, --text and --harness score one edited model; --protocol single makes one a fact, "
             "and compares each with the unedited model anyway"
         )
-    run = None if out is None else out.with_name(f"{out.name}.run")
+    run = None if out is None or method is None else out.with_name(f"{out.name}.run")
     if restart and run is not None:
         remove_run(run)
     model = le.LanguageModel.load(lm, dtype, device)
@@ -261,6 +268,8 @@ def evaluate(
         le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
         harness=harness or (), harness_limit=harness_limit,
     )  # fmt: skip
+    if saved is not None:
+        saved.check_model(model)
     before = score() if compare else None
     if saved is not None:
         saved.apply(model)
@@ -268,13 +277,15 @@ def evaluate(
         result = score(before=before)
     else:
         moments = _covariance(model, [method], covariance)
+        check_single(model, chosen, method, moments, batch_size, facts_per_chunk)
         before = score()
         single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
         result = single(generate=generate, before=before, references=texts, checkpoint=run)
     print(result.table(before))
-    if out is not None and run is not None:
+    if out is not None:
         result.save(out)
-        remove_run(run)
+        if run is not None:
+            remove_run(run)
         print(f"saved the scores in {out}")
 
 
@@ -397,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
     try:
         auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=given)
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)

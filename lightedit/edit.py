@@ -81,17 +81,21 @@ class Edit:
         """Whether `lm` carries this edit."""
         return any(owner.startswith(f"{self.id}:") for owner in lm.weights.owners)
 
+    def check_model(self, lm: LanguageModel) -> None:
+        """Raise EditError unless the edit was made for `lm`."""
+        if lm.fingerprint != self.fingerprint:
+            raise EditError(
+                f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "
+                f"but {lm.name} has {lm.fingerprint}; load the model it was made for"
+            )
+
     def apply(self, lm: LanguageModel) -> None:
         """Write the edit into `lm`.
 
         Raises:
             EditError: another model, or the edit is applied already.
         """
-        if lm.fingerprint != self.fingerprint:
-            raise EditError(
-                f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "
-                f"but {lm.name} has {lm.fingerprint}; load the model it was made for"
-            )
+        self.check_model(lm)
         if self.is_applied(lm):
             raise EditError(f"edit {self.id} is applied already; revert it first")
         for index, updates in enumerate(self.rounds):

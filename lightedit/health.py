@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightedit.data.texts import read_texts
 from lightedit.held_out_text import HeldOutText, held_out_windows
 from lightedit.module import EditModule
-from lightedit.tables import log_folder, read_table, write_table
+from lightedit.tables import log_folder, write_table
 
 OnLimit = Literal["stop", "roll_back"]
 
@@ -87,18 +87,18 @@ class Health(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._resumed:
-            self._resume(trainer, module)
+            self._resume(module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._resumed:  # no epoch was left to do
-            self._resume(trainer, module)
+            self._resume(module)
 
-    def _resume(self, trainer: Trainer, module: LightningModule) -> None:
+    def _resume(self, module: LightningModule) -> None:
         # after a checkpoint's hook: what an earlier process found of the rounds that it kept
         assert isinstance(module, EditModule) and module.edit is not None
-        if (folder := self._folder(trainer)) is not None:
-            self.records = read_table(folder / _FILE, len(module.edit.rounds))
+        self.records = list(module.edit.tables.get("health", []))
         module.edit.tables["health"] = self.records
+        self.reason = module.edit.provenance.get("stopped")
         self._resumed = True
 
     def _folder(self, trainer: Trainer) -> Path | None:

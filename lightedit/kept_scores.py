@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightedit.files import whole_file
 from lightedit.metrics import Generations, PromptScores, RecordScores
-from lightedit.run_folder import ResumeError, check_run, is_run, kept_chunks, locked, start_run
+from lightedit.run_folder import ResumeError, check_run, kept_chunks, kept_rounds, locked, start_run
 
 
 class KeptScores:
@@ -56,7 +56,7 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         settings = json.loads(json.dumps(settings))
-        if is_run(folder):
+        if kept_chunks(folder) or kept_rounds(folder):
             check_run(folder, settings)
         else:
             start_run(folder, "scores", settings)

@@ -21,7 +21,7 @@ from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.retention import FILE, RetentionScores, curves, defined
-from lightedit.tables import log_folder, read_table, write_table
+from lightedit.tables import log_folder, write_table
 from lightedit.update import key_similarity, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
@@ -78,6 +78,7 @@ class EditModule(LightningModule):
         self.on_collision, self.collision_similarity, self.max_tokens = on_collision, collision_similarity, max_tokens
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
+        self._unscored: FloatingPointError | None = None  # why the model could not be validated after this round
         self.round_keys: dict[Matrix, Tensor] = {}
         self.tokens = TokenCount()
         self.seconds = {"values": 0.0, "update": 0.0}
@@ -116,7 +117,7 @@ class EditModule(LightningModule):
         # None stands for a fact that was merged into an earlier one
         self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
         self._resolve_collisions(data.facts)
-        self.retention = []
+        self.retention, self._unscored = [], None
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
@@ -242,12 +243,12 @@ class EditModule(LightningModule):
         try:
             for matrix, update, keys in write_facts(self.lm, self.method, self._preservation, units, targets, owner):
                 updates[matrix], self.round_keys[matrix] = update, keys
+            if self.method.reads_keys_after_writing:
+                self.round_keys = read_keys(self.lm, self.method, units)
+            self._remember(self.round_keys)
         except BaseException:
             self.lm.weights.remove([owner])
             raise
-        if self.method.reads_keys_after_writing:
-            self.round_keys = read_keys(self.lm, self.method, units)
-        self._remember(self.round_keys)
         self.edit.rounds.append(updates)
         self.edit.facts_in_round.append(len(indices))
         self.edit.facts += [self._facts[index] for index in indices]
@@ -310,6 +311,9 @@ class EditModule(LightningModule):
         return self.current_epoch + 1 >= rounds
 
     def on_train_epoch_end(self) -> None:
+        unscored, self._unscored = self._unscored, None
+        if unscored is not None and not self.trainer.should_stop:
+            raise unscored
         if self.in_last_round:
             self.trainer.should_stop = True
         if self.trainer.should_stop and self.trainer.enable_validation:
@@ -319,17 +323,25 @@ class EditModule(LightningModule):
 
     def on_train_start(self) -> None:
         # after a checkpoint's hook: what an earlier process found of the rounds that it kept
-        folder = log_folder(self.trainer)
-        if folder is not None and self.edit is not None:
-            self.retention = read_table(folder / FILE, len(self.edit.rounds))
-            self.edit.tables["retention"] = self.retention
+        if self.edit is not None:
+            self.retention = self.edit.tables.setdefault("retention", [])
 
     def validation_step(self, chunk: Chunk, batch_idx: int) -> None:
-        records = score_facts(self.lm, chunk.facts)
+        try:
+            records = score_facts(self.lm, chunk.facts)
+        except FloatingPointError as error:
+            if self.trainer.state.fn != "fit":
+                raise
+            self._unscored = error  # raised as the round ends, unless a callback ends the fit there
+            return
         self._metrics.update(records)
         self._by_origin.update(chunk.round_ + 1, records)
 
     def on_validation_epoch_end(self) -> None:
+        if self._unscored is not None:
+            self._metrics.reset()
+            self._by_origin = RetentionScores()
+            return
         self.log_dict(defined(self._metrics), prog_bar=True)
         self._metrics.reset()
         scores, self._by_origin = self._by_origin, RetentionScores()

@@ -65,11 +65,15 @@ class RoundCheckpoint(Checkpoint):
             for number, file in enumerate(files, 1):
                 round_ = Round.load(file, module.edit.id, number)
                 module.restore_round(round_.updates, round_.facts, round_.keys)
+                for name, rows in round_.tables.items():
+                    module.edit.tables.setdefault(name, []).extend(rows)
         except BaseException:
             if module.edit.is_applied(module.lm):
                 module.edit.revert(module.lm)
             raise
         torch.set_rng_state(round_.random)
+        if round_.stopped is not None:
+            module.edit.provenance["stopped"] = round_.stopped
         module.seconds.update(round_.seconds)
         module.edit.provenance["seconds"] = dict(module.seconds)
         for name, count in round_.tokens.items():
@@ -81,7 +85,8 @@ class RoundCheckpoint(Checkpoint):
         loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(round_.steps)
         if round_.last:
             trainer.should_stop = True
-        print(f"continuing after round {len(files)} of {len(data.rounds)}", file=sys.stderr)
+        ended = "" if round_.stopped is None else f", where the run ended: {round_.stopped}"
+        print(f"continuing after round {len(files)} of {len(data.rounds)}{ended}", file=sys.stderr)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("EditModule", pl_module)
@@ -98,6 +103,10 @@ class RoundCheckpoint(Checkpoint):
             tokens=asdict(module.tokens),
             steps=trainer.global_step,
             batches=trainer.fit_loop.epoch_loop.on_save_checkpoint(),
+            stopped=module.edit.provenance.get("stopped"),
+            tables={
+                name: [row for row in rows if row["round"] == self._kept] for name, rows in module.edit.tables.items()
+            },
             updates=module.edit.rounds[-1],
             keys=module.round_keys if module.method.keeps_past_keys else {},  # the larger part of a file
             random=torch.get_rng_state(),
@@ -121,7 +130,6 @@ def determining(lm: LanguageModel, method: Method, covariance: Covariance, facts
         "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in method.matrices}),
         "facts": checksum(json.dumps([fact.to_dict() for fact in facts]), {}),
         "device": lm.device.type,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -136,5 +144,6 @@ def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
         "on_collision": module.on_collision,
         "collision_similarity": module.collision_similarity,
         "max_tokens": module.max_tokens,
+        "threads": torch.get_num_threads(),
     }
     return cast(dict[str, Any], json.loads(json.dumps(settings)))

@@ -38,6 +38,29 @@ class _Progress(Callback):
         self.report(module.fraction_done - self._before, 1.0 - self._before)
 
 
+def check_edit(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: Method,
+    covariance: Covariance,
+    facts_per_round: int | None = None,
+    facts_per_chunk: int = 32,
+    on_collision: OnCollision = "error",
+) -> None:
+    """Raise what `edit` would raise for these arguments before its first step; takes seconds."""
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        data = FactsDataModule(facts, _round_size(method, facts_per_round), facts_per_chunk)
+        trainer.fit(EditModule(lm, method, covariance, on_collision), datamodule=data)
+
+
+def _round_size(method: Method, asked: int | None) -> int | None:
+    return method.facts_per_solve if asked is None else asked
+
+
 def edit(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -80,7 +103,7 @@ def edit(
         ResumeError: `checkpoint` holds another run, or a damaged file.
     """
     check_validation(validate_every, None if log is None else Path(log))
-    data = FactsDataModule(facts, facts_per_round or method.facts_per_solve, facts_per_chunk)
+    data = FactsDataModule(facts, _round_size(method, facts_per_round), facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         watching = [_Progress(report), *callbacks]

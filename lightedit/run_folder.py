@@ -24,7 +24,7 @@ from torch import Tensor
 from lightedit.lm import Matrix
 from lightedit.lm.weights import LowRankUpdate
 
-_FORMAT = 1
+_FORMAT = 2
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
@@ -51,6 +51,8 @@ class Round:
         tokens: of the run so far, by kind.
         steps: optimizer steps of the run so far.
         batches: the trainer's count of batches.
+        stopped: why a callback ended the fit with it, if one did.
+        tables: this round's rows of `Edit.tables`.
         updates: matrix -> update.
         keys: matrix -> keys, [d_in, B] float64, where the method keeps past keys.
         random: state of torch's random numbers on the CPU after the round.
@@ -64,6 +66,8 @@ class Round:
     tokens: dict[str, int]
     steps: int
     batches: dict[str, int]
+    stopped: str | None
+    tables: dict[str, list[dict[str, Any]]]
     updates: dict[Matrix, LowRankUpdate]
     keys: dict[Matrix, Tensor]
     random: Tensor
@@ -131,11 +135,6 @@ def kept_rounds(folder: Path) -> list[Path]:
 def kept_chunks(folder: Path) -> list[Path]:
     """The files of the finished chunks in a run's folder; none if there is no such folder."""
     return sorted(folder.glob(_CHUNKS))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds files of a run."""
-    return (folder / _RUN).exists() or bool(kept_rounds(folder) or kept_chunks(folder))
 
 
 @contextmanager

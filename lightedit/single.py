@@ -70,15 +70,13 @@ def evaluate_single(
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
-        ValueError: `before` is of other facts, or `references` come without `generate`.
+        ValueError: a size is below 1, `before` is of other facts, or `references` come without `generate`.
         CovarianceError: a covariance of another model or other matrices, or one that cannot be solved with.
         FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
         ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
     """
-    if not facts:
-        raise FactError("facts: the list is empty; give at least one fact to edit")
+    check_single(lm, facts, method, covariance, batch_size, facts_per_chunk)
     check_comparison(facts, generate, before, references)
-    lm.check_layers(method.layers)
     preservation = method.factors(lm, covariance)
     contexts = method.contexts.sample(lm)
     prompts = tokenize_facts(lm.tokenizer, facts, contexts)
@@ -86,14 +84,13 @@ def evaluate_single(
         kept: KeptScores | None = None
         if checkpoint is not None:
             settings = provenance(lm, method, contexts, covariance) | determining(lm, method, covariance, facts)
-            settings |= {"facts_per_chunk": facts_per_chunk, "generate": generate}
+            settings |= {"generate": generate}
             settings["targets"] = checksum("", {str(index): value for index, value in (targets or {}).items()})
             kept = stack.enter_context(kept_scores(Path(checkpoint), settings))
         records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
         report = stack.enter_context(progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar))
-        for chunk in chunks_by_suffix(facts, range(len(facts)), facts_per_chunk):
-            if chunk[0] in records:
-                continue
+        missing_facts = [index for index in range(len(facts)) if index not in records]
+        for chunk in chunks_by_suffix(facts, missing_facts, facts_per_chunk):
             started = time.perf_counter()
             known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}
             missing = [index for index in chunk if index not in known]
@@ -114,3 +111,21 @@ def evaluate_single(
             if kept is not None:
                 kept.add({index: records[index] for index in chunk}, time.perf_counter() - started)
     return summarize(facts, [records[index] for index in range(len(facts))], before, references)
+
+
+def check_single(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: Method,
+    covariance: Covariance,
+    batch_size: int = 64,
+    facts_per_chunk: int = 32,
+) -> None:
+    """Raise what `evaluate_single` would raise for these arguments; takes seconds."""
+    if not facts:
+        raise FactError("facts: the list is empty; give at least one fact to edit")
+    for name, size in (("batch_size", batch_size), ("facts_per_chunk", facts_per_chunk)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    lm.check_layers(method.layers)
+    covariance.check(lm, method.matrices)

@@ -111,13 +111,17 @@ class _Rows:
         index = rows.nonzero().squeeze(1)
         read = rows[self.at[0]]
         renumber = rows.cumsum(0) - 1
+
+        def kept(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device)]
+
         return _Rows(
-            Batch(self.batch.ids[index], self.batch.mask[index], self.batch.positions[index]),
+            Batch(kept(self.batch.ids), kept(self.batch.mask), kept(self.batch.positions)),
             None if self.cache is None else self.cache.rows(index),
-            self.hidden[index],
-            None if self.mlp is None else self.mlp[index],
-            self.fact[index],
-            self.context[index],
+            kept(self.hidden),
+            None if self.mlp is None else kept(self.mlp),
+            kept(self.fact),
+            kept(self.context),
             (renumber[self.at[0][read]], self.at[1][read]),
             self.targets[read[: len(self.targets)].to(self.targets.device)],
             self.weight[read],

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lightning import Callback, Trainer
 from torch.nn import functional as F
 
 import lightedit as le
+from lightedit import module
 from lightedit.held_out_text import POSITIONS
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_module import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state
@@ -173,6 +175,50 @@ def test_a_run_that_goes_on_after_its_end_has_its_tables(lm: le.LanguageModel, t
     again = run(lm, callbacks=[le.Health(WINDOWS)], **kept)
     assert len(first.tables["health"]) == len(first.rounds) == 3
     assert again.tables == first.tables
+
+
+@pytest.mark.filterwarnings("ignore:stopped in round 2")
+def test_a_run_that_a_limit_ended_still_says_so_without_a_log(
+    lm: le.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {"facts_per_round": 2, "validate_every": 1, "checkpoint": tmp_path / "run"}
+    first = run(lm, callbacks=[le.Health(WINDOWS, **limits_that_round_two_passes(torch.float32))], **kept)
+    first.revert(lm)
+    health = le.Health(WINDOWS)
+    again = run(lm, callbacks=[health], **kept)
+    assert again.provenance["stopped"] == health.reason == first.provenance["stopped"]
+    assert again.tables == first.tables and len(first.tables["health"]) == 2
+    assert [(row["round"], row["origin"]) for row in first.tables["retention"]] == [(1, 1), (2, 1), (2, 2)]
+    assert "where the run ended: stopped in round 2" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:stopped in round 2")
+@pytest.mark.parametrize("on_limit", ["roll_back", "stop", None])
+def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
+    lm: le.LanguageModel, on_limit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write = state(lm), module.write_facts
+
+    def ruining(lm: le.LanguageModel, *args):
+        for matrix, update, keys in write(lm, *args):
+            if len(lm.weights.owners) == 2 and matrix.layer == LAYERS[-1]:
+                update = replace(update, left=update.left * math.nan)
+                lm.weights.remove([args[-1]])
+                lm.weights.add(args[-1], matrix, update)
+            yield matrix, update, keys
+
+    monkeypatch.setattr(module, "write_facts", ruining)
+    settings = {"facts_per_round": 2, "validate_every": 1}
+    if on_limit is None:
+        with pytest.raises(FloatingPointError):
+            run(lm, **settings)
+        assert_unedited(lm, before)
+        return
+    health = le.Health(WINDOWS, max_kl=1e9, on_limit=on_limit)
+    edit = run(lm, callbacks=[health], **settings)
+    assert "kl is nan" in health.reason
+    assert len(edit.rounds) == (1 if on_limit == "roll_back" else 2)
+    assert [(row["round"], row["origin"]) for row in edit.tables["retention"]] == [(1, 1)]
 
 
 def test_the_round_that_stays_is_validated_even_between_validations(lm: le.LanguageModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line, end to end on a tiny model in a folder."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightedit.__main__ import main
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_module import covariance_of
 
+evaluation_module = importlib.import_module("lightedit.evaluate")  # whose name is that of the function, too
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France's capital is",),
             neighborhood_prompts=("The Eiffel Tower is in",)),
@@ -99,8 +101,11 @@ def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
     assert "the same command goes on" in capsys.readouterr().err
     kept = Path("scores.json.run")
     assert len(list(kept.glob("chunk-*.json"))) == 1 and not Path("scores.json").exists()
-    other = [*arguments[:-1], "2"]
-    assert "facts_per_chunk (1 there, 2 now)" in fails(capsys, other)
+    other = [*arguments, "--method.lambda_", "11"]
+    assert "differs in method.lambda_ (10.0 there, 11.0 now)" in fails(capsys, other)
+    main([*arguments[:5], "--out", "scores.json"])  # what a single run has kept is not another protocol's to delete
+    assert len(list(kept.glob("chunk-*.json"))) == 1
+    Path("scores.json").unlink()
     main(arguments)
     assert len(calls) == 2 + len(FACTS) - 1 and not kept.exists()
     calls.clear()
@@ -108,6 +113,60 @@ def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
         main(arguments)
     main([*other, "--restart", "true"])
     assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "--out", "edits/x", "--facts", "colliding.jsonl"], "collide"),
+        (["edit", "--out", "edits/x", "--method", "ROME", "--facts_per_round", "2"], "facts_per_round=1"),
+        (["edit", "--out", "edits/x", "--facts_per_round", "0"], "facts_per_round must be at least 1"),
+        (["evaluate", "--protocol", "single", "--covariance", "other"], "covariance"),
+        (["evaluate", "--protocol", "single", "--facts_per_chunk", "0"], "facts_per_chunk must be at least 1"),
+        (["evaluate", "--edit", "edits/other", "--compare", "true"], "load the model it was made for"),
+        (["evaluate", "--out", "stats"], "--out stats is a folder"),
+        (["evaluate", "--facts", "stats"], "stats"),
+    ],
+)
+def test_wrong_input_is_found_before_anything_is_scored(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    lm = le.LanguageModel.load("model")
+    covariance_of(lm).save("stats")
+    other = le.LanguageModel(tiny_model("llama", seed=1), tiny_tokenizer("bytelevel"))
+    covariance_of(other).save("other")
+    le.Edit(other.name, other.fingerprint, facts=FACTS).save("edits/other")
+    le.write_facts(
+        "colliding.jsonl", [FACTS[0], replace(FACTS[0], prompt="The capital of {} is", target_new="Bonn")]
+    )
+    monkeypatch.setattr(evaluation_module, "score_facts", lambda *_, **__: pytest.fail("the model was scored"))
+    command, *given = arguments
+    defaults = {"--lm": "model", "--facts": "facts.jsonl"}
+    if command == "edit" or "single" in given:
+        quick = QUICK if "--method" not in given else ["--method", "ROME", "--method.layers", "[1]"]
+        defaults |= dict(zip(quick[::2], quick[1::2], strict=True)) | {"--covariance": "stats"}
+    defaults |= dict(zip(given[::2], given[1::2], strict=True))
+    printed = fails(capsys, [command, *(word for pair in defaults.items() for word in pair)])
+    assert message in printed and "Traceback" not in printed
+    assert not Path("edits/x").exists()
+
+
+def test_an_edit_that_ruins_the_model_is_saved_without_scores_after_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score, calls = evaluation_module.score_facts, []
+
+    def ruined_at_last(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise FloatingPointError("the NLL is nan")
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation_module, "score_facts", ruined_at_last)
+    main(edit())
+    assert "cannot be scored, so the edit is saved without: the NLL is nan" in capsys.readouterr().err
+    saved = le.Edit.load("edits/x")
+    assert saved.facts == FACTS and saved.scores.keys() == {"before"}
 
 
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +277,8 @@ def edit(*changes: str) -> list[str]:
         (edit("--max_kl", "1", "--on_limit", "pause"), "pause"),
         (edit("--health_text", "missing.txt"), "missing.txt"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
-        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"], "no"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"],
+         "/no does not exist"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true"], "--edit"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "missing.json"], "missing.json"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--text", "missing.txt"], "missing.txt"),
@@ -231,7 +291,7 @@ def edit(*changes: str) -> list[str]:
         (["report"], "runs"),
         (["report", "nowhere"], "nowhere"),
         (["report", "model"], "model"),
-        (["report", "nowhere", "--out", "no/where.html"], "no"),
+        (["report", "model", "--out", "no/where.html"], "/no does not exist"),
         (["edt"], "edt"),
     ],
 )  # fmt: skip

@@ -242,6 +242,26 @@ def last_keys(lm: le.LanguageModel, module: le.EditModule) -> torch.Tensor:
     return KeyWalk(lm, module._prompts[-1:], 1).keys()
 
 
+def test_a_round_that_fails_after_its_last_matrix_leaves_nothing(
+    lm: le.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_) -> None:
+        raise MemoryError
+
+    before = state(lm)
+    monkeypatch.setattr(Preservation, "remember", out_of_memory)
+    method = le.ENCORE(layers=LAYERS, values=MEMIT.values, contexts=MEMIT.contexts)
+    with pytest.raises(MemoryError):
+        run(lm, method=method)
+    assert_unedited(lm, before)
+
+
+@pytest.mark.parametrize("size", [{"facts_per_round": 0}, {"facts_per_chunk": 0}])
+def test_a_size_of_zero_is_refused(lm: le.LanguageModel, size: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(size))} must be at least 1, got 0"):
+        run(lm, **size)
+
+
 def test_rome_refuses_several_facts_a_round(lm: le.LanguageModel) -> None:
     with pytest.raises(ValueError, match="facts_per_round=1"):
         run(lm, method=ROME, covariance=covariance_of(lm, (1,)), facts_per_round=2)

@@ -1,5 +1,6 @@
 """Single edits, many at once, against editing, scoring and undoing one fact after the other."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,13 @@ def test_an_interrupted_evaluation_goes_on(
     with monkeypatch.context() as patch:
         stop_after(patch, 1)  # nothing that is kept is scored again
         assert run(folder) == whole
+    some = [fact for chunk in kept_chunks(folder)[:1] for fact in json.loads(chunk.read_text())["records"]]
+    for chunk in kept_chunks(folder)[1:]:
+        chunk.unlink()
+    again = le.evaluate_single(lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=5, progress_bar=False,
+                               generate=generate, checkpoint=folder)  # fmt: skip
+    assert len(some) == 2 and [again.records[int(i)] == whole.records[int(i)] for i in some] == [True, True]
+    assert again.scores == pytest.approx(whole.scores, abs=0.1)
     remove_run(folder)
     assert not folder.exists()
 
@@ -171,7 +179,7 @@ def test_a_folder_of_another_evaluation_or_a_damaged_one_is_refused(
     with pytest.raises(le.ResumeError, match=f"{chunk.name} is truncated or was altered .*delete it"):
         run()
     chunk.unlink()
-    assert run() == run(checkpoint=None)
+    assert run(method=replace(method, lambda_=6.0)) != run(checkpoint=None)  # nothing was kept, so nothing is refused
 
 
 def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
@@ -181,6 +189,9 @@ def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
         le.evaluate_single(lm, FACTS, replace(MEMIT, layers=(9,)), covariance_of(lm))
     with pytest.raises(le.CovarianceError, match="layer 2"):
         le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm, (1,)))
+    for size in ("batch_size", "facts_per_chunk"):
+        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+            le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm), **{size: 0})
     with pytest.raises(ValueError, match="batch_size"):
         le.evaluate(lm, FACTS, batch_size=0)
 

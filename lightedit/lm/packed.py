@@ -93,7 +93,7 @@ def _attend(
         k, v = (states.unflatten(1, (span.rows, span.length)).transpose(0, 1) for states in (k, v))
         if span.cache is not None:
             k, v = span.cache.update(k, v, module.layer_idx)
-        mask = span.visible(sliding_window).repeat(1, 1, groups, 1)
+        mask = span.visible(sliding_window).to(q.device).repeat(1, 1, groups, 1)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         output = output.unflatten(2, (groups, span.length)).permute(0, 3, 1, 2, 4)  # [rows, length, heads.., head_dim]
         outputs.append(output.flatten(2, 3).flatten(0, 1))

@@ -39,10 +39,13 @@ class PrefixCache(DynamicCache):
         """The cache of the rows `index` [n] alone, and of the last `length` positions if that is given."""
         length = self.length if length is None else length
         start = self.length - length
-        kept = [
-            None if layer is None else (layer[0][index, :, start:], layer[1][index, :, start:]) for layer in self.prefix
-        ]
-        return PrefixCache(kept, length)
+
+        def kept(states: Tensor) -> Tensor:
+            return states[index.to(states.device), :, start:]
+
+        return PrefixCache(
+            [None if layer is None else (kept(layer[0]), kept(layer[1])) for layer in self.prefix], length
+        )
 
     def without(self, layers: range) -> "PrefixCache":
         """The cache without the states of `layers`, to free memory once their blocks are skipped."""

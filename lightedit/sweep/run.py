@@ -10,20 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
-
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError, check_facts
-from lightedit.data.modules import FactsDataModule
 from lightedit.evaluate import evaluate, score_facts, summarize
 from lightedit.files import whole_file
 from lightedit.kept_scores import KeptScores
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
-from lightedit.module import EditModule, OnCollision
-from lightedit.progress import progress, quiet_lightning
-from lightedit.run import edit
-from lightedit.run_folder import remove_run
+from lightedit.module import OnCollision
+from lightedit.progress import progress
+from lightedit.run import check_edit, edit
+from lightedit.run_folder import ResumeError, remove_run
 from lightedit.single import evaluate_single
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, RoundLimit, Run, plan, swept_fields
@@ -134,6 +131,8 @@ def sweep(
                 finally:
                     written.revert(lm)
                 scoring = time.perf_counter() - before
+        except ResumeError:
+            raise
         except (FloatingPointError, ValueError) as error:  # other settings may well do
             failed[str(run)] = error
             if progress_bar:
@@ -219,12 +218,8 @@ def _check_collisions(
     for (_, _, limit), method in checked.items():
         if limit == "single":
             continue
-        with quiet_lightning(), suppress(CovarianceError):  # which may well do with the group's other settings
-            trainer = Trainer(
-                accelerator="cpu", max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, limit_val_batches=0,
-            )  # fmt: skip
-            trainer.fit(EditModule(lm, method, covariance, on_collision), datamodule=FactsDataModule(facts, limit))
+        with suppress(CovarianceError):  # which may well do with the group's other settings
+            check_edit(lm, facts, method, covariance, limit, on_collision=on_collision)
 
 
 def _score_unedited(
