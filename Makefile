@@ -9,7 +9,7 @@ STAMP := $(VENV)/.lightedit-installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv, install lightedit with all its extras and build its C++ kernels
+setup: $(STAMP) ## create .venv, install lightedit for development and build its C++ kernels
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*)
 	@echo "installing into $(VENV) (minutes the first time)"

@@ -18,16 +18,18 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
     if len(facts) != len(before):
         raise ValueError(f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones")
     for number, (fact, record) in enumerate(zip(facts, before, strict=True)):
-        for field in ("prompt", "subject", "target_new"):
+        for field in ("prompt", "subject", "target_new", "target_true"):
             if record.get(field) != getattr(fact, field):
                 raise ValueError(
                     f"before: the {field} of its record {number} is {record.get(field)!r}, that of the fact is "
                     f"{getattr(fact, field)!r}; evaluate the same facts in the same order"
                 )
-        asked = record.get("neighborhood")
-        if asked is not None and len(asked.get("predicted", ())) != len(fact.neighborhood_prompts):
+        asked = record.get("neighborhood") or {}
+        answered = fact.neighborhood_prompts if fact.neighborhood_target or fact.target_true else ()
+        if tuple(asked.get("prompts", ())) != answered or len(asked.get("predicted", ())) != len(answered):
             raise ValueError(
-                f"before: its record {number} lacks what was predicted on each neighbourhood prompt; evaluate again"
+                f"before: its record {number} lacks what was predicted on the fact's {len(answered)} neighbourhood "
+                "prompts; evaluate again"
             )
 
 

@@ -194,6 +194,8 @@ def evaluate(
     if harness:
         check_harness(harness, harness_limit)
     windows = None if text is None else held_out_windows(lm, text)
+    # first, because its data may not be had
+    others = harness_scores(lm, harness, harness_limit, batch_size) if harness else None
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
         records = score_facts(lm, facts, batch_size, report, generate)
     kept = []
@@ -206,9 +208,7 @@ def evaluate(
         with lm.weights.unedited():
             held_out_text = HeldOutText(lm, windows)
         found = _with_scores(found, *held_out_text.perplexity_and_kl())
-    if harness:
-        found = _with_scores(found, *harness_scores(lm, harness, harness_limit, batch_size))
-    return found
+    return found if others is None else _with_scores(found, *others)
 
 
 def check_comparison(
@@ -273,6 +273,7 @@ def _as_dict(fact: Fact, record: RecordScores, names: Collection[str]) -> dict[s
     for metric in RECORD_MEANS:
         if metric.name in names and (value := metric.of(record)) is not None:
             result[metric.name] = 100 * value
+    asked = _questions(fact)
     for kind in ("efficacy", "paraphrase", "neighborhood", "portability"):
         scores: PromptScores | None = getattr(record, kind)
         if scores is not None:
@@ -280,6 +281,7 @@ def _as_dict(fact: Fact, record: RecordScores, names: Collection[str]) -> dict[s
                 "nll_wanted": scores.nll.tolist(),
                 "accuracy": scores.accuracy.tolist(),
                 "predicted": [list(tokens) for tokens in scores.predicted],
+                "prompts": [question.prompt for question in asked[kind]],
             }
             if scores.nll_other is not None:
                 result[kind]["nll_other"] = scores.nll_other.tolist()

@@ -47,7 +47,7 @@ class Evaluation:
         records: one per fact, in order: id, subject, prompt, target_new, target_true; the record's own value
             of each metric that it has, in the same unit; under "efficacy", "paraphrase", "neighborhood" and
             "portability" one value a prompt of nll_wanted and nll_other (mean NLL per token, in nats), accuracy
-            (share) and predicted (ids of the most probable tokens in the answer's place); and, if texts were
+            (share), predicted (ids of the most probable tokens in the answer's place) and prompts; and, if texts were
             generated, "generations", a list of texts with their prompts, and "continuation", the greedy one of the
             fact's own prompt.
     """

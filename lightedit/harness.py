@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 
 from lightedit.lm import LanguageModel
 
-_SHARES = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "em", "f1")  # metrics that are told in percent
+_SHARES = ("exact_match", "em", "f1")  # told in percent, as is whatever has acc in its name
 
 
 def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
@@ -21,7 +23,7 @@ def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
     Raises:
         ImportError: the harness is not installed.
         FileNotFoundError: a task that is given as a file is not there.
-        ValueError: a task is not known, or `limit` is less than 1.
+        ValueError: a task is not known, its file is no plain YAML, or `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit} examples of a task, expected at least 1")
@@ -34,6 +36,7 @@ def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
         if _is_file(task):
             if not Path(task).is_file():
                 raise FileNotFoundError(f"no task at {task}; give the name of a task of the harness, or its file")
+            _read(task)
         elif task not in known:
             raise ValueError(f"the harness has no task {task!r}; `lm-eval ls tasks` lists those it has")
 
@@ -68,9 +71,7 @@ def harness_scores(
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         found = simple_evaluate(
             model,
-            tasks=[
-                yaml.safe_load(Path(task).read_text(encoding="utf-8")) if _is_file(task) else task for task in tasks
-            ],
+            tasks=[_read(task) if _is_file(task) else task for task in tasks],
             limit=limit,
             log_samples=False,
             random_seed=None,  # leave Python's and NumPy's random numbers alone
@@ -83,6 +84,15 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
+def _read(task: str) -> Any:
+    try:
+        return yaml.safe_load(Path(task).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{task} is no task in plain YAML, without tags such as !function ({error}); name a task of the harness"
+        ) from error
+
+
 def _scores(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     scores, intervals = {}, {}
     for task, found in results.items():
@@ -90,9 +100,12 @@ def _scores(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[
             metric, _, kind = key.partition(",")  # such as "acc,none", beside "acc_stderr,none"
             if metric.endswith("_stderr") or not isinstance(value, float):
                 continue
+            if not math.isfinite(value):
+                warnings.warn(f"{task}: the harness gives {value} as {metric}, which is left out", stacklevel=2)
+                continue
             error = found.get(f"{metric}_stderr,{kind}")
             spread = 1.96 * error if isinstance(error, float) else float("nan")
-            scale = 100 if metric in _SHARES else 1
+            scale = 100 if metric in _SHARES or "acc" in metric else 1
             name = f"{task} {metric}" if kind in ("", "none") else f"{task} {metric} ({kind})"
             scores[name] = scale * value
             intervals[name] = (scale * (value - spread), scale * (value + spread))

@@ -112,7 +112,19 @@ def test_an_unchanged_model_retains_everything_also_beside_a_saved_evaluation(lm
         (lambda records: records[:1], "it evaluated 1 facts, and here are 2"),
         (lambda records: records[::-1], "the subject of its record 0 is 'Italy', that of the fact is 'France'"),
         (lambda records: [records[0] | {"target_new": "Bonn"}, records[1]], "the target_new of its record 0 is 'Bonn'"),
+        (
+            lambda records: [records[0] | {"target_true": "Bonn"}, records[1]],
+            "the target_true of its record 0 is 'Bonn'",
+        ),
         (lambda records: [records[0], records[1] | {"neighborhood": {"accuracy": [1.0]}}], "record 1 lacks what was"),
+        (lambda records: [records[0], {**records[1], "neighborhood": None}], "record 1 lacks what was"),
+        (
+            lambda records: [
+                records[0],
+                {**records[1], "neighborhood": {**records[1]["neighborhood"], "prompts": ["Who?"]}},
+            ],
+            "record 1 lacks what was",
+        ),
     ],
 )
 def test_an_evaluation_of_other_facts_is_refused_before_any_pass(lm, monkeypatch, change, message):

@@ -1,6 +1,7 @@
 """Tasks of the lm-evaluation-harness, on one of our own with local data."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 import lightedit as le
-from lightedit.harness import harness_scores
+from lightedit.harness import _scores, harness_scores
 from lightedit.lm.weights import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -93,6 +94,22 @@ def test_wrong_tasks_are_refused_before_work_starts(task: str) -> None:
         le.evaluate(model(), facts, harness=["nowhere.yaml"])
     with pytest.raises(ValueError, match="limit"):
         le.evaluate(model(), facts, harness=[task], harness_limit=0)
+
+
+def test_a_task_that_is_no_plain_yaml_is_refused_before_work_starts(task: str, tmp_path: Path) -> None:
+    tagged = tmp_path / "tagged.yaml"
+    tagged.write_text("task: x\nprocess_docs: !function utils.process_docs\n")
+    with pytest.raises(ValueError, match=r"tagged\.yaml is no task in plain YAML"):
+        harness_scores(model(), [str(tagged)])
+
+
+def test_numbers_that_are_none_are_left_out_and_accuracies_are_in_percent() -> None:
+    found = {"mine": {"prompt_level_strict_acc,none": 0.5, "ter,none": 0.25, "perplexity,none": math.inf,
+                      "prompt_level_strict_acc_stderr,none": 0.125, "alias": "mine"}}  # fmt: skip
+    with pytest.warns(UserWarning, match="gives inf as perplexity"):
+        scores, intervals = _scores(found)
+    assert scores == {"mine prompt_level_strict_acc": 50.0, "mine ter": 0.25}
+    assert intervals["mine prompt_level_strict_acc"] == pytest.approx((50 - 24.5, 50 + 24.5))
 
 
 def test_without_the_harness_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,9 +136,7 @@ def test_wrong_input_is_found_before_anything_is_scored(
     other = le.LanguageModel(tiny_model("llama", seed=1), tiny_tokenizer("bytelevel"))
     covariance_of(other).save("other")
     le.Edit(other.name, other.fingerprint, facts=FACTS).save("edits/other")
-    le.write_facts(
-        "colliding.jsonl", [FACTS[0], replace(FACTS[0], prompt="The capital of {} is", target_new="Bonn")]
-    )
+    le.write_facts("colliding.jsonl", [FACTS[0], replace(FACTS[0], prompt="The capital of {} is", target_new="Bonn")])
     monkeypatch.setattr(evaluation_module, "score_facts", lambda *_, **__: pytest.fail("the model was scored"))
     command, *given = arguments
     defaults = {"--lm": "model", "--facts": "facts.jsonl"}

@@ -47,8 +47,10 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
         for name, value in expected.items():
             if isinstance(value, dict):
                 assert record[name].keys() == value.keys()
-                assert record[name]["predicted"] == value["predicted"]
-                for of_prompts in value.keys() - {"predicted"}:
+                assert {same: record[name][same] for same in ("predicted", "prompts")} == {
+                    same: value[same] for same in ("predicted", "prompts")
+                }
+                for of_prompts in value.keys() - {"predicted", "prompts"}:
                     assert record[name][of_prompts] == pytest.approx(value[of_prompts], rel=1e-4, abs=1e-4)
             else:
                 assert record[name] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value)

@@ -154,12 +154,13 @@ def _prompts(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact |
         scores, old = record.get(kind), (before or {}).get(kind)
         if scores is None or len(scores["nll_wanted"]) != len(prompts):
             continue
+        found_of = [found for found in (old, scores) if found and len(found["nll_wanted"]) == len(prompts)]
         items = [
             element(
                 "li",
                 element("bdi", prompt),
                 " ",
-                element("span", *(_answer(found, index) for found in (old, scores) if found), class_="about"),
+                element("span", *(_answer(found, index) for found in found_of), class_="about"),
             )
             for index, prompt in enumerate(prompts)
         ]

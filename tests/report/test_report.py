@@ -370,6 +370,13 @@ def test_zsre_scores_make_a_report(tmp_path):
     assert "efficacy accuracy" in text and "% right" in text and "NaN" not in text
 
 
+def test_an_evaluation_before_of_other_prompts_is_no_hindrance():
+    fewer = evaluation(facts=[replace(fact, paraphrase_prompts=fact.paraphrase_prompts[:1]) for fact in FACTS])
+    edit = le.Edit("model", "fingerprint", facts=FACTS)
+    text = _Reader(str(facts_section([Run("x", edit, before=fewer, after=evaluation())]))).text
+    assert "every prompt" in text
+
+
 def test_cards_hold_portability_questions_with_their_answers(tmp_path):
     fact = replace(FACTS[5], portability=(("The neighbours speak", "Dutch"), ("Read in", "Leiden")))
     (scores,) = records([fact], 1.0)
