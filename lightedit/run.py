@@ -88,7 +88,7 @@ def edit(
         on_collision: see `EditModule`.
         progress_bar: show progress and the time left on standard error.
         checkpoint: a folder that keeps every finished round, so that the same call goes on from there after the
-            process was killed, to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
+            process was killed, on the CPU to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
         validate_every: rounds between validations, which score the facts of all rounds so far; the last round is
             always validated. None: never.
         log: a folder of this run's own for metrics.csv, retention.csv and the health.csv of a `Health` callback.
