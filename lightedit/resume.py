@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class RoundCheckpoint(Checkpoint):
     """Keeps every round of an `EditModule`'s fit in a folder, and starts a fit after the rounds that are there.
 
-    A fit that goes on ends with the bits of one that was never stopped, given the same machine and the CPU; on a GPU some
-    of torch's own sums have no fixed order. A round that another
-    callback took back is not kept, and a fit that had ended by itself ends again at the same round.
+    A fit that goes on ends with the bits of one that was never stopped, given the same machine and the CPU; on a GPU
+    some of torch's own sums have no fixed order. A round that another callback took back is not kept, and a fit that
+    had ended by itself ends again at the same round.
 
         trainer = Trainer(callbacks=[RoundCheckpoint("edits/first.run")])
         trainer.fit(module, datamodule=data)  # killed, and started again
