@@ -267,7 +267,7 @@ def small() -> None:
                 head = Head(torch.randn(131, 143, device=GPU).to(dtype))
                 unedited = torch.randn(5, 131, device=GPU).log_softmax(-1)
                 target_nll_kl(keys[:9], head, torch.randint(131, (4,), device=GPU), unedited)
-            for size in (1, 17, 100, 128):
+            for size in (1, 17, 100, 128, 129):
                 for real in (torch.float32, torch.float64):
                     systems = torch.randn(3, 143, size, device=GPU, dtype=real)
                     preservation_memorization_solve(systems, systems, 1.0)

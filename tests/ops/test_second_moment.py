@@ -144,4 +144,5 @@ def test_what_does_not_fit_is_refused(gram: Tensor, keys: Tensor, mask: Tensor |
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(device: torch.device, masked: bool) -> None:
     mask = torch.rand(9, device=device) < 0.5 if masked else None
-    opcheck(torch.ops.lightedit.second_moment_.default, (torch.zeros(7, 7, device=device), torch.randn(9, 7), mask))
+    gram, keys = torch.zeros(7, 7, device=device), torch.randn(9, 7, device=device)
+    opcheck(torch.ops.lightedit.second_moment_.default, (gram, keys, mask))
