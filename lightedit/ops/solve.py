@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightedit.ops._precision import whole_float32
+
 
 def preservation_memorization_solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """right = X (γ I + Kᵀ X)⁻¹, with X = A⁻¹ K.
@@ -47,6 +49,11 @@ def _check(keys: Tensor, solved: Tensor, gamma: float) -> None:
 
 def reference(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """The op in torch's own operations."""
+    with whole_float32(keys.device):
+        return _solve(keys, solved, gamma)
+
+
+def _solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     system = keys.mT @ solved
     system.diagonal(dim1=-2, dim2=-1).add_(gamma)
     factor, info = torch.linalg.cholesky_ex(system)
