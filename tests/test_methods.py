@@ -332,3 +332,14 @@ def test_eigendecomposition_is_kept_beside_the_covariance(tmp_path) -> None:
     torch.testing.assert_close(Covariance.load(tmp_path).eigen(0)[0], 2 * values)
     file.write_bytes(b"damaged")
     torch.testing.assert_close(Covariance.load(tmp_path).eigen(0)[0], 2 * values)
+
+
+def test_an_eigendecomposition_that_cannot_be_kept_serves_this_run(tmp_path) -> None:
+    covariance(matrix()).save(tmp_path)
+    loaded = Covariance.load(tmp_path)
+    (tmp_path / "covariance.safetensors").unlink()
+    tmp_path.rmdir()
+    with pytest.warns(UserWarning, match=r"could not be kept in .*eigen\.0\.safetensors.*computes it again"):
+        values, _ = loaded.eigen(0)
+    assert loaded.eigen(0)[0] is values
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix().float().double()))
