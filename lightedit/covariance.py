@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Covariance:
     """Mean second moments by matrix; a layer's number means its MLP's.
 
     Attributes:
-        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU.
+        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU; see `on`.
         provenance: where they come from.
         folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
     """
@@ -87,23 +87,31 @@ class Covariance:
             )
         return self.moments[matrix]
 
+    def on(self, device: torch.device, matrix: int | Matrix) -> "Covariance":
+        """The part that belongs to `matrix`, on `device`: a GPU factors it much faster than the CPU."""
+        there = replace(self, moments={Matrix.of(matrix): self[matrix].to(device)})
+        object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
+        return there
+
     def eigen(self, matrix: int | Matrix) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64.
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64, where it is.
 
         Computed once, and kept beside the covariance where that is on disk and can be written; else a warning says so.
         """
         matrix = Matrix.of(matrix)
+        moment = self[matrix]
         if matrix not in self._eigen:
-            digest = hashlib.sha256(self[matrix].contiguous().numpy().tobytes()).hexdigest()
+            digest = hashlib.sha256(moment.cpu().contiguous().numpy().tobytes()).hexdigest()
             file = None if self.folder is None else self.folder / f"eigen.{matrix.key}.safetensors"
             if file is not None and (found := _read_eigen(file, digest)):
                 self._eigen[matrix] = found
             else:
-                values, vectors = torch.linalg.eigh(self[matrix].double())
-                self._eigen[matrix] = values, vectors.contiguous()
+                values, vectors = torch.linalg.eigh(moment.double())
+                self._eigen[matrix] = values.cpu(), vectors.cpu().contiguous()
                 if file is not None:
                     _keep_eigen(file, *self._eigen[matrix], digest)
-        return self._eigen[matrix]
+        values, vectors = self._eigen[matrix]
+        return values.to(moment.device), vectors.to(moment.device)
 
     def check(self, lm: LanguageModel, matrices: Iterable[int | Matrix]) -> None:
         """Make sure that `matrices` of `lm` can be edited with this covariance.
