@@ -83,6 +83,6 @@ def run(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | None) -> No
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=16 if rank <= 16 else 32,
-        num_warps=4,
+        num_warps=8,  # with 4 the sums of a tile do not fit into the registers
         num_stages=2,
     )
