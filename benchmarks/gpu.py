@@ -178,6 +178,8 @@ def solve(_: dict[str, float]) -> Iterator[dict[str, Any]]:
     baselines = {f"dense {str(dtype)[6:]}": seconds(partial(dense, dtype), repeats=2) for dtype in factors}
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-2)):
         for name in runs("preservation_memorization_solve"):
+            if name == "triton" and dtype == torch.float64:
+                continue  # which it leaves to the reference
             taken = seconds(partial(cached, dtype))
             yield {
                 "what": f"{name}, {str(dtype)[6:]}, B {FACTS}",

@@ -92,7 +92,11 @@ _live.choose(None)
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
-    """Op -> device -> what runs there now, for the devices of this machine."""
+    """Op -> device -> what runs there now, for the devices of this machine.
+
+    On a GPU an implementation may leave a call to the vendor's libraries: every one does for systems of more than 128
+    facts, and those in Triton go to the reference for all of float64.
+    """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {op: {device: live[device] for device in devices} for op, live in _live.table.items()}
 
