@@ -88,7 +88,7 @@ class Covariance:
         return self.moments[matrix]
 
     def on(self, device: torch.device, matrix: int | Matrix) -> "Covariance":
-        """The part that belongs to `matrix`, on `device`: a GPU factors it much faster than the CPU."""
+        """The part that belongs to `matrix`, on `device`, so that it is factored there."""
         there = replace(self, moments={Matrix.of(matrix): self[matrix].to(device)})
         object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
         return there

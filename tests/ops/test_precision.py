@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightedit.ops import add_low_rank_, preservation_memorization_solve, second_moment_, use
+from lightedit.ops import add_low_rank_, preservation_memorization_solve, rowwise_low_rank, second_moment_, use
 from lightedit.ops._precision import whole_float32
 
 GPU = torch.device("cuda")
@@ -64,6 +64,7 @@ def test_results_do_not_follow_the_switch(implementation: str) -> None:
         with use(implementation):  # type: ignore[arg-type]
             second_moment_(gram, keys)
             add_low_rank_(weight, left, right)
+            outputs = rowwise_low_rank(keys[None], left[None], right[None])
             solutions = {size: preservation_memorization_solve(systems[..., :size], systems[..., :size], 1.0)[0]
                          for size in (40, 140)}  # fmt: skip
     except RuntimeError as error:
@@ -71,6 +72,8 @@ def test_results_do_not_follow_the_switch(implementation: str) -> None:
     assert (gram - exact).norm() <= 2e-5 * exact.norm()
     sums = left.double() @ right.double().T
     assert (weight - sums).norm() <= 1e-5 * sums.norm()
+    rows = keys.double() @ right.double() @ left.double().T
+    assert (outputs[0] - rows).norm() <= 2e-5 * rows.norm()
     for size, solution in solutions.items():
         x = systems[..., :size].double()
         expected = torch.linalg.solve(x.mT @ x + torch.eye(size, device=GPU), x, left=False)

@@ -1,7 +1,7 @@
 """The ops' Triton kernels, each imported when it first runs: `import lightedit` needs neither Triton nor a GPU.
 
-They run on NVIDIA GPUs of compute capability 8.0 and later. Sums are in float32; what asks for float64 goes to the
-reference, as each kernel's own words say, because Triton would have no advantage there.
+They run on NVIDIA GPUs of compute capability 8.0 and later. Sums are in float32; what asks for float64, and solves for
+more than 128 facts, go to the reference, as each kernel's own words say, because Triton would have no advantage there.
 """
 
 from collections.abc import Callable, Collection, Mapping
