@@ -11,7 +11,10 @@ _CODE = re.compile(r"(sm|compute)_(\d+)(\d)([a-z]?)")
 
 
 def capabilities() -> frozenset[Capability]:
-    """The compute capabilities of the NVIDIA GPUs that torch sees; none where it sees no GPU."""
+    """The compute capabilities of the NVIDIA GPUs that torch sees; none where it sees no GPU.
+
+    This starts CUDA in the process, so one that is forked from it cannot use the GPUs; a spawned one can.
+    """
     if not (torch.version.cuda and torch.cuda.is_available()):
         return frozenset()
     return frozenset(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
