@@ -178,6 +178,8 @@ def solve(_: dict[str, float]) -> Iterator[dict[str, Any]]:
     baselines = {f"dense {str(dtype)[6:]}": seconds(partial(dense, dtype), repeats=2) for dtype in factors}
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-2)):
         for name in runs("preservation_memorization_solve"):
+            if name == "triton" and dtype == torch.float64:
+                continue  # which it leaves to the reference
             taken = seconds(partial(cached, dtype))
             yield {
                 "what": f"{name}, {str(dtype)[6:]}, B {FACTS}",
@@ -267,7 +269,7 @@ def small() -> None:
                 head = Head(torch.randn(131, 143, device=GPU).to(dtype))
                 unedited = torch.randn(5, 131, device=GPU).log_softmax(-1)
                 target_nll_kl(keys[:9], head, torch.randint(131, (4,), device=GPU), unedited)
-            for size in (1, 17, 100, 128):
+            for size in (1, 17, 100, 128, 129):
                 for real in (torch.float32, torch.float64):
                     systems = torch.randn(3, 143, size, device=GPU, dtype=real)
                     preservation_memorization_solve(systems, systems, 1.0)

@@ -7,10 +7,11 @@ C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matri
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Covariance:
     """Mean second moments by matrix; a layer's number means its MLP's.
 
     Attributes:
-        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU.
+        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU; see `on`.
         provenance: where they come from.
         folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
     """
@@ -86,23 +87,31 @@ class Covariance:
             )
         return self.moments[matrix]
 
-    def eigen(self, matrix: int | Matrix) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64.
+    def on(self, device: torch.device, matrix: int | Matrix) -> "Covariance":
+        """The part that belongs to `matrix`, on `device`, so that it is factored there."""
+        there = replace(self, moments={Matrix.of(matrix): self[matrix].to(device)})
+        object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
+        return there
 
-        Computed once, and kept beside the covariance where that is on disk.
+    def eigen(self, matrix: int | Matrix) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64, where it is.
+
+        Computed once, and kept beside the covariance where that is on disk and can be written; else a warning says so.
         """
         matrix = Matrix.of(matrix)
+        moment = self[matrix]
         if matrix not in self._eigen:
-            digest = hashlib.sha256(self[matrix].contiguous().numpy().tobytes()).hexdigest()
+            digest = hashlib.sha256(moment.cpu().contiguous().numpy().tobytes()).hexdigest()
             file = None if self.folder is None else self.folder / f"eigen.{matrix.key}.safetensors"
-            if file is None or (found := _read_eigen(file, digest)) is None:
-                values, vectors = torch.linalg.eigh(self[matrix].double())
-                found = values, vectors.contiguous()
+            if file is not None and (found := _read_eigen(file, digest)):
+                self._eigen[matrix] = found
+            else:
+                values, vectors = torch.linalg.eigh(moment.double())
+                self._eigen[matrix] = values.cpu(), vectors.cpu().contiguous()
                 if file is not None:
-                    with whole_file(file) as unfinished:
-                        save_file({"values": found[0], "vectors": found[1]}, unfinished, metadata={"moment": digest})
-            self._eigen[matrix] = found
-        return self._eigen[matrix]
+                    _keep_eigen(file, *self._eigen[matrix], digest)
+        values, vectors = self._eigen[matrix]
+        return values.to(moment.device), vectors.to(moment.device)
 
     def check(self, lm: LanguageModel, matrices: Iterable[int | Matrix]) -> None:
         """Make sure that `matrices` of `lm` can be edited with this covariance.
@@ -206,9 +215,22 @@ def _read_eigen(file: Path, digest: str) -> tuple[Tensor, Tensor] | None:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("moment") == digest:
                 return opened.get_tensor("values").clone(), opened.get_tensor("vectors").clone()
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         pass
     return None
+
+
+def _keep_eigen(file: Path, values: Tensor, vectors: Tensor, digest: str) -> None:
+    """Write the decomposition, or warn: it took long, and is good for this run wherever it cannot be kept."""
+    try:
+        with whole_file(file) as unfinished:
+            save_file({"values": values, "vectors": vectors}, unfinished, metadata={"moment": digest})
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"the eigendecomposition could not be kept in {file} ({error}), so another run computes it again; make its "
+            "folder writable, or save the covariance to another one",
+            stacklevel=3,
+        )
 
 
 def _published_files(folder: Path) -> dict[int, Path]:

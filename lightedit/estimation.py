@@ -36,11 +36,16 @@ class SecondMoment:
         self.count = 0
 
     @torch.no_grad()
-    def update(self, keys: Tensor, mask: Tensor | None = None) -> None:
-        """Add keys [n, d] of any floating-point dtype, only those where the boolean `mask` [n] is True."""
+    def update(self, keys: Tensor, mask: Tensor | None = None, count: int | None = None) -> None:
+        """Add keys [n, d] of any floating-point dtype, only those where the boolean `mask` [n] is True.
+
+        `count` says how many these are; without it they are counted, for which a GPU has to be waited for.
+        """
         keys = keys.to(self.gram.device)
         second_moment_(self.gram, keys, mask)
-        self.count += len(keys) if mask is None else int(mask.sum())
+        if count is None:
+            count = len(keys) if mask is None else int(mask.sum())
+        self.count += count
 
     def mean(self) -> Tensor:
         """E[k kᵀ], [d, d] float32."""
@@ -72,9 +77,11 @@ class CovarianceModule(LightningModule):
         # the last of them to run, as parallel blocks too compute their attention first
         with capture(modules, len(batch.ids), inputs=True) as keys, stop_after(modules[max(modules)]):
             self.lm.forward(batch)
+        mask, count = batch.mask.flatten(), int(batch.mask.sum())  # counted once, and as a rule on the CPU
         for matrix, moment in self.moments.items():
             seen = keys.pop(matrix)  # [rows, tokens, d_in]
-            moment.update(seen.flatten(0, 1), batch.mask.flatten().to(seen.device))
+            mask = mask.to(seen.device)
+            moment.update(seen.flatten(0, 1), mask, count)
 
     def on_predict_epoch_end(self) -> None:
         strategy = self.trainer.strategy

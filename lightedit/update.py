@@ -35,7 +35,8 @@ class Preservation:
     """The term A that keeps a matrix's outputs on everything else, factored once in float64.
 
     Args:
-        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within it, [r, r].
+        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within it, [r, r]. A vector is taken for
+            the diagonal of a diagonal one.
         basis: U [d_in, r], orthonormal: changes stay within its span, A⁻¹ = U matrix⁻¹ Uᵀ. None is the whole space.
 
     Raises:
@@ -70,7 +71,7 @@ class Preservation:
                 f"no eigenvalue of the covariance is below {threshold:g}: they go from {float(eigenvalues.min()):.2g} "
                 f"to {float(eigenvalues.max()):.2g}; raise the threshold, or make it relative"
             )
-        return cls(ridge * torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device), basis)
+        return cls(basis.new_full(basis.shape[1:], ridge), basis)
 
     def to(self, device: torch.device) -> "Preservation":
         """Itself, on `device`; before it remembers keys."""
@@ -95,7 +96,7 @@ class Preservation:
         keys = self._within(keys)
         self._past = torch.cat([self._past, keys], dim=1)
         if self._past.shape[1] > _FOLD * len(self._factor):
-            lower = self._factor.tril()
+            lower = self._factor.diag() if self._factor.ndim == 1 else self._factor.tril()
             self._factor = _cholesky(lower @ lower.T + self._past @ self._past.T)
             self._past = self._solved = self._past[:, :0]
             return
@@ -105,6 +106,8 @@ class Preservation:
         self._gram_factor = _cholesky(gram)
 
     def _solve_factor(self, keys: Tensor) -> Tensor:
+        if self._factor.ndim == 1:
+            return keys / self._factor.square()[:, None]
         # not cholesky_solve, which copies the factor, as large as a covariance, at every call
         half = torch.linalg.solve_triangular(self._factor, keys, upper=False)
         return torch.linalg.solve_triangular(self._factor.T, half, upper=True)
@@ -115,7 +118,12 @@ class Preservation:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(matrix.double())
+    """L of A = L Lᵀ; of a diagonal, given as a vector, its root."""
+    matrix = matrix.double()
+    if matrix.ndim == 1:
+        factor, failed = matrix.sqrt(), (matrix > 0).logical_not().sum()
+    else:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         raise ValueError(
             f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "

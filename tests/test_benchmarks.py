@@ -22,6 +22,7 @@ from benchmarks.figure import draw
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
+from lightedit.ops import implementations
 from lightedit.values import ValueSettings
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
 from tests.test_module import covariance_of
@@ -259,6 +260,20 @@ def test_an_op_with_a_wrong_result_is_not_timed(wrong: float) -> None:
     case = registry.Case("add_low_rank_", "tiny", work, lambda: wrong, 0.1, {})
     with pytest.raises(WrongResultError, match="add_low_rank_, tiny: the result is"):
         ops.run([case], torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+def test_an_op_is_timed_against_its_reference() -> None:
+    seen = []
+    live = implementations()["add_low_rank_"]["cpu"]
+    if live == "reference":
+        pytest.skip("nothing else is live here")
+    case = registry.Case(
+        "add_low_rank_", "tiny", lambda: seen.append(implementations()["add_low_rank_"]["cpu"]), lambda: 0.0, 0.1, {}
+    )
+    (figure,) = ops.run([case], torch.device("cpu")).figures["cases"]
+    assert figure["ratios"].keys() == {"its reference"}
+    assert seen[:4] == [live, "reference"] * 2
 
 
 def test_an_error_is_measured_on_the_op_itself(monkeypatch: pytest.MonkeyPatch) -> None:

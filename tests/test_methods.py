@@ -8,7 +8,7 @@ from lightning import Trainer
 from torch import Tensor
 
 import lightedit as le
-from lightedit.covariance import Covariance, Provenance
+from lightedit.covariance import Covariance, CovarianceError, Provenance
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.methods import METHODS
@@ -332,3 +332,49 @@ def test_eigendecomposition_is_kept_beside_the_covariance(tmp_path) -> None:
     torch.testing.assert_close(Covariance.load(tmp_path).eigen(0)[0], 2 * values)
     file.write_bytes(b"damaged")
     torch.testing.assert_close(Covariance.load(tmp_path).eigen(0)[0], 2 * values)
+
+
+def test_a_part_of_a_covariance_on_another_device_shares_its_eigendecompositions() -> None:
+    whole = covariance(matrix())
+    assert whole.on(torch.device("meta"), 0)[0].device.type == "meta"
+    there = whole.on(torch.device("cpu"), 0)
+    assert there.provenance is whole.provenance
+    assert there.eigen(0)[0] is whole.eigen(0)[0]
+    with pytest.raises(CovarianceError, match="no layer 1"):
+        whole.on(torch.device("cpu"), 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", [le.MEMIT(layers=0), le.AlphaEdit(layers=0, threshold=0.5, relative=True)])
+def test_what_is_factored_on_a_gpu_solves_as_on_the_cpu(method: le.Method) -> None:
+    keys, _ = problem()
+    here = method.preservation(covariance(matrix()), 0)
+    there = method.preservation(covariance(matrix()).on(torch.device("cuda"), 0), 0)
+    assert_relative(there.solve(keys.cuda()).cpu(), here.solve(keys))
+
+
+@pytest.mark.parametrize("past", [3, 40])
+def test_a_diagonal_preservation_term_equals_its_dense_form(past: int) -> None:
+    """40 keys of a matrix of 48 are folded into the factor."""
+    keys, _ = problem()
+    more, _ = problem(seed=2, facts=past)
+    diagonal = torch.rand(D_IN, dtype=torch.float64) + 0.5
+    sparse, dense = Preservation(diagonal), Preservation(diagonal.diag())
+    for _ in range(2):
+        assert_relative(sparse.solve(keys), dense.solve(keys))
+        for preservation in (sparse, dense):
+            preservation.remember(more)
+    assert_relative(sparse.solve(keys), dense.solve(keys))
+    with pytest.raises(ValueError, match="not positive definite"):
+        Preservation(diagonal - 2)
+
+
+def test_an_eigendecomposition_that_cannot_be_kept_serves_this_run(tmp_path) -> None:
+    covariance(matrix()).save(tmp_path)
+    loaded = Covariance.load(tmp_path)
+    (tmp_path / "covariance.safetensors").unlink()
+    tmp_path.rmdir()
+    with pytest.warns(UserWarning, match=r"could not be kept in .*eigen\.0\.safetensors.*computes it again"):
+        values, _ = loaded.eigen(0)
+    assert loaded.eigen(0)[0] is values
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix().float().double()))

@@ -448,7 +448,8 @@ def test_edit_goes_on_after_ctrl_c(
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.test_resume"])
+if not torch.cuda.is_available():  # importing lightedit looks at the GPUs, which no process can use after such a fork
+    _processes.set_forkserver_preload(["tests.test_resume"])
 
 
 def run_and_save(folder: Path, out: Path) -> None:

@@ -2,7 +2,8 @@
 //
 // Products are made on the tensor cores from float32 numbers x = high + low, in tf32 each: high high + high low +
 // low high, right to some 2^-21. What is not finite has no low part and no part in the mixed products, so that NaN and
-// infinity spread as in a product.
+// infinity spread as in a product. Tensor cores cut off what a sum cannot hold, where a processor rounds, so the products
+// of 8 columns are summed there, and added to the others outside.
 #include "kernels.h"
 
 #include <cuda_bf16.h>
@@ -104,9 +105,12 @@ __global__ void __launch_bounds__(kThreads, 2) add_low_rank_kernel(weight_t* wei
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          multiply(sums[i][j], a_low, b_high[j]);
-          multiply(sums[i][j], a_high, b_low[j]);
-          multiply(sums[i][j], a_whole, b_whole[j]);
+          float part[4] = {};
+          multiply(part, a_low, b_high[j]);
+          multiply(part, a_high, b_low[j]);
+          multiply(part, a_whole, b_whole[j]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[i][j][e] += part[e];
         }
       }
     }

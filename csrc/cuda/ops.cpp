@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -38,6 +39,7 @@ void second_moment_(const at::Tensor& gram, const at::Tensor& keys, const std::o
     const auto wide = keys.to(both ? at::kDouble : at::kFloat);
     // Not multiplied by the mask, for a key that does not count may be NaN; and not selected, for its size would have
     // to be waited for
+    const at::NoTF32Guard whole;  // products of float32 stay such, whatever precision the model's may have
     add_products(gram, mask ? wide.masked_fill(mask->logical_not().unsqueeze(1), 0) : wide, /*leaf=*/512);
     return;
   }
@@ -89,6 +91,7 @@ std::tuple<at::Tensor, at::Tensor> solve(const at::Tensor& keys, const at::Tenso
               "expected keys and solved [..., d, B] of one dtype");
   TORCH_CHECK(keys.scalar_type() == at::kFloat || keys.scalar_type() == at::kDouble, "float32 or float64 is expected");
   const c10::cuda::CUDAGuard guard(keys.device());
+  const at::NoTF32Guard whole;  // as in second_moment_
   const int64_t d = keys.size(-2), size = keys.size(-1);
   auto shape = keys.sizes().vec();
   shape.erase(shape.end() - 2);

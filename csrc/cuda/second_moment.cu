@@ -61,9 +61,15 @@ __device__ inline uint64_t descriptor(uint32_t address) {
       : LIGHTEDIT_64(sums, 0), LIGHTEDIT_64(sums, 64)                                                                 \
       : "l"(rows), "l"(columns), "r"(1))
 
+// Keeps the compiler from touching the sums across this point: it does not know that wgmma goes on writing them.
+__device__ inline void pin(float (&sums)[kSums]) {
+  asm volatile("" : LIGHTEDIT_64(sums, 0), LIGHTEDIT_64(sums, 64)::"memory");
+}
+
 // A warpgroup of four warps has 64 rows of the tile. Its products are under way when this returns.
 template <bool kIsBFloat16>
 __device__ inline void multiply(float (&sums)[kSums], uint32_t stage, int warp, int) {
+  pin(sums);
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
@@ -79,8 +85,11 @@ __device__ inline void multiply(float (&sums)[kSums], uint32_t stage, int warp, 
 }
 
 template <int kPending>
-__device__ inline void finish(float (&)[kSums]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+__device__ inline void finish(float (&sums)[kSums]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;\n"
+               : LIGHTEDIT_64(sums, 0), LIGHTEDIT_64(sums, 64)
+               : "n"(kPending)
+               : "memory");
 }
 
 // What cp.async wrote is to be seen by the tensor cores' own path to shared memory.

@@ -123,9 +123,11 @@ cudaError_t launch(const real_t* keys, const real_t* solved, double gamma, real_
                    double* space, int64_t systems, int64_t d, int size, cudaStream_t stream) {
   constexpr int64_t kGrid = 65535;  // the largest second dimension
   const int64_t part = rows_of_part(systems, d), parts = factor_parts(systems, d);
-  const int bytes = size * (size + 1) / 2 * static_cast<int>(sizeof(double));
+  constexpr int kTriangle = static_cast<int>(sizeof(double)) / 2;  // bytes of size (size + 1) numbers, halved
+  const int bytes = size * (size + 1) * kTriangle;
+  constexpr int kMost = kSize * (kSize + 1) * kTriangle;  // allowed whatever this call's size, as others may run beside it
   const auto kernel = factor_kernel<real_t>;
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost)) return error;
   for (int64_t first = 0; first < systems; first += kGrid) {
     const auto count = static_cast<unsigned>(std::min(kGrid, systems - first));
     double* at = space + first * parts * size * size;

@@ -73,7 +73,8 @@ class Method(ABC):
         factors = {}
         for matrix in self.matrices:
             try:
-                factors[matrix] = self.preservation(covariance, matrix).to(lm.weight(matrix).device)
+                device = lm.weight(matrix).device
+                factors[matrix] = self.preservation(covariance.on(device, matrix), matrix).to(device)
             except ValueError as error:
                 raise CovarianceError(f"{matrix}: {error}") from error
         return factors

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightedit.ops._precision import whole_float32
+
 
 def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | None = None) -> None:
     """weight = cast(weight + left rightᵀ), summed in float32, or in float64 for a float64 weight, and rounded once.
@@ -64,7 +66,8 @@ def reference(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | None)
     if total is None:
         total = weight.to(dtype)  # the weight itself where it is of that dtype
     # contiguous, because a BLAS may sum in another order for factors of another memory layout
-    total.addmm_(left.to(dtype).contiguous(), right.to(dtype).contiguous().T)
+    with whole_float32(weight.device):
+        total.addmm_(left.to(dtype).contiguous(), right.to(dtype).contiguous().T)
     if total is not weight:
         weight.copy_(total)
 

@@ -1,8 +1,8 @@
 """Which implementation of an op runs on which device: exactly one, and `implementations()` names it.
 
 Each op's reference runs on every device. The built extension replaces it where it has something better, and Triton
-kernels replace it on a GPU that the extension was not built for. PyTorch's dispatcher makes the choice, so no caller
-knows of it.
+kernels replace it on a GPU that the extension was not built for. On a machine with several GPUs, that is what all of
+them can run. PyTorch's dispatcher makes the choice, so no caller knows of it.
 """
 
 import warnings
@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch.library import Library
 
-from lightedit.ops._native import load
-from lightedit.ops._triton import KERNELS as _TRITON
+from lightedit.ops._gpus import capabilities, fits
+from lightedit.ops._native import gpu_codes, load
+from lightedit.ops._triton import kernels
 from lightedit.ops.add_low_rank import reference as _add_low_rank
 from lightedit.ops.rowwise_low_rank import reference as _rowwise_low_rank
 from lightedit.ops.second_moment import reference as _second_moment
@@ -33,12 +34,21 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # of the dispatcher
 
 NATIVE_STATUS = load()
-_NATIVE = {
+_REGISTERED = {  # by the extension, when it was loaded
     (op, device)
     for op in REFERENCES
     for device, key in _KEYS.items()
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"lightedit::{op}", key)
 }
+_GPUS = capabilities()
+_NATIVE = _REGISTERED
+_TRITON = kernels(_GPUS)
+if _GPUS and any(device == "cuda" for _, device in _REGISTERED) and not all(fits(gpu_codes(), gpu) for gpu in _GPUS):
+    _NATIVE = {(op, device) for op, device in _REGISTERED if device != "cuda"}
+    NATIVE_STATUS += (
+        f"; its CUDA kernels, compiled for {', '.join(gpu_codes())}, do not run on GPUs of compute capability "
+        + ", ".join(f"{major}.{minor}" for major, minor in sorted(_GPUS))
+    )
 
 
 class _Live:
@@ -58,7 +68,7 @@ class _Live:
     def _run(self, op: str, device: str) -> Implementation:
         found = _available(op, device)
         chosen = self.wanted if self.wanted in found else found[0]
-        if chosen != "native" and (chosen == "triton" or (op, device) in _NATIVE):
+        if chosen != "native" and (chosen == "triton" or (op, device) in _REGISTERED):
             assert self._overrides is not None
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel")
@@ -82,7 +92,11 @@ _live.choose(None)
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
-    """Op -> device -> what runs there now, for the devices of this machine."""
+    """Op -> device -> what runs there now, for the devices of this machine.
+
+    On a GPU an implementation may leave a call to the vendor's libraries: every one does for systems of more than 128
+    facts, and those in Triton go to the reference for all of float64.
+    """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {op: {device: live[device] for device in devices} for op, live in _live.table.items()}
 

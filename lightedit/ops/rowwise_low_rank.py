@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightedit.ops._precision import whole_float32
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -54,7 +56,8 @@ def _check(x: Tensor, left: Tensor, right: Tensor) -> None:
 def reference(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The op in torch's own operations."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return ((x.to(dtype) @ right.to(dtype)) @ left.to(dtype).mT).to(x.dtype).contiguous()
+    with whole_float32(x.device):
+        return ((x.to(dtype) @ right.to(dtype)) @ left.to(dtype).mT).to(x.dtype).contiguous()
 
 
 _op = torch.library.custom_op("lightedit::rowwise_low_rank", reference, mutates_args=())

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightedit.ops._precision import whole_float32
+
 _LEAF = 256  # size of the diagonal blocks that are computed whole
 _MIRROR = 1024  # size of the blocks in which a triangle is mirrored, so that no second matrix is made
 _KEYS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -12,9 +14,10 @@ _GRAMS = (torch.float32, torch.float64)
 def second_moment_(gram: Tensor, keys: Tensor, mask: Tensor | None = None) -> None:
     """gram += keysᵀ diag(mask) keys, on and below the diagonal; what stands above it is left as it is.
 
-    The products of one call are summed in float32, or in float64 where both are float64, and then added to `gram`, so a
-    float64 `gram` collects the sums of many calls without loss. A key that is masked out is never read as a number; NaN
-    or infinity in another one spreads to its row and column. `mirror_` completes the matrix once, at the end:
+    The products of one call are summed in float32, never in TF32, or in float64 where both are float64, and then added
+    to `gram`, so a float64 `gram` collects the sums of many calls without loss. A key that is masked out is never read
+    as a number; NaN or infinity in another one spreads to its row and column. `mirror_` completes the matrix once, at
+    the end:
 
         >>> gram = torch.zeros(2, 2)
         >>> second_moment_(gram, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([True, False]))
@@ -67,7 +70,8 @@ def _check(gram: Tensor, keys: Tensor, mask: Tensor | None) -> None:
 def reference(gram: Tensor, keys: Tensor, mask: Tensor | None) -> None:
     """The op in torch's own operations."""
     both = keys.dtype == gram.dtype == torch.float64
-    _add(gram, (keys if mask is None else keys[mask]).to(torch.float64 if both else torch.float32))
+    with whole_float32(gram.device):
+        _add(gram, (keys if mask is None else keys[mask]).to(torch.float64 if both else torch.float32))
 
 
 def _add(gram: Tensor, keys: Tensor) -> None:

@@ -5,12 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+from lightedit.ops._precision import whole_float32
+
 
 def preservation_memorization_solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """right = X (γ I + Kᵀ X)⁻¹, with X = A⁻¹ K.
 
     With residuals R, ΔW = R rightᵀ is the update of `lightedit.update`. Past keys are part of A. Leading dimensions are
-    systems of their own, such as a sweep of λ, or single edits that share one A and so one solve for all their X.
+    systems of their own, such as a sweep of λ, or single edits that share one A and so one solve for all their X. On a
+    GPU, kernels of our own solve systems of at most 128 facts, those in Triton in float32 only; others are left to the
+    vendor's libraries.
 
         >>> keys = solved = torch.tensor([[2.0], [0.0]])  # A = I
         >>> preservation_memorization_solve(keys, solved, gamma=0.0)
@@ -47,6 +51,11 @@ def _check(keys: Tensor, solved: Tensor, gamma: float) -> None:
 
 def reference(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """The op in torch's own operations."""
+    with whole_float32(keys.device):
+        return _solve(keys, solved, gamma)
+
+
+def _solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     system = keys.mT @ solved
     system.diagonal(dim1=-2, dim2=-1).add_(gamma)
     factor, info = torch.linalg.cholesky_ex(system)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightedit.ops import NATIVE_STATUS, implementations, second_moment_, use
-from lightedit.ops._native import load
+from lightedit.ops._gpus import capabilities, fits
+from lightedit.ops._native import gpu_codes, load
 from lightedit.ops._sources import digest
 
 PACKAGE = Path(__file__).parents[2] / "lightedit"
@@ -24,7 +25,40 @@ def test_every_op_has_one_live_implementation() -> None:
     assert implementations().keys() == OPS
     on_cpu = {of_op["cpu"] for of_op in implementations().values()}
     assert on_cpu == ({"native", "reference"} if BUILT else {"reference"})
-    assert "reference" not in {of_op.get("cuda") for of_op in implementations().values()}
+    if capabilities() and min(capabilities()) >= (8, 0):
+        assert "reference" not in {of_op["cuda"] for of_op in implementations().values()}
+
+
+@pytest.mark.parametrize(
+    ("codes", "runs", "does_not"),
+    [
+        (["sm_90a"], [(9, 0)], [(8, 0), (10, 0)]),
+        (["sm_80"], [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        (["sm_86"], [(8, 6), (8, 9)], [(8, 0)]),
+        (["compute_80"], [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        (["compute_90a"], [(9, 0)], [(10, 0)]),
+        (["sm_80", "compute_80", "sm_90a"], [(8, 0), (9, 0), (10, 3)], [(7, 0)]),
+        (["sm_120"], [(12, 0), (12, 1)], [(10, 0)]),
+        ([], [], [(8, 0)]),
+    ],
+)
+def test_compiled_kernels_run_on_the_gpus_that_their_code_is_for(
+    codes: list[str], runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(fits(codes, capability) for capability in runs)
+    assert not any(fits(codes, capability) for capability in does_not)
+
+
+def test_the_gpus_of_an_extension_are_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "_native.so"
+    assert gpu_codes(file) == []
+    for content, codes in (
+        (b"lightedit built for torch=1 from sources=0 for gpus=sm_80,sm_90a end", ["sm_80", "sm_90a"]),
+        (b"lightedit built for torch=1 from sources=0 for gpus= end", []),
+        (b"lightedit built for torch=1 from sources=0 end", []),
+    ):
+        file.write_bytes(content)
+        assert gpu_codes(file) == codes
 
 
 def test_a_choice_holds_within_its_context_only() -> None:

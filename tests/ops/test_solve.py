@@ -30,12 +30,12 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("facts", [0, 1, 5, 32, 33, 63])
+@pytest.mark.parametrize("facts", [0, 1, 5, 32, 33, 63, 128, 129])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 0), (2, 3)])
 def test_equals_the_system_of_its_definition(
     device: torch.device, lead: tuple[int, ...], facts: int, gamma: float, dtype: torch.dtype
 ) -> None:
-    _, keys, solved = problem(*lead, 130, facts, dtype=dtype, device=device)
+    _, keys, solved = problem(*lead, 260, facts, dtype=dtype, device=device)
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
     system = keys.double().mT @ solved.double() + gamma * torch.eye(facts, dtype=torch.float64, device=device)
     assert_relative(right, torch.linalg.solve(system, solved.double(), left=False), TOLERANCE[dtype])
@@ -80,12 +80,12 @@ def test_a_pivot_is_the_share_of_a_key_that_others_do_not_span(device: torch.dev
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("facts", [4, 40])
+@pytest.mark.parametrize("facts", [4, 40, 129])
 @pytest.mark.parametrize("broken", ["zero key", "nan", "inf", "negative"])
 def test_a_system_without_a_solution_says_so_and_spoils_no_other(
     device: torch.device, broken: str, facts: int, dtype: torch.dtype
 ) -> None:
-    _, keys, solved = problem(3, 50, facts, dtype=dtype, device=device)
+    _, keys, solved = problem(3, 50 + facts, facts, dtype=dtype, device=device)
     good, shares = preservation_memorization_solve(keys, solved, 0.0)
     if broken == "zero key":
         keys[1, :, 2] = solved[1, :, 2] = 0
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(keys: Tensor, solved: Tensor, gamma: float
         preservation_memorization_solve(keys, solved, gamma)
 
 
-@pytest.mark.parametrize("shape", [(50, 4), (50, 40), (3, 50, 4), (3, 50, 40)])
+@pytest.mark.parametrize("shape", [(50, 4), (50, 40), (3, 50, 4), (3, 50, 40), (140, 129)])
 def test_opcheck(device: torch.device, shape: tuple[int, ...]) -> None:
     _, keys, solved = problem(*shape, device=device)
     opcheck(torch.ops.lightedit.preservation_memorization_solve.default, (keys, solved, 1.0))

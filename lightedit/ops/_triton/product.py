@@ -47,7 +47,8 @@ def _product(
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b for a [batch, height, depth] and b [batch, depth, width]: [batch, height, width] in `dtype`.
 
-    Each product of two float32 numbers is the sum of three of tensor cores, right to some 2^-21.
+    Each product of two float32 numbers is the sum of three of tensor cores, right to some 2^-21. They are summed there,
+    which cuts off where a processor rounds.
     """
     batch, height, depth = a.shape
     width = b.shape[2]
