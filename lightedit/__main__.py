@@ -135,9 +135,10 @@ def edit(
     run = out.with_name(out.name + ".run")
     if restart:
         remove_run(run)
-    check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
-    before = le.evaluate(model, chosen, generate=generate) if evaluate and not kept_rounds(run) else None
-    after = None
+    before = after = None
+    if evaluate and not kept_rounds(run):
+        check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
+        before = le.evaluate(model, chosen, generate=generate)
     result = le.edit(
         model,
         chosen,
