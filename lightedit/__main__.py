@@ -263,22 +263,24 @@ def evaluate(
     if restart and run is not None:
         remove_run(run)
     model = le.LanguageModel.load(lm, dtype, device)
+    if saved is not None:
+        saved.check_model(model)
+    if method is not None:
+        check_single(model, chosen, method, batch_size, facts_per_chunk)
+        moments = _covariance(model, [method], covariance)
+        moments.check(model, method.matrices)
     if references == "own":
         texts = write_references(model, chosen)
     score = partial(
         le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
         harness=harness or (), harness_limit=harness_limit,
     )  # fmt: skip
-    if saved is not None:
-        saved.check_model(model)
     before = score() if compare else None
     if saved is not None:
         saved.apply(model)
     if method is None:
         result = score(before=before)
     else:
-        moments = _covariance(model, [method], covariance)
-        check_single(model, chosen, method, moments, batch_size, facts_per_chunk)
         before = score()
         single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
         result = single(generate=generate, before=before, references=texts, checkpoint=run)

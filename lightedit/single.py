@@ -75,7 +75,7 @@ def evaluate_single(
         FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
         ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
     """
-    check_single(lm, facts, method, covariance, batch_size, facts_per_chunk)
+    check_single(lm, facts, method, batch_size, facts_per_chunk)
     check_comparison(facts, generate, before, references)
     preservation = method.factors(lm, covariance)
     contexts = method.contexts.sample(lm)
@@ -114,18 +114,12 @@ def evaluate_single(
 
 
 def check_single(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    method: Method,
-    covariance: Covariance,
-    batch_size: int = 64,
-    facts_per_chunk: int = 32,
+    lm: LanguageModel, facts: Sequence[Fact], method: Method, batch_size: int = 64, facts_per_chunk: int = 32
 ) -> None:
-    """Raise what `evaluate_single` would raise for these arguments; takes seconds."""
+    """Raise what `evaluate_single` would raise for these arguments at once."""
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to edit")
     for name, size in (("batch_size", batch_size), ("facts_per_chunk", facts_per_chunk)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     lm.check_layers(method.layers)
-    covariance.check(lm, method.matrices)

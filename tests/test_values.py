@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.values import published_value
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import rectangles
 from lightedit.values import ValueSettings, optimize_values
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
-from tests.reference import published_values
 
 CONTEXTS = Contexts(("{}", "The river is long. {}", "I think so. {}"), (0.5, 0.25, 0.25))
 FACTS = [
@@ -27,22 +27,7 @@ def language_model(architecture: str, tokenizer: str = "bytelevel", **kwargs) ->
 
 
 def published(lm: LanguageModel, fact: Fact, layer: int, site: str, settings: ValueSettings):
-    return published_values(
-        lm.model,
-        lm.tokenizer,
-        fact.prompt,
-        fact.subject,
-        fact.target_new,
-        list(CONTEXTS.templates),
-        layer,
-        site,
-        lr=settings.lr,
-        steps=settings.steps,
-        clamp_norm_factor=settings.clamp_norm_factor,
-        kl_factor=settings.kl_factor,
-        weight_decay=settings.weight_decay,
-        loss_threshold=settings.loss_threshold,
-    )
+    return published_value(lm, fact, CONTEXTS, layer, site, settings)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
