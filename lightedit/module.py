@@ -102,7 +102,7 @@ class EditModule(LightningModule):
         if limit is not None and data.facts_per_round > limit:
             raise ValueError(
                 f"{type(self.method).__name__} writes {limit} fact per round, but facts_per_round is "
-                f"{data.facts_per_round}; give FactsDataModule(facts, facts_per_round={limit})"
+                f"{data.facts_per_round}; give facts_per_round={limit}"
             )
         size = self.lm.d_model * (2 if self.method.site == "attention+mlp" else 1)
         for index, value in self._known.items():
