@@ -93,8 +93,8 @@ def edit(
 ) -> None:
     """Write facts into a language model and save the edit.
 
-    Finished rounds are kept beside the result, in a folder that ends in .run, until it is saved. After the process was
-    killed, the same command goes on after the last of them.
+    Finished rounds and scores are kept beside the result, in a folder that ends in .run, until it is saved. After the
+    process was killed, the same command goes on after the last of them.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -120,7 +120,7 @@ def edit(
         on_limit: whether the round that passes a limit is kept (stop) or taken back (roll_back).
         health_text: a text file or the id of a data set for the first two; by default the model writes it.
         overwrite: replace an edit that is in the folder already.
-        restart: throw away the rounds that an interrupted run has kept.
+        restart: throw away what an interrupted run has kept.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -134,11 +134,12 @@ def edit(
     moments = _covariance(model, [method], covariance)
     run = out.with_name(out.name + ".run")
     if restart:
-        remove_run(run)
+        _remove_run(run)
     before = after = None
-    if evaluate and not kept_rounds(run):
-        check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
-        before = le.evaluate(model, chosen, generate=generate)
+    if evaluate:
+        if not kept_rounds(run):
+            check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
+        before = le.evaluate(model, chosen, generate=generate, checkpoint=run / "before")
     result = le.edit(
         model,
         chosen,
@@ -153,23 +154,27 @@ def edit(
         callbacks=callbacks,
     )
     if not result.facts:
-        remove_run(run)
+        _remove_run(run)
         raise RuntimeError(f"no facts are left to save: {result.provenance['stopped']}")
-    if evaluate:
+    if before is not None:
         try:
-            after = le.evaluate(model, result.facts, generate=generate)
+            after = le.evaluate(model, result.facts, generate=generate, checkpoint=run / "after")
         except FloatingPointError as error:
             print(f"the edited model cannot be scored, so the edit is saved without: {error}", file=sys.stderr)
-        # scored by an earlier process, to find bad facts before the work, and the scores died with it; or scored on
-        # facts, too, that a limit left unwritten
-        if before is None or len(result.facts) < len(chosen):
+        if len(result.facts) < len(chosen):  # a limit left some unwritten
             result.revert(model)
             before = le.evaluate(model, result.facts, generate=generate)
         result.scores = {"before": before.scores} | ({} if after is None else {"after": after.scores})
         print(before.table() if after is None else after.table(before))
     result.save(out, overwrite, before, after)
-    remove_run(run)
+    _remove_run(run)
     print(f"saved the edit of {len(result.facts)} facts in {out}")
+
+
+def _remove_run(run: Path) -> None:
+    """Delete what a command has kept in its folder: rounds or scores, and scores before and after."""
+    for folder in (run / "before", run / "after", run):
+        remove_run(folder)
 
 
 def _covariance(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
@@ -207,8 +212,8 @@ def evaluate(
 ) -> None:
     """Score a language model, with or without an edit, on facts; or a method on edits of one fact each.
 
-    With --protocol single, scores of finished facts are kept beside out, in a folder that ends in .run, until all are
-    saved. After the process was killed, the same command goes on after them.
+    Scores of finished facts are kept beside out, in a folder that ends in .run, until all are saved. After the process
+    was killed, the same command goes on after them.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -232,7 +237,7 @@ def evaluate(
         covariance: for single: what `lightedit covariance` saved, or a folder of published .npz files; by default it
             is estimated from the model's own writing and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
-        restart: for single: throw away what an interrupted run has kept.
+        restart: throw away what an interrupted run has kept.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -259,9 +264,10 @@ def evaluate(
             "--compare, --held_out, --text and --harness score one edited model; --protocol single makes one a fact, "
             "and compares each with the unedited model anyway"
         )
-    run = None if out is None or method is None else out.with_name(f"{out.name}.run")
+    run = None if out is None else out.with_name(f"{out.name}.run")
+    kept_before = None if run is None else run / "before"
     if restart and run is not None:
-        remove_run(run)
+        _remove_run(run)
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.check_model(model)
@@ -275,20 +281,20 @@ def evaluate(
         le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
         harness=harness or (), harness_limit=harness_limit,
     )  # fmt: skip
-    before = score() if compare else None
+    before = score(checkpoint=kept_before) if compare else None
     if saved is not None:
         saved.apply(model)
     if method is None:
-        result = score(before=before)
+        result = score(before=before, checkpoint=run)
     else:
-        before = score()
+        before = score(checkpoint=kept_before)
         single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
         result = single(generate=generate, before=before, references=texts, checkpoint=run)
     print(result.table(before))
     if out is not None:
         result.save(out)
         if run is not None:
-            remove_run(run)
+            _remove_run(run)
         print(f"saved the scores in {out}")
 
 

@@ -36,6 +36,13 @@ def provenance(lm: LanguageModel, method: Method, contexts: Contexts, covariance
         "method": method.to_dict(),
         "contexts": asdict(contexts),
         "covariance": asdict(covariance.provenance),
+        **computing(lm),
+    }
+
+
+def computing(lm: LanguageModel) -> dict[str, Any]:
+    """With what `lm` computes: its dtype and the versions of libraries."""
+    return {
         "dtype": str(lm.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
     }

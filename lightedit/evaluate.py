@@ -1,5 +1,6 @@
 """Evaluation: how well a model, as it is now, states edited facts and keeps what is near them."""
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -12,9 +13,11 @@ from lightedit import generation
 from lightedit.comparison import check_same_facts, with_unchanged
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import encode_targets
+from lightedit.edit import computing
 from lightedit.evaluation import Evaluation
 from lightedit.harness import check_harness, harness_scores
 from lightedit.held_out_text import HeldOutText, held_out_windows
+from lightedit.kept_scores import kept_scores
 from lightedit.lm import LanguageModel
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import (
@@ -31,7 +34,10 @@ from lightedit.metrics.metrics import RECORD_MEANS, EditScore
 from lightedit.metrics.record_mean import RecordMean
 from lightedit.progress import Report, part, progress
 from lightedit.references import References, with_reference_scores
+from lightedit.resume import determining_scores
 
+# Facts whose scores appear in a checkpoint together; fewer are slower
+_KEPT_TOGETHER = 64
 # New tokens of a greedy continuation: room for any answer, and for line ends before it
 _ANSWER_TOKENS = 32
 # Time of drawing one text, and of writing one continuation, in that of scoring one answer, as measured with SmolLM2 on
@@ -125,6 +131,27 @@ def score_facts(
     ]
 
 
+def score_and_keep(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    folder: Path,
+    batch_size: int = 64,
+    report: Report | None = None,
+    generate: bool = False,
+) -> list[RecordScores]:
+    """Like `score_facts`, with scores kept in `folder` as they are found; the next call goes on after those there."""
+    settings = {**computing(lm), **determining_scores(lm, facts), "generate": generate}
+    with kept_scores(folder, settings) as kept:
+        missing = [index for index in range(len(facts)) if index not in kept.records]
+        for start in range(0, len(missing), _KEPT_TOGETHER):
+            chunk = missing[start : start + _KEPT_TOGETHER]
+            started = time.perf_counter()
+            reported = part(report, start, len(chunk), len(missing))
+            scored = score_facts(lm, [facts[index] for index in chunk], batch_size, reported, generate)
+            kept.add(dict(zip(chunk, scored, strict=True)), time.perf_counter() - started)
+        return [kept.records[index] for index in range(len(facts))]
+
+
 def _generation_prompts(fact: Fact) -> tuple[str, ...]:
     return fact.generation_prompts or (fact.text, *fact.paraphrase_prompts)
 
@@ -150,6 +177,7 @@ def evaluate(
     references: References | None = None,
     harness: Sequence[str] = (),
     harness_limit: int | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Evaluation:
     """Score `lm`, as it is now, on facts.
 
@@ -180,6 +208,8 @@ def evaluate(
         references: texts for RS; needs `generate`.
         harness: tasks of the lm-evaluation-harness to run beside (see `lightedit.harness`).
         harness_limit: examples of each such task at most, from the first.
+        checkpoint: a folder of this evaluation alone, in which the scores of `facts` are kept as they are found: after
+            the process was killed, the same call goes on after them. Delete it once the evaluation is saved.
 
     Raises:
         FactError: there are no facts, or an answer cannot be tokenised.
@@ -187,6 +217,7 @@ def evaluate(
         FileNotFoundError: there is no such text file, or no such file of a task.
         ImportError: the harness is not installed.
         FloatingPointError: a score is NaN or infinite.
+        ResumeError: `checkpoint` holds another evaluation, or a damaged file, or another process is at work there.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
@@ -197,7 +228,10 @@ def evaluate(
     # first, because its data may not be had
     others = harness_scores(lm, harness, harness_limit, batch_size) if harness else None
     with progress(f"scoring {len(facts)} facts", progress_bar) as report:
-        records = score_facts(lm, facts, batch_size, report, generate)
+        if checkpoint is None:
+            records = score_facts(lm, facts, batch_size, report, generate)
+        else:
+            records = score_and_keep(lm, facts, Path(checkpoint), batch_size, report, generate)
     kept = []
     if held_out:
         with progress(f"scoring {len(held_out)} held-out facts", progress_bar) as report:

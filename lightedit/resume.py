@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
 from lightedit.data.modules import FactsDataModule
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import Method
 from lightedit.run_folder import Round, check_run, checksum, kept_rounds, locked, start_run
 
@@ -123,12 +123,17 @@ class RoundCheckpoint(Checkpoint):
 
 def determining(lm: LanguageModel, method: Method, covariance: Covariance, facts: Sequence[Fact]) -> dict[str, Any]:
     """What determines a run beside its provenance: the weights, tensors and facts themselves, and the machine."""
-    # also matrices that carry an earlier edit
-    weights = {matrix.key: lm.weight(matrix) for matrix in {*method.matrices, *lm.weights.matrices}}
+    tensors = {matrix.key: covariance[matrix] for matrix in method.matrices}
+    return {**determining_scores(lm, facts, method.matrices), "covariance tensors": checksum("", tensors)}
+
+
+def determining_scores(lm: LanguageModel, facts: Sequence[Fact], matrices: Collection[Matrix] = ()) -> dict[str, Any]:
+    """What determines the scores of `lm` as it is now beside versions and dtype; of `matrices` every bit counts."""
+    # also those that carry an edit
+    weights = {matrix.key: lm.weight(matrix) for matrix in {*matrices, *lm.weights.matrices}}
     return {
         "model": lm.fingerprint,
         "weights": checksum("", weights),
-        "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in method.matrices}),
         "facts": checksum(json.dumps([fact.to_dict() for fact in facts]), {}),
         "device": lm.device.type,
     }

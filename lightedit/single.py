@@ -89,15 +89,16 @@ def evaluate_single(
             kept = stack.enter_context(kept_scores(Path(checkpoint), settings))
         records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
         report = stack.enter_context(progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar))
-        missing_facts = [index for index in range(len(facts)) if index not in records]
-        for chunk in chunks_by_suffix(facts, missing_facts, facts_per_chunk):
+        unscored = [index for index in range(len(facts)) if index not in records]
+        done = 0
+        for chunk in chunks_by_suffix(facts, unscored, facts_per_chunk):
             started = time.perf_counter()
             known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}
             missing = [index for index in chunk if index not in known]
             searching = _SEARCH * len(missing)
             if missing:
                 chosen = [prompts[index] for index in missing]
-                reported = part(report, len(records), searching, len(facts))
+                reported = part(report, done, searching, len(unscored))
                 found = optimize_values(
                     lm, chosen, method.value_layer, method.site, method.values, report=reported
                 ).targets
@@ -105,9 +106,10 @@ def evaluate_single(
             device = lm.weight(method.value_layer).device
             values = torch.stack([known[index].to(device, torch.float64) for index in chunk]).T
             edits = separate_updates(lm, method, preservation, [prompts[index] for index in chunk], values)
-            rest = part(report, len(records) + searching, len(chunk) - searching, len(facts))
+            rest = part(report, done + searching, len(chunk) - searching, len(unscored))
             scored = score_facts(lm, [facts[index] for index in chunk], batch_size, rest, generate, edits)
             records.update(zip(chunk, scored, strict=True))
+            done += len(chunk)
             if kept is not None:
                 kept.add({index: records[index] for index in chunk}, time.perf_counter() - started)
     return summarize(facts, [records[index] for index in range(len(facts))], before, references)

@@ -10,7 +10,9 @@ from lightedit import generation
 from lightedit.data.facts import Fact, FactError, read_facts
 from lightedit.evaluate import Evaluation, evaluate, score_facts
 from lightedit.lm import LanguageModel
+from lightedit.lm.weights import LowRankUpdate
 from lightedit.metrics.functional import generation_entropy
+from lightedit.run_folder import ResumeError, kept_chunks
 from tests.models import tiny_model, tiny_tokenizer
 
 COUNTERFACT_KEYS = {"ES", "PS", "NS", "EM", "PM", "NM", "S"}
@@ -189,6 +191,27 @@ def test_order_duplicates_and_batch_size_do_not_matter(lm):
     assert shuffled.scores == pytest.approx(expected.scores, abs=1e-3)
     assert doubled.scores == pytest.approx(expected.scores)
     assert doubled.records[3:] == doubled.records[:3]
+
+
+def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path):
+    folder = tmp_path / "scores.run"
+    found = evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+    assert found == evaluate(lm, [FRANCE, ITALY], progress_bar=False)
+    assert found == evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+    (kept,) = kept_chunks(folder)
+    for changes, name in (({"facts": [FRANCE, BARE]}, "facts"), ({"generate": True}, "generate")):
+        with pytest.raises(ResumeError, match=f"differs in {name}"):
+            evaluate(lm, **{"facts": [FRANCE, ITALY], "progress_bar": False, "checkpoint": folder} | changes)
+    update = LowRankUpdate(torch.ones(lm.d_model, 1), torch.ones(lm.weight(1).shape[1], 1))
+    lm.weights.add("other", 1, update)
+    try:
+        with pytest.raises(ResumeError, match="differs in weights"):
+            evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+    finally:
+        lm.weights.remove(["other"])
+    kept.write_text(kept.read_text()[:-5])
+    with pytest.raises(ResumeError, match=f"{kept.name} is truncated"):
+        evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
 
 
 def test_intervals_hold_their_scores_and_one_fact_has_none(lm):

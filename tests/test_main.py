@@ -103,9 +103,8 @@ def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
     assert len(list(kept.glob("chunk-*.json"))) == 1 and not Path("scores.json").exists()
     other = [*arguments, "--method.lambda_", "11"]
     assert "differs in method.lambda_ (10.0 there, 11.0 now)" in fails(capsys, other)
-    main([*arguments[:5], "--out", "scores.json"])  # what a single run has kept is not another protocol's to delete
-    assert len(list(kept.glob("chunk-*.json"))) == 1
-    Path("scores.json").unlink()
+    message = fails(capsys, [*arguments[:5], "--out", "scores.json"])  # nor is it another protocol's to delete
+    assert "scores.json.run holds another run" in message and len(list(kept.glob("chunk-*.json"))) == 1
     main(arguments)
     assert len(calls) == 2 + len(FACTS) - 1 and not kept.exists()
     calls.clear()
@@ -113,6 +112,39 @@ def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
         main(arguments)
     main([*other, "--restart", "true"])
     assert not kept.exists()
+
+
+def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    covariance_of(le.LanguageModel.load("model")).save("stats")
+    edit = ["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--out"]
+    evaluate = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true", "--edit", "whole", "--out"]
+    main([*edit, "whole"])
+    main([*evaluate, "whole.json"])
+    score, budget = evaluation_module.score_facts, [0]
+
+    def limited(*args, **kwargs):
+        if not budget:
+            raise KeyboardInterrupt
+        budget.pop()
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation_module, "score_facts", limited)
+    monkeypatch.setattr(evaluation_module, "_KEPT_TOGETHER", 1)
+    for arguments, out in ((edit, "parts"), (evaluate, "parts.json")):
+        for _ in range(2 * len(FACTS) - 1):  # before and after, a fact a process
+            budget[:] = [1]
+            with pytest.raises(SystemExit, match="130"):
+                main([*arguments, out])
+            assert not Path(out).exists()
+        budget[:] = [1]
+        main([*arguments, out])
+        assert not Path(f"{out}.run").exists()
+    for name in ("{}/before.json", "{}/after.json", "{}.json"):
+        whole, parts = (json.loads(Path(name.format(run)).read_text()) for run in ("whole", "parts"))
+        assert parts["scores"] == pytest.approx(whole["scores"], abs=1e-3)
+        assert parts["records"][1]["efficacy"]["nll_wanted"] == pytest.approx(
+            whole["records"][1]["efficacy"]["nll_wanted"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sweeps: rows that equal separate runs, step 1 done once, resuming, and what is refused before work starts."""
 
 import csv
+import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 import lightedit as le
 from lightedit.__main__ import main
 from lightedit.data.prompts import ContextSettings
+from lightedit.kept_scores import KeptScores
 from lightedit.sweep import LOG17, run, targets
 from lightedit.sweep.plan import plan, shown
 from lightedit.sweep.table import Table, best
@@ -34,7 +36,7 @@ FACTS = [
     )
     for number, (subject, new, true) in enumerate(SUBJECTS)
 ]  # fmt: skip
-SCORES = ("ES", "PS", "NS", "S")
+SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
 
 
 @pytest.fixture
@@ -54,10 +56,10 @@ def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 def assert_scores(row: dict[str, Any], evaluation: le.Evaluation) -> None:
-    assert {name: row[name] for name in SCORES} == {name: evaluation.scores[name] for name in SCORES}
-    for name in SCORES:
+    for name in SCORES:  # magnitudes show in which batch a fact was scored
         low, high = evaluation.intervals[name]
-        assert row[f"{name}_half_width"] == (high - low) / 2
+        assert row[name] == pytest.approx(evaluation.scores[name], rel=1e-5, abs=1e-5)
+        assert row[f"{name}_half_width"] == pytest.approx((high - low) / 2, rel=1e-5, abs=1e-5)
 
 
 def test_rows_equal_separate_runs(lm: le.LanguageModel, tmp_path: Path) -> None:
@@ -188,7 +190,8 @@ def test_generation_adds_columns_for_the_unedited_model_and_every_run(lm: le.Lan
     edit = le.edit(lm, FACTS[:2], MEMIT, covariance_of(lm), progress_bar=False)
     after = le.evaluate(lm, FACTS[:2], progress_bar=False, generate=True)
     edit.revert(lm)
-    assert [row["GE"] for row in rows] == [expected.scores["GE"], after.scores["GE"]]
+    for name in ("GE", "generation_success"):
+        assert [row[name] for row in rows] == [expected.scores[name], after.scores[name]]
     assert rows[0]["GE"] != rows[1]["GE"] and all(row["GE_half_width"] > 0 for row in rows)
     text = (tmp_path / "s" / "runs.csv").read_text()
     assert sweep(lm, tmp_path / "s", counts=[2], generate=True) == rows
@@ -240,6 +243,30 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     text = (tmp_path / "s" / "runs.csv").read_text()
     assert sweep(lm, tmp_path / "s", grid=grid) == rows
     assert (tmp_path / "s" / "runs.csv").read_text() == text
+
+
+def test_scores_of_the_unedited_model_are_kept(
+    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("lightedit.evaluate")  # whose name is that of the function, too
+    monkeypatch.setattr(module, "_KEPT_TOGETHER", 2)
+    expected = sweep(lm, tmp_path / "whole")
+    score, calls = module.score_facts, iter([0, 1])
+
+    def interrupted(*args, **kwargs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "score_facts", interrupted)
+        sweep(lm, tmp_path / "s")
+    seconds = KeptScores(tmp_path / "s" / "unedited").seconds
+    rows = sweep(lm, tmp_path / "s")
+    for row, other in zip(rows, expected, strict=True):
+        assert [row[name] for name in SCORES] == pytest.approx([other[name] for name in SCORES], rel=1e-5, abs=1e-5)
+    assert rows[0]["seconds_evaluation"] > seconds > 0
+    assert not (tmp_path / "s" / "unedited").exists()
 
 
 def test_values_of_finished_chunks_are_kept(

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError, check_facts
-from lightedit.evaluate import evaluate, score_facts, summarize
+from lightedit.evaluate import evaluate, score_and_keep, summarize
 from lightedit.files import whole_file
 from lightedit.kept_scores import KeptScores
 from lightedit.lm import LanguageModel
@@ -100,7 +100,7 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "sweep.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _score_unedited(lm, facts, runs, table, progress_bar, generate)
+    _score_unedited(lm, facts, runs, table, out / "unedited", progress_bar, generate)
 
     store = TargetStore(out / "values", lm, facts, runs)
     failed: dict[str, Exception] = {}
@@ -223,15 +223,21 @@ def _check_collisions(
 
 
 def _score_unedited(
-    lm: LanguageModel, facts: Sequence[Fact], runs: Sequence[Run], table: Table, progress_bar: bool, generate: bool
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    runs: Sequence[Run],
+    table: Table,
+    folder: Path,
+    progress_bar: bool,
+    generate: bool,
 ) -> None:
     """Score the unedited model once, and average the first records for every count of facts."""
     missing = sorted({run.facts for run in runs if table.unedited(run.facts) is None}, reverse=True)
     if not missing:
         return
-    started = time.perf_counter()
     with progress(f"scoring {missing[0]} facts before", progress_bar) as report:
-        records = score_facts(lm, facts[: missing[0]], report=report, generate=generate)
-    seconds = time.perf_counter() - started
+        records = score_and_keep(lm, facts[: missing[0]], folder, report=report, generate=generate)
+    seconds = KeptScores(folder).seconds
     for count in missing:
         table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == missing[0] else 0.0)
+    remove_run(folder)

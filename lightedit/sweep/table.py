@@ -13,6 +13,9 @@ from lightedit.files import whole_file
 from lightedit.sweep.plan import Run, shown
 
 SCORES = ("ES", "PS", "NS", "S")
+"""What runs are compared by."""
+_COLUMNS = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
+_GENERATION_COLUMNS = ("GE", "generation_success")
 UNEDITED = "unedited"
 """The method's name in the rows of the unedited model."""
 
@@ -23,9 +26,10 @@ class Table:
     """Rows of finished runs. The file is written anew with every addition, so it is whole at any time.
 
     Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round ("single"
-    where each fact was edited alone, and step 2 counts as evaluation); ES, PS, NS, S in percent, GE in bits times 100
-    if there is `generation`, and half the width of each one's 95 % interval (empty where the facts do not allow them);
-    seconds of step 1 (seconds_values, 0 where another run had found the values), of step 2 and of the evaluation.
+    where each fact was edited alone, and step 2 counts as evaluation); ES, PS, NS, EM, PM, NM, S in percent, with
+    `generation` GE in bits times 100 and generation_success in percent, and half the width of each one's 95 %
+    interval (empty where the facts do not allow them); seconds of step 1 (seconds_values, 0 where another run had found
+    the values), of step 2 and of the evaluation.
 
     Args:
         path: the file; rows that are in it already are read.
@@ -42,7 +46,7 @@ class Table:
     def __init__(self, path: Path, fields: Sequence[str], generation: bool = False) -> None:
         self.path = path
         self._key = ["method", *fields, "facts", "facts_per_round"]
-        self._scores = (*SCORES, "GE") if generation else SCORES
+        self._scores = _COLUMNS + _GENERATION_COLUMNS * generation
         self._columns = [
             *self._key,
             *self._scores,

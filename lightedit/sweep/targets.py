@@ -79,6 +79,7 @@ class TargetStore:
             folder.mkdir(parents=True, exist_ok=True)
             contexts = method.contexts.sample(self.lm)
             prompts = tokenize_facts(self.lm.tokenizer, self.facts[: self._needed[key]], contexts)
+            done = 0
             with progress(f"values of {len(missing)} facts", progress_bar) as report:
                 for chunk in chunks_by_suffix(self.facts, missing, facts_per_chunk):
                     started = time.perf_counter()
@@ -88,12 +89,12 @@ class TargetStore:
                         method.value_layer,
                         method.site,
                         method.values,
-                        report=part(report, len(found), len(chunk), self._needed[key]),
+                        report=part(report, done, len(chunk), len(missing)),
                     )
                     targets, spent = values.targets.cpu(), time.perf_counter() - started
                     _write(folder, chunk, targets, spent)
                     found.update(zip(chunk, targets, strict=True))
-                    seconds += spent
+                    seconds, done = seconds + spent, done + len(chunk)
         own = seconds if run == self._first[key] else 0.0
         return {index: found[index] for index in range(run.facts_per_round)}, own
 
