@@ -31,7 +31,8 @@ def add_low_rank_(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | N
         ValueError: a shape, dtype or device does not fit.
     """
     _check(weight, left, right, total)
-    _op(weight, left, right, total)
+    with whole_float32(weight.device):
+        _op(weight, left, right, total)
 
 
 def _check(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | None) -> None:
@@ -66,8 +67,7 @@ def reference(weight: Tensor, left: Tensor, right: Tensor, total: Tensor | None)
     if total is None:
         total = weight.to(dtype)  # the weight itself where it is of that dtype
     # contiguous, because a BLAS may sum in another order for factors of another memory layout
-    with whole_float32(weight.device):
-        total.addmm_(left.to(dtype).contiguous(), right.to(dtype).contiguous().T)
+    total.addmm_(left.to(dtype).contiguous(), right.to(dtype).contiguous().T)
     if total is not weight:
         weight.copy_(total)
 

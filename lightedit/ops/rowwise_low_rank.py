@@ -36,7 +36,13 @@ def rowwise_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     _check(x, left, right)
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         raise ValueError("rowwise_low_rank is differentiable with respect to x alone; detach left and right")
-    return _op(x, left, right)
+    return _product(x, left, right)
+
+
+def _product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    with whole_float32(x.device):
+        product: Tensor = _op(x, left, right)
+    return product
 
 
 def _check(x: Tensor, left: Tensor, right: Tensor) -> None:
@@ -56,8 +62,7 @@ def _check(x: Tensor, left: Tensor, right: Tensor) -> None:
 def reference(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The op in torch's own operations."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with whole_float32(x.device):
-        return ((x.to(dtype) @ right.to(dtype)) @ left.to(dtype).mT).to(x.dtype).contiguous()
+    return ((x.to(dtype) @ right.to(dtype)) @ left.to(dtype).mT).to(x.dtype).contiguous()
 
 
 _op = torch.library.custom_op("lightedit::rowwise_low_rank", reference, mutates_args=())
@@ -76,7 +81,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     left, right = ctx.saved_tensors
-    return _op(gradient, right, left), None, None  # xᵀ's map is the factors' swapped
+    return _product(gradient, right, left), None, None  # xᵀ's map is the factors' swapped
 
 
 _op.register_autograd(_backward, setup_context=_save)

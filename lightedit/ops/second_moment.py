@@ -14,7 +14,7 @@ _GRAMS = (torch.float32, torch.float64)
 def second_moment_(gram: Tensor, keys: Tensor, mask: Tensor | None = None) -> None:
     """gram += keysᵀ diag(mask) keys, on and below the diagonal; what stands above it is left as it is.
 
-    The products of one call are summed in float32, never in TF32, or in float64 where both are float64, and then added
+    The products of one call are summed in float32, never in less, or in float64 where both are float64, and then added
     to `gram`, so a float64 `gram` collects the sums of many calls without loss. A key that is masked out is never read
     as a number; NaN or infinity in another one spreads to its row and column. `mirror_` completes the matrix once, at
     the end:
@@ -34,7 +34,8 @@ def second_moment_(gram: Tensor, keys: Tensor, mask: Tensor | None = None) -> No
         ValueError: a shape, dtype or device does not fit.
     """
     _check(gram, keys, mask)
-    _op(gram, keys, mask)
+    with whole_float32(gram.device):
+        _op(gram, keys, mask)
 
 
 def mirror_(gram: Tensor) -> Tensor:
@@ -70,8 +71,7 @@ def _check(gram: Tensor, keys: Tensor, mask: Tensor | None) -> None:
 def reference(gram: Tensor, keys: Tensor, mask: Tensor | None) -> None:
     """The op in torch's own operations."""
     both = keys.dtype == gram.dtype == torch.float64
-    with whole_float32(gram.device):
-        _add(gram, (keys if mask is None else keys[mask]).to(torch.float64 if both else torch.float32))
+    _add(gram, (keys if mask is None else keys[mask]).to(torch.float64 if both else torch.float32))
 
 
 def _add(gram: Tensor, keys: Tensor) -> None:

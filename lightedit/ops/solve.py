@@ -35,7 +35,9 @@ def preservation_memorization_solve(keys: Tensor, solved: Tensor, gamma: float) 
         ValueError: a shape, dtype or device does not fit, or γ is negative or not finite.
     """
     _check(keys, solved, gamma)
-    return _op(keys, solved, gamma)
+    with whole_float32(keys.device):
+        result: tuple[Tensor, Tensor] = _op(keys, solved, gamma)
+    return result
 
 
 def _check(keys: Tensor, solved: Tensor, gamma: float) -> None:
@@ -51,11 +53,6 @@ def _check(keys: Tensor, solved: Tensor, gamma: float) -> None:
 
 def reference(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """The op in torch's own operations."""
-    with whole_float32(keys.device):
-        return _solve(keys, solved, gamma)
-
-
-def _solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     system = keys.mT @ solved
     system.diagonal(dim1=-2, dim2=-1).add_(gamma)
     factor, info = torch.linalg.cholesky_ex(system)
