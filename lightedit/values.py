@@ -20,7 +20,7 @@ from lightedit.lm import LanguageModel
 from lightedit.lm.batch import PASS_COST, Batch, pad, rectangles
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.packed import Span
-from lightedit.lm.prefix import PrefixCache
+from lightedit.lm.prefix import PrefixCache, prefix_cache
 from lightedit.ops import target_nll_kl
 from lightedit.progress import Report
 from lightedit.stopping import Evaluated, KLBelow, MostProbable
@@ -168,7 +168,7 @@ class ValueOptimization:
         initial: dict[int, Tensor] = {}
         self._rows = []
         self._max_tokens = max_tokens
-        prefixes = lm.prefix_cache([row.ids[: row.lookup] for _, _, row in rows])
+        prefixes = prefix_cache(lm, [row.ids[: row.lookup] for _, _, row in rows])
         pass_cost = 0 if lm.architecture.packs else PASS_COST  # packed rectangles share a pass, and need no padding
         for group in rectangles([len(row.ids) - row.lookup for _, _, row in rows], max_tokens, pass_cost):
             captured, activations = self._capture([rows[i] for i in group], torch.tensor(group), *prefixes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,21 +11,16 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Pre
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
-from lightedit.lm.batch import Batch, by_length, pad, rectangles
+from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import capture, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.matrix import Matrix
 from lightedit.lm.packed import Span, packed_attention
-from lightedit.lm.prefix import PrefixCache
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
-
-_PREFIX_TOKENS = 1024  # tokens of one pass over prefixes at most
-# A beginning is run once for all rows that share it if it has this many tokens, and if that saves so many in all
-_STEM_TOKENS, _STEM_SAVING = 4, 100
 
 
 class LanguageModel:
@@ -242,93 +236,6 @@ class LanguageModel:
         with skip_blocks(self.blocks[:layer], hidden, self.returns_tuple):
             yield
 
-    @torch.no_grad()
-    def prefix_cache(self, rows: Sequence[Sequence[int]]) -> tuple[PrefixCache | None, Tensor]:
-        """Run the tokens that every later pass shares.
-
-        Args:
-            rows: prefix token ids; lengths may differ and some may be empty.
-
-        Returns:
-            The cache (None if all prefixes are empty) and the prefix's mask, [rows, prefix], padded on the left.
-        """
-        width = max(map(len, rows))
-        mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=self.device)
-        if not width:
-            return None, mask.reshape(len(rows), 0)
-        stems: list[tuple[int, ...]] = []
-        texts: list[tuple[tuple[int, ...], int]] = []  # every distinct row, and the number of its stem or -1
-        for stem, members in _stems(sorted(set(map(tuple, rows)))):
-            texts += [(member, len(stems) if stem else -1) for member in members]
-            stems += [stem] if stem else []
-        common = self._prefix_states(stems, max(map(len, stems))) if stems else None
-        order: list[tuple[int, ...]] = []
-        parts: list[list[tuple[Tensor, Tensor]]] = []
-        for alone in (True, False):  # rows with a stem are continued from it
-            chosen = [(row, stem) for row, stem in texts if (stem < 0) == alone]
-            lengths = [len(row) - (0 if alone else len(stems[stem])) for row, stem in chosen]
-            for group in rectangles(lengths, _PREFIX_TOKENS) if chosen else []:
-                members = [chosen[i][0] for i in group]
-                if alone or common is None:
-                    parts.append(self._prefix_states(members, width))
-                else:
-                    index = torch.tensor([chosen[i][1] for i in group])
-                    cache = PrefixCache(common, common[0][0].shape[-2]).rows(index)
-                    parts.append(self._prefix_states(members, width, cache, [len(stems[i]) for i in index.tolist()]))
-                order += members
-        place = {row: position for position, row in enumerate(order)}
-        index = torch.tensor([place[tuple(row)] for row in rows])
-        layers = []
-        for states in zip(*parts, strict=True):
-            keys, values = (
-                torch.cat(part).index_select(0, index.to(part[0].device)) for part in zip(*states, strict=True)
-            )
-            layers.append((keys, values))
-        return PrefixCache(layers, width), mask
-
-    def _prefix_states(
-        self,
-        rows: Sequence[Sequence[int]],
-        width: int,
-        stems: PrefixCache | None = None,
-        stem_lengths: Sequence[int] | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Attention keys and values of every layer, each [rows, heads, width, head_dim], aligned to the right.
-
-        Args:
-            rows: token ids; what stands left of a row is of no meaning, and for the caller to mask.
-            width: positions to return.
-            stems: the states of what each row begins with, aligned to the right.
-            stem_lengths: how many tokens that is.
-        """
-        before = 0 if stems is None else stems.length
-        known = torch.tensor(stem_lengths or [0] * len(rows))
-        # an empty row, too, runs one token: the whole of it is masked
-        rest = pad([row[int(n) :] or [self.pad_id] for row, n in zip(rows, known, strict=True)], self.pad_id)
-        batch = Batch(
-            rest.ids,
-            torch.cat([torch.arange(before) >= before - known[:, None], rest.mask], dim=1),
-            rest.positions + known[:, None],
-        )
-        tokens = torch.arange(width) - (width - torch.tensor([len(row) for row in rows]))[:, None]  # [rows, width]
-        index = (tokens.clamp(min=0) + before - known[:, None])[:, None, :, None]
-        states: dict[int, tuple[Tensor, Tensor]] = {}
-
-        class _Recorder(PrefixCache):
-            def update(self, key_states, value_states, layer_idx, *_, **__):  # type: ignore[no-untyped-def]
-                if before:
-                    key_states, value_states = super().update(key_states, value_states, layer_idx)
-                places = index.to(key_states.device)
-                states[layer_idx] = (
-                    key_states.take_along_dim(places, dim=-2),
-                    value_states.take_along_dim(places, dim=-2),
-                )
-                return key_states, value_states
-
-        with stop_after(self.blocks[-1]):
-            self.forward(batch, cache=_Recorder([] if stems is None else stems.prefix, before))
-        return [states[layer] for layer in range(self.n_layers)]
-
     # Text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -402,27 +309,3 @@ class LanguageModel:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _stems(rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
-    """Split sorted rows into runs with a common beginning worth computing once, such as a context; yields both.
-
-    A stem is shorter than each of its rows. Rows that share nothing much come with an empty stem.
-    """
-    alone: list[tuple[int, ...]] = []
-    start = 0
-    while start < len(rows):
-        stem, stop = rows[start][:-1], start + 1
-        while stop < len(rows):
-            pairs = zip(stem, rows[stop][:-1], strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if shared < _STEM_TOKENS:
-                break
-            stem, stop = stem[:shared], stop + 1
-        if (stop - start - 1) * len(stem) > _STEM_SAVING:
-            yield stem, list(rows[start:stop])
-        else:
-            alone += rows[start:stop]
-        start = stop
-    if alone:
-        yield (), alone

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.hooks import capture, hidden_of, skip_blocks, stop_after
+from lightedit.lm.prefix import prefix_cache
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 # Text and padding longer than the tiny models' sliding windows of 8 tokens, and one row without any prefix
@@ -81,7 +82,7 @@ def test_by_length_puts_every_row_into_one_small_group_longest_first() -> None:
 def test_suffixes_after_a_prefix_cache_equal_full_passes(architecture: str, dtype: torch.dtype) -> None:
     lm = language_model(architecture, dtype=dtype)
     prefixes, suffixes = prefixes_and_suffixes()
-    cache, prefix_mask = lm.prefix_cache(prefixes)
+    cache, prefix_mask = prefix_cache(lm, prefixes)
     assert prefix_mask.sum(1).tolist() == PREFIXES
     with torch.no_grad():
         logits = lm.forward(suffix_batch(lm, prefixes, suffixes, prefix_mask), cache)
@@ -93,7 +94,7 @@ def test_suffixes_after_a_prefix_cache_equal_full_passes(architecture: str, dtyp
 
 
 def test_without_any_prefix_there_is_no_cache() -> None:
-    cache, mask = language_model("llama").prefix_cache([[], []])
+    cache, mask = prefix_cache(language_model("llama"), [[], []])
     assert cache is None
     assert mask.shape == (2, 0)
 
@@ -101,7 +102,7 @@ def test_without_any_prefix_there_is_no_cache() -> None:
 def test_a_prefix_cache_is_not_changed_by_use() -> None:
     lm = language_model("gpt2")
     prefixes, suffixes = prefixes_and_suffixes()
-    cache, prefix_mask = lm.prefix_cache(prefixes)
+    cache, prefix_mask = prefix_cache(lm, prefixes)
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
     with torch.no_grad():
         assert torch.equal(lm.forward(batch, cache), lm.forward(batch, cache))
@@ -112,7 +113,7 @@ def test_a_prefix_cache_is_not_changed_by_use() -> None:
 def test_rows_of_a_prefix_cache_equal_full_passes(architecture: str) -> None:
     lm = language_model(architecture)
     prefixes, suffixes = prefixes_and_suffixes()
-    cache, prefix_mask = lm.prefix_cache(prefixes)
+    cache, prefix_mask = prefix_cache(lm, prefixes)
     kept = torch.tensor([3, 0])
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
     batch = Batch(batch.ids[kept], batch.mask[kept], batch.positions[kept])
@@ -127,7 +128,7 @@ def test_suffixes_from_a_later_block_on_equal_full_passes(architecture: str) -> 
     """What the value optimisation runs: no prefix tokens, and no blocks below the edited one."""
     lm = language_model(architecture)
     prefixes, suffixes = prefixes_and_suffixes()
-    cache, prefix_mask = lm.prefix_cache(prefixes)
+    cache, prefix_mask = prefix_cache(lm, prefixes)
     batch = suffix_batch(lm, prefixes, suffixes, prefix_mask)
     with torch.no_grad():
         with capture({0: lm.blocks[1]}, len(prefixes)) as states:
@@ -140,7 +141,7 @@ def test_suffixes_from_a_later_block_on_equal_full_passes(architecture: str) -> 
 
 def test_reaching_a_layer_that_was_dropped_from_the_cache_is_an_error() -> None:
     lm = language_model("llama")
-    cache, prefix_mask = lm.prefix_cache([[5, 6, 7]])
+    cache, prefix_mask = prefix_cache(lm, [[5, 6, 7]])
     with pytest.raises(RuntimeError, match="no states for layer 0"):
         lm.forward(suffix_batch(lm, [[5, 6, 7]], [[8]], prefix_mask), cache.without(range(1)))
 
@@ -262,7 +263,7 @@ def test_hooks_leave_no_trace(architecture: str) -> None:
             assert traces(lm.model)
             lm.forward(pad([[5, 6]], lm.pad_id))
         assert not traces(lm.model)
-    lm.prefix_cache([[5, 6], [7]])
+    prefix_cache(lm, [[5, 6], [7]])
     assert not traces(lm.model)
 
 
@@ -275,7 +276,7 @@ def test_hooks_leave_no_trace_after_an_exception(architecture: str) -> None:
             lm.forward(beyond)
         assert not traces(lm.model)
     with pytest.raises(IndexError):
-        lm.prefix_cache([[5, VOCABULARY]])
+        prefix_cache(lm, [[5, VOCABULARY]])
     assert not traces(lm.model)
 
 
