@@ -15,10 +15,12 @@ from benchmarks import (
     ops,
     registry,
     run,
+    sequence,
     update,
     values,
 )
 from benchmarks.figure import draw
+from benchmarks.run import RESULTS
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
@@ -313,3 +315,16 @@ def test_the_ops_figure_has_a_mark_for_every_baseline(tmp_path: Path) -> None:
         assert case["shape"] in text
         assert all(name in text for name in case["ratios"])
     assert [path.name for path in tmp_path.iterdir()] == ["ops.svg"]
+
+
+def test_the_figure_of_sequences_has_every_method_and_round(tmp_path: Path) -> None:
+    tables = {name: sequence.read_retention(RESULTS / file) for name, file in sequence.TABLES.items()}
+    assert {round_: [origin for origin, _ in scores] for round_, scores in tables["MEMIT"].items()} == {
+        5: [1, 2, 3, 4, 5], 10: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    }  # fmt: skip
+    assert tables["ENCORE"][5][0] == (1, pytest.approx(81.358, abs=1e-3))  # as in docs/results.md
+    sequence.draw(tmp_path / "sequence.svg", tables)
+    text = (tmp_path / "sequence.svg").read_text()
+    assert all(f">{name}<" in text for name in tables)
+    assert text.count('id="PathCollection') + text.count('id="line2d') >= 2 * len(tables)
+    assert [file.name for file in tmp_path.iterdir()] == ["sequence.svg"]
