@@ -424,9 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         kept = {
-            "edit": "the same command goes on after the last finished round",
-            "sweep": "the same command goes on after the last finished run",
-            "evaluate": "the same command goes on where --protocol single has an --out, else nothing was written",
+            "edit": "the same command goes on after the rounds and scores that are finished",
+            "sweep": "the same command goes on after the runs, values and scores that are finished",
+            "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }
         state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)

@@ -553,7 +553,7 @@ def test_the_command_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
             os.kill(process.pid, signal.SIGINT)
             process.join(600)
             assert process.exitcode == 130, errors.read_text()
-            assert "interrupted; the same command goes on after the last finished round" in errors.read_text()
+            assert "interrupted; the same command goes on after the rounds" in errors.read_text()
             assert not out.exists() and len(kept_rounds(run_folder)) >= 1
             process = start(command, [*arguments, "--out", str(out)], errors)
         process.join(600)
