@@ -262,7 +262,10 @@ def test_scores_of_the_unedited_model_are_kept(
         patch.setattr(module, "score_facts", interrupted)
         sweep(lm, tmp_path / "s")
     seconds = KeptScores(tmp_path / "s" / "unedited").seconds
+    scored = []
+    monkeypatch.setattr(module, "score_facts", lambda lm, facts, *rest: scored.append(facts) or score(lm, facts, *rest))
     rows = sweep(lm, tmp_path / "s")
+    assert scored == [FACTS[4:], FACTS]  # what was missing of the unedited model, and the run
     for row, other in zip(rows, expected, strict=True):
         assert [row[name] for name in SCORES] == pytest.approx([other[name] for name in SCORES], rel=1e-5, abs=1e-5)
     assert rows[0]["seconds_evaluation"] > seconds > 0
