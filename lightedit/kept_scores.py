@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightedit.files import whole_file
 from lightedit.metrics import Generations, PromptScores, RecordScores
-from lightedit.run_folder import ResumeError, check_run, kept_chunks, kept_rounds, locked, start_run
+from lightedit.run_folder import ResumeError, check_run, kept_chunks, kept_rounds, locked, remove_run, start_run
 
 
 class KeptScores:
@@ -60,7 +60,11 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
             check_run(folder, settings)
         else:
             start_run(folder, "scores", settings)
-        yield KeptScores(folder)
+        try:
+            yield KeptScores(folder)
+        finally:
+            if not kept_chunks(folder):  # wrong input, most likely: leave nothing behind
+                remove_run(folder)
 
 
 def _record(fields: Mapping[str, Any]) -> RecordScores:

@@ -209,6 +209,9 @@ def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path):
             evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
     finally:
         lm.weights.remove(["other"])
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(lm, [FRANCE], batch_size=0, progress_bar=False, checkpoint=tmp_path / "other.run")
+    assert list(tmp_path.iterdir()) == [folder]  # nothing is left of what never began
     kept.write_text(kept.read_text()[:-5])
     with pytest.raises(ResumeError, match=f"{kept.name} is truncated"):
         evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
