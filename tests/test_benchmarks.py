@@ -203,17 +203,38 @@ def test_evaluation_row_counts_all_answers_and_checks_them(lm: LanguageModel, mo
         evaluation.run(lm, COMPLETE)
 
 
+def in_float64() -> LanguageModel:
+    return LanguageModel(tiny_model("llama", layers=LAYERS).double(), tiny_tokenizer("bytelevel"))
+
+
 def test_single_row_checks_every_answer_against_both_loops(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {"MEMIT": MEMIT, "ROME": ROME}
-    figures = evaluation.run_single(lm, COMPLETE, methods, covariance_of(lm), reference_facts=2).figures
+    figures = evaluation.run_single(lm, COMPLETE, methods, covariance_of(lm), in_float64, reference_facts=2).figures
     for of_method in figures.values():
         for loop in (of_method["loop"], of_method["published"]):
-            assert loop["facts"] == 2 and 0 < loop["largest_difference"] < 1e-3
+            assert loop["facts"] == loop["same_scores"] == 2 and loop["unstable"] == []
+            assert 0 < loop["largest_difference"] < 1e-3
             assert loop["ratio"] == pytest.approx(loop["seconds_per_fact"] / of_method["seconds_per_fact"])
     for tolerance in ("TOLERANCE", "PUBLISHED_TOLERANCE"):
         with monkeypatch.context() as patch, pytest.raises(WrongResultError, match="no speed is reported"):
             patch.setattr(evaluation, tolerance, 1e-12)
-            evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), reference_facts=1)
+            evaluation.run_single(lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm), in_float64, reference_facts=2)
+
+
+def test_facts_of_the_single_row_that_differ_by_rounding_must_agree_in_float64(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "TOLERANCE", 1e-12)
+    monkeypatch.setattr(evaluation, "PUBLISHED_TOLERANCE", 1e-12)
+    monkeypatch.setattr(evaluation, "UNSTABLE", 1.0)
+    arguments = lm, COMPLETE, {"MEMIT": MEMIT}, covariance_of(lm)
+    result = evaluation.run_single(*arguments, in_float64, reference_facts=2)
+    for loop in (result.figures["MEMIT"]["loop"], result.figures["MEMIT"]["published"]):
+        assert loop["unstable"] == [0, 1] and 1e-12 < loop["unstable_difference"] < 1e-3
+    assert ("MEMIT, facts beyond 1e-12 nats, equal in float64", "number 0, 1") in result.table
+    with pytest.raises(WrongResultError, match="no speed is reported"):  # float32 does not serve for float64
+        monkeypatch.setattr(evaluation, "EXACT_TOLERANCE", 1e-9)
+        evaluation.run_single(*arguments, lambda: lm, reference_facts=2)
 
 
 # Ops
