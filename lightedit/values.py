@@ -134,6 +134,10 @@ class ValueOptimization:
     Losses are summed over facts and Adam is elementwise, so facts do not influence one another. A fact that is done
     keeps its δ and its rows leave the batch.
 
+    That is so up to rounding. Adam's first step of a component is lr g / (|g| + 1e-8), as large for a small gradient as
+    for a large one; where a component's gradient is nothing but rounding (seen once in some hundred facts), the order of
+    a sum decides its step, in the published loop as here, and δ differs by a percent. In float64 it does not.
+
     Args:
         lm: the language model.
         prompts: the facts' token rows.
