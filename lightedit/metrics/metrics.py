@@ -180,6 +180,12 @@ def edit_metrics(**kwargs: Any) -> MetricCollection:
 
     Args:
         kwargs: of `torchmetrics.Metric`, given to each.
+
+    >>> metrics = edit_metrics()
+    >>> scores = PromptScores(torch.tensor([0.2]), torch.tensor([1.5]), torch.tensor([1.0]))
+    >>> metrics.update([RecordScores(efficacy=scores)])
+    >>> {name: round(value, 1) for name, value in reported(metrics.compute()).items()}
+    {'ES': 100.0, 'EM': 59.6, 'efficacy_accuracy': 100.0}
     """
     return MetricCollection({metric.name: metric(**kwargs) for metric in METRICS})
 
