@@ -152,6 +152,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise ResumeError(
                 f"another process is at work on the run in {folder}; let it finish, or choose another folder"
             ) from None
+        except OSError as error:
+            raise ResumeError(f"{folder} cannot be locked ({error}); choose a folder on another file system") from error
         yield
     finally:
         os.close(lock)

@@ -15,6 +15,7 @@ import lightedit as le
 from lightedit.__main__ import main
 from lightedit.data.prompts import ContextSettings
 from lightedit.kept_scores import KeptScores
+from lightedit.run_folder import locked
 from lightedit.sweep import LOG17, run, targets
 from lightedit.sweep.plan import plan, shown
 from lightedit.sweep.table import Table, best
@@ -272,6 +273,45 @@ def test_scores_of_the_unedited_model_are_kept(
     assert not (tmp_path / "s" / "unedited").exists()
 
 
+def test_a_sweep_stopped_between_two_rows_of_the_unedited_model_goes_on(
+    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, rows_added = Table.add, iter([0, 1])
+
+    def interrupted(*args, **kwargs):
+        if next(rows_added, None) is None:
+            raise KeyboardInterrupt
+        return add(*args, **kwargs)
+
+    expected = sweep(lm, tmp_path / "whole", counts=[1, 2, 5])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Table, "add", interrupted)
+        sweep(lm, tmp_path / "s", counts=[1, 2, 5])
+    rows = sweep(lm, tmp_path / "s", counts=[1, 2, 5])
+    key = ("method", "facts", *SCORES)
+    assert [[row[name] for name in key] for row in rows] == [[row[name] for name in key] for row in expected]
+    assert not (tmp_path / "s" / "unedited").exists()
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_refused(lm: le.LanguageModel, tmp_path: Path) -> None:
+    sweep(lm, tmp_path / "s")
+    with locked(tmp_path / "s"), pytest.raises(le.ResumeError, match="another process"):
+        sweep(lm, tmp_path / "s")
+
+
+def test_a_sweep_does_not_go_on_with_other_tensors_or_versions(
+    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(lm, tmp_path / "s")
+    known = covariance_of(lm)
+    other = le.Covariance({matrix: 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
+    with pytest.raises(ValueError, match="a sweep with other covariance tensors"):
+        sweep(lm, tmp_path / "s", covariance=other)
+    monkeypatch.setattr(run, "computing", lambda lm: {"dtype": "float32", "versions": {"torch": "1.0"}})
+    with pytest.raises(ValueError, match="a sweep with other versions"):
+        sweep(lm, tmp_path / "s")
+
+
 def test_values_of_finished_chunks_are_kept(
     lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,7 +460,8 @@ def test_an_edited_model_is_refused(lm: le.LanguageModel, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("value", "text"), [(15000.0, "15000"), (0.5, "0.5"), ([4, 5, 6], "4-6"), ((1, 3), "1,3"),
-                                             ([7], "7"), (None, "None"), (True, "True")])  # fmt: skip
+                                             ([7], "7"), (["The", 1, 10], "The,1,10"),
+                                             (None, "None"), (True, "True")])  # fmt: skip
 def test_values_are_shown_as_people_write_them(value: Any, text: str) -> None:
     assert shown(value) == text
 
@@ -473,6 +514,14 @@ def test_a_method_without_the_swept_field_is_a_level_line(lm: le.LanguageModel, 
     assert {"unedited", "MEMIT", "ROME", "λ"} <= set(texts)
     for panel in series(svg):
         assert panel["#1f77b4"] == 3 and panel["#ff7f0e"] == 2
+
+
+def test_lists_of_lists_are_swept_too(lm: le.LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    prefixes = [[["The", 1, 4]], [["The", 1, 4], ["I", 1, 4]], [["Because", 1, 4]]]
+    rows = sweep(lm, tmp_path / "s", facts=FACTS[:2], grid={"contexts.prefixes": prefixes})
+    assert [row["contexts.prefixes"] for row in rows[1:]] == prefixes
+    assert "The,1,4,I,1,4" in (tmp_path / "s" / "sweep.svg").read_text()
 
 
 def test_without_matplotlib_the_table_is_whole_and_the_error_tells_what_to_install(

@@ -118,7 +118,8 @@ def _has(run: Run, name: str) -> bool:
 
 
 def _key(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """The value, with tuples for lists, so that it can be a key."""
+    return tuple(map(_key, value)) if isinstance(value, list) else value
 
 
 def _lines(runs: Sequence[Run], table: Table, axis: str, fields: Sequence[str]) -> dict[str, Line]:

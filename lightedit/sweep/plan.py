@@ -57,7 +57,8 @@ class Run:
 def shown(value: Any) -> str:
     """A swept value as people write it: 15000, 0.5, 4-8 for successive layers."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        successive = len(value) > 2 and list(value) == list(range(value[0], value[0] + len(value)))
+        numbers = len(value) > 2 and all(isinstance(entry, int) for entry in value)
+        successive = numbers and list(value) == list(range(value[0], value[0] + len(value)))
         return f"{value[0]}-{value[-1]}" if successive else ",".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.facts import Fact, FactError, check_facts
+from lightedit.edit import computing
 from lightedit.evaluate import evaluate, score_and_keep, summarize
 from lightedit.files import whole_file
 from lightedit.kept_scores import KeptScores
@@ -20,7 +21,7 @@ from lightedit.methods import Method
 from lightedit.module import OnCollision
 from lightedit.progress import progress
 from lightedit.run import check_edit, edit
-from lightedit.run_folder import ResumeError, remove_run
+from lightedit.run_folder import ResumeError, checksum, locked, remove_run
 from lightedit.single import evaluate_single
 from lightedit.sweep.figure import draw
 from lightedit.sweep.plan import Counts, RoundLimit, Run, plan, swept_fields
@@ -72,7 +73,8 @@ def sweep(
         The rows of the table.
 
     Raises:
-        ValueError: an argument is wrong, or `out` holds another sweep; raised before work starts.
+        ValueError: an argument is wrong, or `out` holds another sweep, or another process is at work there; raised
+            before work starts.
         RuntimeError: some runs failed, or the figure cannot be drawn. The table holds all others, and starting again
             tries no more than these.
     """
@@ -80,28 +82,55 @@ def sweep(
     runs = plan(methods, len(facts), counts, facts_per_round, grid)
     facts = list(facts[: max(run.facts for run in runs)])
     _check(lm, facts, covariance, runs)
+    matrices = sorted({matrix for run in runs for matrix in run.method.matrices})
     record = {
-        "model": f"{lm.name} {lm.fingerprint} {lm.dtype}",
+        "model": f"{lm.name} {lm.fingerprint}",
+        **computing(lm),
+        "device": lm.device.type,
         "facts": _digest([fact.to_dict() for fact in facts]),
         "methods": {name: repr(method) for name, method in methods.items()},
         "counts": sorted({run.facts for run in runs}),
         "facts_per_round": list(facts_per_round),
         "grid": {field: list(values) for field, values in grid.items()},
         "covariance": asdict(covariance.provenance),
+        "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in matrices}),
         "on_collision": on_collision,
         **({"generate": True} if generate else {}),
     }
     _check_folder(out, record)
-    table = Table(out / "runs.csv", list(grid), generate)
-    pending = _unfinished(runs, table)
+    pending = _unfinished(runs, Table(out / "runs.csv", list(grid), generate))
     if progress_bar:
         _announce(methods, grid, runs, pending)
     _check_collisions(lm, facts, pending, covariance, on_collision)
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "sweep.json") as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _score_unedited(lm, facts, runs, table, out / "unedited", progress_bar, generate)
+    with locked(out):
+        table = Table(out / "runs.csv", list(grid), generate)  # from now on, no other process writes it
+        with whole_file(out / "sweep.json") as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _score_unedited(lm, facts, runs, table, out / "unedited", progress_bar, generate)
+        failed = _run_all(lm, facts, runs, covariance, table, facts_per_chunk, on_collision, progress_bar, generate)
+        if progress_bar:
+            print(*best(table.rows), sep="\n", file=sys.stderr)
+        draw(out / "sweep.svg", runs, table, list(grid))
+    if failed:
+        reasons = "\n".join(f"  {run}: {error}" for run, error in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(pending)} runs failed; the others are in {table.path}\n{reasons}")
+    return table.rows
 
+
+def _run_all(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    runs: Sequence[Run],
+    covariance: Covariance,
+    table: Table,
+    facts_per_chunk: int,
+    on_collision: OnCollision,
+    progress_bar: bool,
+    generate: bool,
+) -> dict[str, Exception]:
+    """Do all runs without a row in the table, and add it; returns why some failed, run -> error."""
+    out, pending = table.path.parent, _unfinished(runs, table)
     store = TargetStore(out / "values", lm, facts, runs)
     failed: dict[str, Exception] = {}
     seconds = done = 0.0
@@ -141,14 +170,7 @@ def sweep(
         seconds, done = seconds + time.perf_counter() - started, done + run.facts
         table.add(run, scores, spent["values"] + seconds_shared, spent["update"], scoring)
         remove_run(kept)
-
-    if progress_bar:
-        print(*best(table.rows), sep="\n", file=sys.stderr)
-    draw(out / "sweep.svg", runs, table, list(grid))
-    if failed:
-        reasons = "\n".join(f"  {run}: {error}" for run, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(pending)} runs failed; the others are in {table.path}\n{reasons}")
-    return table.rows
+    return failed
 
 
 def _check(lm: LanguageModel, facts: Sequence[Fact], covariance: Covariance, runs: Sequence[Run]) -> None:
@@ -176,7 +198,12 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
                 f"({', '.join(f'{name}: {earlier.get(name)} there, {now.get(name)} here' for name in other)}); "
                 "choose another folder, or delete that one"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_sweep_folder(out)
+
+
+def check_sweep_folder(out: Path) -> None:
+    """Raise ValueError if `out` holds something else than a sweep."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "sweep.json").is_file())):
         raise ValueError(f"{out} exists and holds no sweep; choose another folder")
 
 
@@ -235,9 +262,10 @@ def _score_unedited(
     missing = sorted({run.facts for run in runs if table.unedited(run.facts) is None}, reverse=True)
     if not missing:
         return
-    with progress(f"scoring {missing[0]} facts before", progress_bar) as report:
-        records = score_and_keep(lm, facts[: missing[0]], folder, report=report, generate=generate)
+    # all facts, whatever is missing: what an earlier process kept is of all
+    with progress(f"scoring {len(facts)} facts before", progress_bar) as report:
+        records = score_and_keep(lm, facts, folder, report=report, generate=generate)
     seconds = KeptScores(folder).seconds
     for count in missing:
-        table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == missing[0] else 0.0)
+        table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == len(facts) else 0.0)
     remove_run(folder)
