@@ -77,9 +77,9 @@ def module(cuda: bool) -> Any:
         ["csrc/build.cpp", *sorted(str(file.relative_to(ROOT)) for file in files)],
         define_macros=[
             ("LIGHTEDIT_SOURCES", runpy.run_path(str(ROOT / "lightedit/ops/_sources.py"))["digest"](ROOT / "csrc")),
-            ("LIGHTEDIT_GPUS", ",".join(gpus)),
         ],
-        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3"]},
+        # The GPUs are no macro of all files: nvcc takes a comma for the end of one, and sm_80 is a name in its headers
+        extra_compile_args={"cxx": [*FLAGS, f"-DLIGHTEDIT_GPUS={','.join(gpus)}"], "nvcc": ["-O3"]},
         extra_link_args=["-fopenmp"],
         py_limited_api=True,  # it holds no Python: one file serves every version
     )
