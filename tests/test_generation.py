@@ -80,6 +80,15 @@ def test_texts_end_before_the_end_of_text() -> None:
     assert text == lm.decode(lm.encode([prompt])[0] + ids[: ids.index(ids[4])])
 
 
+def test_a_text_ends_at_every_end_that_the_checkpoint_names() -> None:
+    lm = language_model("olmo2")
+    prompt = PROMPTS[0]
+    (ids,) = lm.generate([prompt], 10, top_k=1, seed=[0], stop_at_end=False)
+    lm.model.generation_config.eos_token_id = [lm.tokenizer.eos_token_id, ids[4]]
+    (text,) = generate(lm, [prompt], max_length=60, greedy=True)
+    assert text == lm.decode(lm.encode([prompt])[0] + ids[: ids.index(ids[4])])
+
+
 def test_length_counts_the_prompt_or_the_new_tokens() -> None:
     lm = language_model()
     lm.tokenizer.eos_token = "<pad>"  # which this model never draws in the texts below

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Pre
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
-from lightedit.lm.batch import Batch, by_length, pad
+from lightedit.lm.batch import Batch, pad
 from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import capture, skip_blocks, stop_after
@@ -281,12 +282,13 @@ class LanguageModel:
         sampling: dict[str, Any] = {"do_sample": False}
         if top_k and seeds is None:
             sampling = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
-        ends = self.tokenizer.eos_token_id if stop_at_end else None
+        ends = self.end_ids if stop_at_end else []
         edits = edits or RowwiseEdits({}, torch.zeros(len(rows), dtype=torch.long))
         with torch.random.fork_rng(devices):
             if isinstance(seed, int):
                 torch.manual_seed(seed)
-            for group in by_length([len(row) for row in rows], max_batch * max(map(len, rows), default=0)):
+            order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+            for group in (order[start : start + max_batch] for start in range(0, len(order), max_batch)):
                 batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
                 if top_k and seeds is not None:
                     draws = SeededDraws([seeds[i] for i in group], max_new_tokens, top_k)
@@ -298,13 +300,20 @@ class LanguageModel:
                         max_new_tokens=max_new_tokens,
                         min_new_tokens=None if stop_at_end else max_new_tokens,
                         pad_token_id=self.pad_id,
-                        eos_token_id=ends,
+                        eos_token_id=ends or None,
                         repetition_penalty=1.0,  # some checkpoints bring one, under which greedy is not greedy
                         **sampling,
                     )
                 for i, row in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-                    results[i] = row[: row.index(ends)] if ends in row else row
+                    results[i] = list(takewhile(lambda token: token not in ends, row))
         return results
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text: the tokenizer's own, and those that the checkpoint names beside it."""
+        named = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        return list(dict.fromkeys(token for token in ids if token is not None))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
