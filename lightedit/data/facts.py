@@ -198,6 +198,7 @@ def _from_counterfact_flat(record: dict[str, Any], number: int) -> Fact:
         subject=subject,
         target_new=_get(record, "target_new", str),
         target_true=_get(record, "ground_truth", str),
+        paraphrase_prompts=(_get(record, "rephrase_prompt", str),) if "rephrase_prompt" in record else (),
         neighborhood_prompts=(_get(record, "locality_prompt", str),),
         neighborhood_target=_get(record, "locality_ground_truth", str),
         id=str(record.get("case_id", number)),
@@ -264,9 +265,9 @@ def _records(path: Path, limit: int | None) -> Iterator[Any]:
                     number += 1
     except json.JSONDecodeError as error:
         where = f"{path}: line {error.lineno}" if path.suffix == ".json" else f"{path}: record {number}"
-        raise FactError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); is the file truncated?"
-        ) from error
+        lines = path.suffix == ".json" and error.msg == "Extra data"
+        hint = "one record a line belongs in a file ending in .jsonl" if lines else "is the file truncated?"
+        raise FactError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); {hint}") from error
     except UnicodeDecodeError as error:
         raise FactError(f"{path}: not UTF-8 text ({error}); save the file as UTF-8") from error
 
@@ -291,7 +292,7 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
     - `counterfact`: the nested records of CounterFact (Meng et al., 2022), with `requested_rewrite`, and the question
       about portability that Yao et al. (2023) add;
     - `counterfact_flat`: `prompt` (subject filled in), `subject`, `target_new`, `ground_truth`,
-      `locality_prompt`, `locality_ground_truth`;
+      `locality_prompt`, `locality_ground_truth`, and `rephrase_prompt` where there is one;
     - `zsre`: the records of MEND (Mitchell et al., 2022): `src`, `rephrase`, `subject`, `answers`, `loc`,
       `loc_ans`. The first answer is written, as in MEMIT's evaluation; questions about portability, which follow from
       `alt`, are left out;

@@ -160,6 +160,11 @@ def test_counterfact_records_may_have_a_question_of_portability_or_lack_ids(tmp_
         read_facts(_json(tmp_path, [{**COUNTERFACT, "portability": _without(asked, "New Answer")}]))
 
 
+def test_flat_records_may_have_a_paraphrase(tmp_path):
+    plain, rephrased = read_facts(_json(tmp_path, [FLAT, FLAT | {"rephrase_prompt": "Avo's tower is by "}]))
+    assert plain.paraphrase_prompts == () and rephrased.paraphrase_prompts == ("Avo's tower is by",)
+
+
 def test_flat_records_cut_the_first_mention_of_the_subject_out_of_the_prompt(tmp_path):
     (fact,) = read_facts(_json(tmp_path, [FLAT]))
     assert fact.prompt == "The tower in {} near Avo was built by"
@@ -276,6 +281,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
         ("facts.json", "[]", "holds no facts"),
         ("facts.jsonl", "\n\n", "holds no facts"),
         ("facts.json", json.dumps([OWN, OWN])[:-20], "line 1: not valid JSON .*truncated"),
+        ("facts.json", f"{json.dumps(OWN)}\n{json.dumps(OWN)}", r"line 2: not valid JSON .*one record a line.*\.jsonl"),
         ("facts.jsonl", f"{json.dumps(OWN)}\n{json.dumps(OWN)[:-9]}", "record 1: not valid JSON .*truncated"),
         ("facts.json", json.dumps(OWN), "the top level is an object; expected a list"),
         ("facts.json", "3", "the top level is a number; expected a list"),
