@@ -16,9 +16,11 @@ import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 
 import lightedit as le
+from lightedit.data.facts import check_facts
 from lightedit.data.texts import read_texts
 from lightedit.demo import demo
 from lightedit.edit import check_free
+from lightedit.evaluate import check_held_out
 from lightedit.harness import check_harness
 from lightedit.health import OnLimit
 from lightedit.lm.architectures import ARCHITECTURES
@@ -28,10 +30,11 @@ from lightedit.module import OnCollision
 from lightedit.ops import NATIVE_STATUS, implementations
 from lightedit.references import read_references, write_references
 from lightedit.retention import check_validation
-from lightedit.run import check_edit
-from lightedit.run_folder import kept_rounds, remove_run
+from lightedit.run import check_edit, rounds_of
+from lightedit.run_folder import kept_rounds, locked, remove_run
 from lightedit.single import check_single
 from lightedit.sweep.plan import plan
+from lightedit.sweep.run import check_sweep_folder
 
 
 def covariance(
@@ -129,7 +132,10 @@ def edit(
     limits = (max_kl, max_perplexity_ratio, max_update_norm)
     watched = health_text is not None or any(limit is not None for limit in limits)
     callbacks = [le.Health(health_text, *limits, on_limit)] if watched else []
+    if health_text is not None:
+        read_texts(health_text)  # what is missing is found out before the model is loaded
     chosen = le.read_facts(facts, limit)
+    rounds_of(chosen, method, facts_per_round, facts_per_chunk)  # and so are facts and sizes that cannot be
     model = le.LanguageModel.load(lm, dtype, device)
     moments = _covariance(model, [method], covariance)
     run = out.with_name(out.name + ".run")
@@ -174,7 +180,9 @@ def edit(
 def _remove_run(run: Path) -> None:
     """Delete what a command has kept in its folder: rounds or scores, and scores before and after."""
     for folder in (run / "before", run / "after", run):
-        remove_run(folder)
+        if folder.is_dir():
+            with locked(folder):  # another process may be at work there
+                remove_run(folder)
 
 
 def _covariance(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
@@ -220,11 +228,11 @@ def evaluate(
         facts: a file of facts: CounterFact, zsRE or JSON lines.
         edit: folder of a saved edit to apply first.
         limit: take the first facts only.
-        out: JSON file for the scores, their intervals and every record.
+        out: JSON file for the scores, their intervals and every record; for those before, too, where there are such.
         generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
         compare: score the unedited model first, for a column of its own and the metrics that need it, such as retain
             accuracy.
-        held_out: a file of facts that were not edited, for TRR and ERR.
+        held_out: a file of other facts, which were not edited, for TRR and ERR.
         text: a text file or the id of a data set, for perplexity and KL to the unedited model.
         references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
             (RS_own). Needs generate.
@@ -247,6 +255,9 @@ def evaluate(
         raise ValueError("--references are compared with what the model writes; give --generate true too")
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
+    check_held_out(chosen, others)
+    if batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     if harness:
         check_harness(harness, harness_limit)
     if text is not None:
@@ -292,7 +303,7 @@ def evaluate(
         result = single(generate=generate, before=before, references=texts, checkpoint=run)
     print(result.table(before))
     if out is not None:
-        result.save(out)
+        result.save(out, before)
         if run is not None:
             _remove_run(run)
         print(f"saved the scores in {out}")
@@ -342,6 +353,8 @@ def sweep(
     chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
     rounds = [None] if facts_per_round is None else facts_per_round
     runs = plan(methods, len(chosen), counts, rounds, grid)
+    check_facts(chosen)
+    check_sweep_folder(out)
     model = le.LanguageModel.load(lm, dtype, device)
     moments = _covariance(model, [run.method for run in runs], covariance)
     le.sweep(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 from lightedit.covariance import FILE, TOKENS_PER_DIMENSION, Covariance, CovarianceError, Provenance
@@ -21,6 +20,7 @@ from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.loading import cache_folder
 from lightedit.ops import mirror_, second_moment_
 from lightedit.progress import Report, progress, quiet_lightning
+from lightedit.trainer import own_trainer
 
 
 class SecondMoment:
@@ -164,15 +164,10 @@ def estimate_covariance(
 
     module = CovarianceModule(lm, matrices)
     with progress("covariance", progress_bar) as report, quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
-            devices=1,
-            plugins=[LightningEnvironment()],  # one process, whatever launcher surrounds it
+        trainer = own_trainer(
             inference_mode=False,  # buffers a model makes on the way would be unusable in a later backward pass
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[_Progress(report, held)],
         )
         trainer.predict(module, TextDataModule(windows, lm.pad_id, max_batch_tokens), return_predictions=False)

@@ -213,7 +213,8 @@ def evaluate(
 
     Raises:
         FactError: there are no facts, or an answer cannot be tokenised.
-        ValueError: `before` is of other facts, `text` is too short, or `references` come without `generate`.
+        ValueError: `batch_size` is below 1, `before` is of other facts, a held-out fact is one of `facts`, `text` is
+            too short, or `references` come without `generate`.
         FileNotFoundError: there is no such text file, or no such file of a task.
         ImportError: the harness is not installed.
         FloatingPointError: a score is NaN or infinite.
@@ -222,6 +223,9 @@ def evaluate(
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     check_comparison(facts, generate, before, references)
+    check_held_out(facts, held_out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if harness:
         check_harness(harness, harness_limit)
     windows = None if text is None else held_out_windows(lm, text)
@@ -253,6 +257,16 @@ def check_comparison(
         raise ValueError("references are compared with what the model writes; pass generate=True too")
     if before is not None:
         check_same_facts(facts, before.records)
+
+
+def check_held_out(facts: Sequence[Fact], held_out: Sequence[Fact]) -> None:
+    """Raise ValueError if a held-out fact is one of `facts`, so that it says nothing about what was not edited."""
+    asked = {fact.text for fact in facts}
+    for number, fact in enumerate(held_out):
+        if fact.text in asked:
+            raise ValueError(
+                f"held_out: its fact {number}, {fact.text!r}, is one of the facts scored as edited; leave it out"
+            )
 
 
 def summarize(
@@ -319,6 +333,8 @@ def _as_dict(fact: Fact, record: RecordScores, names: Collection[str]) -> dict[s
             }
             if scores.nll_other is not None:
                 result[kind]["nll_other"] = scores.nll_other.tolist()
+            if kind == "portability":
+                result[kind]["answers"] = [question.wanted for question in asked[kind]]
     if record.generations is not None:
         result["generations"] = list(record.generations.texts)
         result["continuation"] = record.generations.continuation

@@ -47,9 +47,9 @@ class Evaluation:
         records: one per fact, in order: id, subject, prompt, target_new, target_true; the record's own value
             of each metric that it has, in the same unit; under "efficacy", "paraphrase", "neighborhood" and
             "portability" one value a prompt of nll_wanted and nll_other (mean NLL per token, in nats), accuracy
-            (share), predicted (ids of the most probable tokens in the answer's place) and prompts; and, if texts were
-            generated, "generations", a list of texts with their prompts, and "continuation", the greedy one of the
-            fact's own prompt.
+            (share), predicted (ids of the most probable tokens in the answer's place) and prompts, for portability
+            answers too; and, if texts were generated, "generations", a list of texts with their prompts, and
+            "continuation", the greedy one of the fact's own prompt.
     """
 
     scores: dict[str, float]
@@ -81,15 +81,21 @@ class Evaluation:
         spread = "" if math.isnan(low) else f" ± {(high - low) / 2:4.{digits}f}"
         return f"{self.scores[name]:.{digits}f}{spread}"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as one JSON file, which appears complete or not at all; NaN is written as null."""
+    def save(self, path: str | os.PathLike[str], before: "Evaluation | None" = None) -> None:
+        """Write everything as one JSON file, which appears complete or not at all; NaN is written as null.
+
+        Args:
+            path: the file.
+            before: an evaluation of the same facts to keep in it, such as the unedited model's, for `lightedit report`.
+        """
         path = Path(path)
-        content = asdict(self)
-        content["intervals"] = {
-            name: [None if math.isnan(end) else end for end in ends] for name, ends in self.intervals.items()
-        }
+        content = self._content() | ({} if before is None else {"before": before._content()})
         with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
             json.dump(content, file, ensure_ascii=False, allow_nan=False)
+
+    def _content(self) -> dict[str, Any]:
+        ends = {name: [None if math.isnan(end) else end for end in both] for name, both in self.intervals.items()}
+        return asdict(self) | {"intervals": ends}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
@@ -99,12 +105,22 @@ class Evaluation:
             FileNotFoundError: there is no such file.
             ValueError: the file holds something else, or is truncated.
         """
+        return cls.load_with_before(path)[0]
+
+    @classmethod
+    def load_with_before(cls, path: str | os.PathLike[str]) -> tuple["Evaluation", "Evaluation | None"]:
+        """Read what `save` wrote, and what it kept as `before`, if anything; see `load`."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            intervals = {
-                name: (math.nan if low is None else low, math.nan if high is None else high)
-                for name, (low, high) in content["intervals"].items()
-            }
-            return cls(content["scores"], intervals, content["records"])
+            before = content.get("before")
+            return cls._from_content(content), None if before is None else cls._from_content(before)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved evaluation ({error!r}); evaluate again") from error
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> "Evaluation":
+        intervals = {
+            name: (math.nan if low is None else low, math.nan if high is None else high)
+            for name, (low, high) in content["intervals"].items()
+        }
+        return cls(content["scores"], intervals, content["records"])

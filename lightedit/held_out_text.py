@@ -86,7 +86,10 @@ class HeldOutText:
         values = {name: statistic(sums.sum(0, keepdim=True)).item() for name, statistic in statistics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} on held-out text is {value}; an edit may have ruined the model")
+                raise FloatingPointError(
+                    f"{name} on held-out text is {value}; an edit may have ruined the model (revert it; without that "
+                    "text the other scores are to be had)"
+                )
         ends = {name: tuple(bootstrap_interval(sums, statistic).tolist()) for name, statistic in statistics.items()}
         return values, {name: (low, high) for name, (low, high) in ends.items()}
 

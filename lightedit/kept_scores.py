@@ -53,6 +53,7 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
     Raises:
         ResumeError: the folder holds another run, a file is damaged, or another process is at work in it.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         settings = json.loads(json.dumps(settings))
@@ -65,6 +66,9 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
         finally:
             if not kept_chunks(folder):  # wrong input, most likely: leave nothing behind
                 remove_run(folder)
+                for place in made:
+                    if place.is_dir() and not any(place.iterdir()):
+                        place.rmdir()
 
 
 def _record(fields: Mapping[str, Any]) -> RecordScores:

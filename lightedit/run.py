@@ -18,6 +18,7 @@ from lightedit.module import EditModule, OnCollision
 from lightedit.progress import progress, quiet_lightning
 from lightedit.resume import RoundCheckpoint
 from lightedit.retention import check_validation
+from lightedit.trainer import own_trainer
 
 
 class _Progress(Callback):
@@ -49,16 +50,17 @@ def check_edit(
 ) -> None:
     """Raise what `edit` would raise for these arguments before its first step; takes seconds."""
     with quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu", max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
-        data = FactsDataModule(facts, _round_size(method, facts_per_round), facts_per_chunk)
+        trainer = own_trainer(max_epochs=0, logger=False, enable_checkpointing=False, limit_val_batches=0)
+        data = rounds_of(facts, method, facts_per_round, facts_per_chunk)
         trainer.fit(EditModule(lm, method, covariance, on_collision), datamodule=data)
 
 
-def _round_size(method: Method, asked: int | None) -> int | None:
-    return method.facts_per_solve if asked is None else asked
+def rounds_of(
+    facts: Sequence[Fact], method: Method, facts_per_round: int | None = None, facts_per_chunk: int = 32
+) -> FactsDataModule:
+    """The facts in rounds of that size; by default all in one, or as many as the method takes in one solve."""
+    size = method.facts_per_solve if facts_per_round is None else facts_per_round
+    return FactsDataModule(facts, size, facts_per_chunk)
 
 
 def edit(
@@ -103,20 +105,17 @@ def edit(
         ResumeError: `checkpoint` holds another run, or a damaged file.
     """
     check_validation(validate_every, None if log is None else Path(log))
-    data = FactsDataModule(facts, _round_size(method, facts_per_round), facts_per_chunk)
+    data = rounds_of(facts, method, facts_per_round, facts_per_chunk)
     module = EditModule(lm, method, covariance, on_collision=on_collision, targets=targets)
     with progress(f"editing {len(data.facts)} facts", progress_bar) as report, quiet_lightning():
         watching = [_Progress(report), *callbacks]
         if checkpoint is not None:
             watching.append(RoundCheckpoint(checkpoint))
-        trainer = Trainer(
-            accelerator="cpu",  # the module holds nothing to move: the language model stays where it is
+        trainer = own_trainer(
             max_epochs=len(data.rounds),
             logger=False if log is None else CSVLogger(log, name=None, version=""),
             log_every_n_steps=1,
             enable_checkpointing=checkpoint is not None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0 if validate_every is None else 1.0,
             check_val_every_n_epoch=validate_every or 1,

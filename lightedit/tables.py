@@ -24,12 +24,8 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_table(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """The rows of `write_table` up to a "round", with numbers; none if there is no such file.
-
-    This is how a run that goes on after a kill keeps the figures of its first `rounds` rounds. A run that begins
-    (`rounds` is 0) reads none of what another run left in the folder.
-    """
-    if not rounds or not path.is_file():
+    """The rows of `write_table` up to a "round", with numbers; none if there is no such file."""
+    if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = [{name: _number(text) for name, text in row.items() if text} for row in csv.DictReader(file)]

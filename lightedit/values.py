@@ -135,8 +135,8 @@ class ValueOptimization:
     keeps its δ and its rows leave the batch.
 
     That is so up to rounding. Adam's first step of a component is lr g / (|g| + 1e-8), as large for a small gradient as
-    for a large one; where a component's gradient is nothing but rounding (seen once in some hundred facts), the order of
-    a sum decides its step, in the published loop as here, and δ differs by a percent. In float64 it does not.
+    for a large one; where a component's gradient is nothing but rounding (seen once in some hundred facts), the order
+    of a sum decides its step, in the published loop as here, and δ differs by a percent. In float64 it does not.
 
     Args:
         lm: the language model.

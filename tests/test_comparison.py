@@ -165,6 +165,11 @@ def test_held_out_facts_are_asked_for_the_answer_that_was_right_before():
         assert evaluate(lm, [FRANCE], progress_bar=False, held_out=[held_out]).scores["TRR"] == expected
 
 
+def test_a_held_out_fact_that_is_edited_is_refused(lm):
+    with pytest.raises(ValueError, match=r"held_out: its fact 1, 'The capital of Italy is', is one of the facts"):
+        evaluate(lm, [FRANCE, ITALY], held_out=[Fact("{} is", "He", "of"), replace(ITALY, target_new="Bonn")])
+
+
 def test_portability_questions_are_scored_where_facts_have_them(lm):
     questions = (("The people of France speak", "Italian"), ("She moved from France to", "Rome"))
     asked = replace(FRANCE, portability=questions)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 import statistics
@@ -193,7 +194,7 @@ def test_order_duplicates_and_batch_size_do_not_matter(lm):
     assert doubled.records[3:] == doubled.records[:3]
 
 
-def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path):
+def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path, monkeypatch):
     folder = tmp_path / "scores.run"
     found = evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
     assert found == evaluate(lm, [FRANCE, ITALY], progress_bar=False)
@@ -209,8 +210,13 @@ def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path):
             evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
     finally:
         lm.weights.remove(["other"])
-    with pytest.raises(ValueError, match="batch_size"):
-        evaluate(lm, [FRANCE], batch_size=0, progress_bar=False, checkpoint=tmp_path / "other.run")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importlib.import_module("lightedit.evaluate"), "score_facts", interrupted)
+        evaluate(lm, [FRANCE], progress_bar=False, checkpoint=tmp_path / "other.run" / "before")
     assert list(tmp_path.iterdir()) == [folder]  # nothing is left of what never began
     kept.write_text(kept.read_text()[:-5])
     with pytest.raises(ResumeError, match=f"{kept.name} is truncated"):

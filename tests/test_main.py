@@ -228,7 +228,9 @@ def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: py
     expected = le.evaluate(lm, facts[:2], progress_bar=False, before=before, **more)
     names = {"success_rate", "retain_accuracy", "equivalence_accuracy", "ERR", "TRR", "RS_own", "perplexity", "kl"}
     assert names <= set(expected.scores) and expected.scores["kl"] > 0 == before.scores["kl"]
-    assert le.Evaluation.load("scores.json").scores == pytest.approx(expected.scores)
+    kept, kept_before = le.Evaluation.load_with_before("scores.json")
+    assert kept.scores == pytest.approx(expected.scores)
+    assert kept_before is not None and kept_before.scores == pytest.approx(before.scores)
     printed = capsys.readouterr().out
     assert "before" in printed and "KL (nats per token)" in printed and "RS (own references)" in printed
 
@@ -294,6 +296,8 @@ def edit(*changes: str) -> list[str]:
         (edit("--facts", "missing.json"), "missing.json"),
         (edit("--lm", "./missing"), "missing"),
         (edit("--limit", "0"), "limit"),
+        (edit("--lm", "nowhere", "--facts_per_round", "0"), "facts_per_round"),
+        (edit("--lm", "nowhere", "--facts_per_chunk", "0"), "facts_per_chunk"),
         (edit("--method.layers", "[3,4]"), "layers 0 to 3"),
         (edit("--method.layers", "[2,1]"), "ascending"),
         (edit("--method.values.lr", "-1"), "lr"),
@@ -311,6 +315,8 @@ def edit(*changes: str) -> list[str]:
          "/no does not exist"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true"], "--edit"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "missing.json"], "missing.json"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "facts.jsonl"], "its fact 0"),
+        (["evaluate", "--lm", "nowhere", "--facts", "facts.jsonl", "--batch_size", "0"], "--batch_size"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--text", "missing.txt"], "missing.txt"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--references", "own"], "--generate"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--generate", "true", "--references", "text.txt"],

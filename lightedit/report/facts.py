@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from statistics import fmean, harmonic_mean
 from typing import Any
 
-from lightedit.data.facts import Fact
 from lightedit.report.html import Html, element, group, scrolling_table
 from lightedit.report.run import Run
 from lightedit.report.scores import ACCURACIES, fact_key, number
@@ -73,19 +72,18 @@ def _of_run(run: Run, named: bool) -> Html | None:
     if evaluation is None:
         return None
     befores = {} if run.before is None else {fact_key(record): record for record in run.before.records}
-    facts = {} if run.edit is None else {fact_key(fact.to_dict()): fact for fact in run.edit.facts}
     groups = []
     for title, indexes in chosen(ranked(evaluation.records)).items():
         cards = []
         for index in indexes:
             record = evaluation.records[index]
             before = befores.get(fact_key(record)) if evaluation is run.after else None
-            cards.append(_card(record, before, facts.get(fact_key(record))))
+            cards.append(_card(record, before))
         groups.append(group(element("h4", title), element("div", *cards, class_="cards")))
     return element("div", element("h3", element("bdi", run.name)) if named else None, *groups)
 
 
-def _card(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | None) -> Html:
+def _card(record: dict[str, Any], before: dict[str, Any] | None) -> Html:
     start, _, end = record["prompt"].partition("{}")
     prompt = element("bdi", start, element("mark", record["subject"]), end)
     target = element("bdi", record["target_new"], class_="target")
@@ -100,7 +98,7 @@ def _card(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | No
         ),
         _continuations(record, before),
         _outcomes(record, before),
-        _prompts(record, before, fact),
+        _prompts(record, before),
     )
 
 
@@ -141,20 +139,17 @@ def _outcome(scores: dict[str, Any] | None) -> Html:
     return element("td", f"{won} of {len(wanted)} won", about)
 
 
-def _prompts(record: dict[str, Any], before: dict[str, Any] | None, fact: Fact | None) -> Html | None:
-    """Each paraphrase, neighbour and further question with its outcome, where the edit tells what they are."""
-    if fact is None:
-        return None
+def _prompts(record: dict[str, Any], before: dict[str, Any] | None) -> Html | None:
+    """Each paraphrase, neighbour and further question with its outcome."""
     lists = []
-    for kind, prompts in (
-        ("paraphrase", fact.paraphrase_prompts),
-        ("neighborhood", fact.neighborhood_prompts),
-        ("portability", [f"{question} → {answer}" for question, answer in fact.portability]),
-    ):
+    for kind in ("paraphrase", "neighborhood", "portability"):
         scores, old = record.get(kind), (before or {}).get(kind)
-        if scores is None or len(scores["nll_wanted"]) != len(prompts):
+        if scores is None or "prompts" not in scores:  # of an earlier version
             continue
-        found_of = [found for found in (old, scores) if found and len(found["nll_wanted"]) == len(prompts)]
+        prompts = scores["prompts"]
+        found_of = [found for found in (old, scores) if found and found.get("prompts") == prompts]
+        if "answers" in scores:
+            prompts = [f"{question} → {answer}" for question, answer in zip(prompts, scores["answers"], strict=True)]
         items = [
             element(
                 "li",

@@ -44,7 +44,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
       (before.json, after.json), or with tables of a log (retention.csv, health.csv). Any of these may be missing;
       without evaluations, the scores that edit.json itself holds are taken;
-    - the JSON file of one evaluation;
+    - the JSON file of one evaluation, which may hold the unedited model's too;
     - a folder of nothing but such files, which stands for each of them.
 
     Raises:
@@ -86,7 +86,8 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 def _read(place: Path, name: str) -> Run:
     if place.is_file():
-        return Run(name, after=Evaluation.load(place))
+        after, before = Evaluation.load_with_before(place)
+        return Run(name, before=before, after=after)
     edit = Edit.load(place) if (place / "edit.json").is_file() else None
     return Run(
         name,
@@ -110,5 +111,5 @@ def _table(file: Path, edit: Edit | None) -> Rows:
     """Rows of the rounds that stand; a round that was rolled back has a row, too, but no place in the edit."""
     try:
         return read_table(file, sys.maxsize if edit is None else len(edit.rounds))
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); correct or delete it") from error

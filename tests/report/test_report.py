@@ -122,6 +122,16 @@ def test_a_file_and_a_folder_of_scores_are_runs(tmp_path):
     assert read_runs([tmp_path / "b.json"])[0].after.scores == evaluation(3.0).scores
 
 
+def test_a_file_of_scores_may_hold_those_before(tmp_path):
+    evaluation(3.0).save(tmp_path / "scores.json", before=evaluation(-2.0))
+    (run,) = read_runs([tmp_path / "scores.json"])
+    assert run.before.scores == evaluation(-2.0).scores and run.after.scores == evaluation(3.0).scores
+    assert le.Evaluation.load(tmp_path / "scores.json").scores == evaluation(3.0).scores
+    text = _Reader(page([run])).text
+    assert any(fact.paraphrase_prompts[0] in text for fact in FACTS[1:]) and "every prompt" in text
+    assert "before" in text and f"{run.before.scores['ES']:.1f}" in text
+
+
 def test_a_log_alone_is_a_run(folder, tmp_path):
     shutil.copy(folder / "retention.csv", tmp_path)
     (found,) = read_runs([tmp_path])
