@@ -51,9 +51,9 @@ class ValueSettings:
     stopping: MostProbable | KLBelow | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.steps < 1 or self.clamp_norm_factor <= 0:
+        if not (self.lr > 0 and self.steps >= 1 and self.clamp_norm_factor > 0):  # which NaN fails, too
             raise ValueError(f"lr, steps and clamp_norm_factor must be positive, got {self}")
-        if min(self.kl_factor, self.weight_decay, self.loss_threshold) < 0:
+        if not all(value >= 0 for value in (self.kl_factor, self.weight_decay, self.loss_threshold)):
             raise ValueError(f"kl_factor, weight_decay and loss_threshold must not be negative, got {self}")
 
 
@@ -433,9 +433,10 @@ class ValueOptimization:
             lm.forward(batch, cache)
         state = hidden[0]
         dtype = torch.promote_types(state.dtype, torch.float32)
-        device = state.device
         sites = {"block": [state[:, 0]], "mlp": [outputs[1]], "attention+mlp": [outputs[0], outputs[1]]}
         site = torch.cat(sites[self.site], dim=1).to(dtype)
+        device = site.device  # a block's input may still lie where the block before it runs
+        state = state.to(device)
         reads, weights = [], []
         for kl in (False, True):
             for i, row in enumerate(texts):

@@ -31,7 +31,7 @@ class AlphaEdit(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold <= 0 or self.ridge <= 0:
+        if not (self.threshold > 0 and self.ridge > 0):
             raise ValueError(f"threshold and ridge must be positive, got {self.threshold} and {self.ridge}")
 
     @property

@@ -26,7 +26,7 @@ class Method(ABC):
         values: settings of the value optimisation.
         contexts: how the contexts of keys and values are sampled.
         site: where δ is added.
-        keeps_past_keys: whether the keys of earlier rounds are preserved by later ones.
+        keeps_past_keys: whether the keys of a run's earlier rounds are preserved by its later ones.
         facts_per_solve: the most facts that one solve takes; None for any number.
     """
 
@@ -123,8 +123,9 @@ def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals
-    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=residuals.device)).double().T
     rms = walk.present(walk.layer, "mlp").square().mean(0).sqrt()
+    residuals = residuals.to(rms.device)  # the value layer may lie elsewhere
+    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
     return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
 
 

@@ -26,7 +26,7 @@ class EMMET(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lambda_ <= 0 or self.mu < 0:
+        if not (self.lambda_ > 0 and self.mu >= 0):
             raise ValueError(f"lambda_ must be positive and mu not negative, got {self.lambda_} and {self.mu}")
 
     def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:

@@ -28,7 +28,7 @@ class ENCORE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lambda_ <= 0 or self.norm_weight < 0:
+        if not (self.lambda_ > 0 and self.norm_weight >= 0):
             raise ValueError(
                 f"lambda_ must be positive and norm_weight not negative, got {self.lambda_} and {self.norm_weight}"
             )

@@ -21,7 +21,7 @@ class MEMIT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lambda_ <= 0:
+        if not self.lambda_ > 0:
             raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
 
     def preservation(self, covariance: Covariance, matrix: int | Matrix) -> Preservation:

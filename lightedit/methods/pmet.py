@@ -39,7 +39,7 @@ class PMET(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lambda_ <= 0:
+        if not self.lambda_ > 0:
             raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
         if self.write_attention and not self.attention_delta:
             raise ValueError(
