@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,8 @@ class Edit:
     Attributes:
         model: name of the edited model.
         fingerprint: fingerprint of its unedited weights.
-        provenance: method, settings, contexts, covariance, versions, seconds.
+        provenance: method, settings, contexts, covariance, versions, seconds; "on_top_of", the ids of edits that the
+            model carried, if it did.
         facts: the facts written, round after round, in the order they were given.
         rounds: for each round written, matrix -> update; a layer's number means its MLP's matrix.
         facts_in_round: number of facts written in each round.
@@ -97,7 +99,7 @@ class Edit:
             )
 
     def apply(self, lm: LanguageModel) -> None:
-        """Write the edit into `lm`.
+        """Write the edit into `lm`. A warning says so if it was made on top of others that `lm` lacks.
 
         Raises:
             EditError: another model, or the edit is applied already.
@@ -105,6 +107,13 @@ class Edit:
         self.check_model(lm)
         if self.is_applied(lm):
             raise EditError(f"edit {self.id} is applied already; revert it first")
+        present = {owner.partition(":")[0] for owner in lm.weights.owners}
+        if missing := [other for other in self.provenance.get("on_top_of", ()) if other not in present]:
+            warnings.warn(
+                f"edit {self.id} was made in a model that carried edit {' and '.join(missing)}, which {lm.name} does "
+                "not; its values and scores are those of both together, so apply that one first",
+                stacklevel=2,
+            )
         for index, updates in enumerate(self.rounds):
             for matrix, update in updates.items():
                 lm.weights.add(self.owner(index), matrix, update)

@@ -22,10 +22,12 @@ from lightedit.methods import Method
 from lightedit.metrics import edit_metrics
 from lightedit.retention import FILE, RetentionScores, curves, defined
 from lightedit.tables import log_folder, write_table
-from lightedit.update import key_similarity, read_keys, write_facts
+from lightedit.update import key_similarity, low_rank_update, read_keys, write_facts
 from lightedit.values import TokenCount, ValueOptimization
 
 OnCollision = Literal["error", "merge", "keep"]
+
+_KEYS_AT_ONCE = 256  # facts whose hidden states are in memory while keys are compared
 
 
 class EditModule(LightningModule):
@@ -117,19 +119,22 @@ class EditModule(LightningModule):
         # None stands for a fact that was merged into an earlier one
         self._prompts: list[FactPrompts | None] = list(tokenize_facts(self.lm.tokenizer, data.facts, self._contexts))
         self._resolve_collisions(data.facts)
+        self._check_independence()
         self.retention, self._unscored = [], None
         self.edit = Edit(
             model=self.lm.name,
             fingerprint=self.lm.fingerprint,
             provenance=provenance(self.lm, self.method, self._contexts, self.covariance),
         )
+        if self.lm.weights.owners:
+            self.edit.provenance["on_top_of"] = sorted({owner.partition(":")[0] for owner in self.lm.weights.owners})
 
     def _resolve_collisions(self, facts: Sequence[Fact]) -> None:
         # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;
         # where its attention is written too, they move a little
         layer = self.method.layers[0]
         prompts = [prompt for prompt in self._prompts if prompt is not None]
-        keys = KeyWalk(self.lm, prompts, layer).keys()
+        keys = self._first_keys(prompts)
         if not torch.isfinite(keys).all():
             raise FloatingPointError(f"keys at layer {layer} hold NaN or infinity; load the model in float32")
         if self.on_collision == "keep":
@@ -154,6 +159,28 @@ class EditModule(LightningModule):
                 f"{layer}, so one solve cannot give both their own value. Write them in different rounds "
                 "(facts_per_round), leave one out, or pass on_collision='merge' or 'keep'"
             )
+
+    def _check_independence(self) -> None:
+        """Refuse rounds that no update can write exactly, where the method demands that."""
+        matrix = Matrix(self.method.layers[0])
+        for number, round_ in enumerate(self._rounds):
+            prompts = [prompt for index in round_ if (prompt := self._prompts[index]) is not None]
+            if len(prompts) < 2 or self.method.gamma(len(prompts)) > 0:
+                continue
+            keys = self._first_keys(prompts)
+            try:
+                low_rank_update(self._preservation[matrix], keys, keys[:1], 0.0)
+            except ValueError as error:
+                raise FactError(
+                    f"round {number + 1} of {len(self._rounds)}: {error}, fewer at a time (facts_per_round), or give "
+                    "up exactness (EMMET: mu above 0)"
+                ) from error
+
+    def _first_keys(self, prompts: Sequence[FactPrompts]) -> Tensor:
+        """The keys of the first edited matrix, [d_in, B] float64, read a few facts at a time to save memory."""
+        layer = self.method.layers[0]
+        groups = [prompts[start : start + _KEYS_AT_ONCE] for start in range(0, len(prompts), _KEYS_AT_ONCE)]
+        return torch.cat([KeyWalk(self.lm, group, layer).keys() for group in groups], dim=1)
 
     def configure_optimizers(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.delta], lr=self.method.values.lr)
@@ -309,6 +336,10 @@ class EditModule(LightningModule):
         epochs = self.trainer.max_epochs
         rounds = len(self._rounds) if epochs in (None, -1) else min(len(self._rounds), epochs)
         return self.current_epoch + 1 >= rounds
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":  # a trainer holds itself and its module in memory until Python looks for such cycles
+            self._preservation = {}
 
     def on_train_epoch_end(self) -> None:
         unscored, self._unscored = self._unscored, None

@@ -17,6 +17,7 @@ from lightedit.data.facts import Fact
 from lightedit.data.modules import FactsDataModule
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import Method
+from lightedit.ops import implementations
 from lightedit.run_folder import Round, check_run, checksum, kept_rounds, locked, start_run
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
     """All that determines a run, under names that its user knows, as JSON gives it back."""
     assert module.edit is not None
     settings = {
-        **{name: value for name, value in module.edit.provenance.items() if name != "seconds"},
+        # not the names of edits that the model carries: its weights count
+        **{name: value for name, value in module.edit.provenance.items() if name not in ("seconds", "on_top_of")},
         **determining(module.lm, module.method, module.covariance, data.facts),
         "facts_per_round": data.facts_per_round,
         "facts_per_chunk": data.facts_per_chunk,
@@ -151,5 +153,6 @@ def _settings(module: "EditModule", data: FactsDataModule) -> dict[str, Any]:
         "collision_similarity": module.collision_similarity,
         "max_tokens": module.max_tokens,
         "threads": torch.get_num_threads(),
+        "ops": implementations(),
     }
     return cast(dict[str, Any], json.loads(json.dumps(settings)))

@@ -1,6 +1,7 @@
 """Both steps together: the training module, its data, and the `edit` function."""
 
 import csv
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 import lightedit as le
+from lightedit import module as module_
 from lightedit.covariance import Provenance
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import ContextSettings
 from lightedit.retention import curves
+from lightedit.run import check_edit
 from lightedit.update import Preservation
 from tests.models import tiny_model, tiny_tokenizer
 from tests.reference import Request, published_memit, published_values
@@ -319,6 +322,38 @@ def test_colliding_keys_name_both_facts(lm: le.LanguageModel) -> None:
     assert len(run(lm, [*FACTS, twin], on_collision="keep").facts) == 6
     lm.weights.remove(lm.weights.owners)
     assert run(lm, [*FACTS, twin], facts_per_round=5).facts_in_round == [5, 1]
+
+
+def test_colliding_keys_are_found_a_few_facts_at_a_time(lm: le.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_, "_KEYS_AT_ONCE", 2)
+    facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
+    with pytest.raises(le.FactError, match=r"fact 0\).*fact 5\) collide"):
+        le.edit(lm, facts, MEMIT, covariance_of(lm), progress_bar=False)
+
+
+def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found(lm: le.LanguageModel) -> None:
+    facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
+    exact = le.EMMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS)
+    with pytest.raises(le.FactError, match=r"round 1 of 1: the keys of 6 facts are linearly dependent.*mu above 0"):
+        check_edit(lm, facts, exact, covariance_of(lm), on_collision="keep")  # it finds no values
+    for settings in ({"facts_per_round": 5, "on_collision": "keep"}, {"on_collision": "merge"}):
+        check_edit(lm, facts, exact, covariance_of(lm), **settings)
+    check_edit(lm, facts, replace(exact, mu=0.1), covariance_of(lm), on_collision="keep")
+
+
+def test_an_edit_names_those_that_it_was_made_on_top_of(lm: le.LanguageModel) -> None:
+    first = le.edit(lm, FACTS[:1], MEMIT, covariance_of(lm), progress_bar=False)
+    second = le.edit(lm, FACTS[1:2], MEMIT, covariance_of(lm), progress_bar=False)
+    assert "on_top_of" not in first.provenance and second.provenance["on_top_of"] == [first.id]
+    for edit in (first, second):
+        edit.revert(lm)
+    with pytest.warns(UserWarning, match=f"edit {second.id} was made in a model that carried edit {first.id}"):
+        second.apply(lm)
+    second.revert(lm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.apply(lm)
+        second.apply(lm)
 
 
 def test_covariance_of_another_model_or_layer(lm: le.LanguageModel) -> None:
