@@ -63,6 +63,8 @@ def covariance(
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder for covariance.safetensors")
     model = le.LanguageModel.load(lm, dtype, device)
     found = le.estimate_covariance(
         model, layers, text, tokens, sequence_length=sequence_length, seed=seed, attention=attention

@@ -29,6 +29,8 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
         out: folder for the edit; the one of an earlier demonstration is replaced.
     """
     started = time.monotonic()
+    if facts < 1:
+        raise FactError(f"facts: {facts} cannot be edited; give at least 1")
     check_free(out, overwrite=True)
     lm = LanguageModel.load("smollm2")
     chosen = known_facts(lm, facts)

@@ -52,6 +52,16 @@ class ContextSettings:
     bare_weight: float | None = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for word, count, length in self.prefixes:
+            if count < 0 or length < 1:
+                raise ValueError(
+                    f"prefixes: {count} of {length} tokens that begin with {word!r} cannot be; give (first words, how "
+                    "many, length in tokens)"
+                )
+        if self.bare_weight is not None and not 0 < self.bare_weight <= 1:
+            raise ValueError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
+
     def sample(self, lm: "LanguageModel") -> Contexts:
         """Let `lm` write the prefixes (top-5 sampling)."""
         templates = ["{}"]

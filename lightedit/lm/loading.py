@@ -100,11 +100,13 @@ def _appearing_at(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield scratch
+        if (folder / "config.json").is_file():  # another process finished the same work first
+            return
         shutil.rmtree(folder, ignore_errors=True)
         try:
             scratch.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process finished the same work first
+            if not folder.is_dir():
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
