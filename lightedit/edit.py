@@ -206,7 +206,7 @@ class Edit:
 
         Raises:
             FileNotFoundError: there is no edit in `folder`.
-            EditError: a file is truncated, altered or of another format.
+            EditError: a file is truncated or of another format, or the tensors were altered.
         """
         folder = Path(folder)
         path = folder / "edit.json"
