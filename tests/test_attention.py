@@ -110,6 +110,7 @@ def test_both_matrices_equal_the_dense_solve_in_turn(architecture: str) -> None:
     assert list(written) == BOTH
 
     shares = {1: 0.5**0.5, 2: 1.0}
+    tolerance = 1e-7 if architecture == "gptj" else 1e-9  # whose rotary angles are float32
     for matrix in BOTH:
         modules = {"attention": other.attention_output, "mlp": other.mlp_output}
         module, last = modules[matrix.part](matrix.layer), modules[matrix.part](LAYERS[-1])
@@ -118,11 +119,11 @@ def test_both_matrices_equal_the_dense_solve_in_turn(architecture: str) -> None:
         system = METHOD.lambda_ * covariance[matrix].double() + keys @ keys.T
         change = torch.linalg.solve(system, keys @ residuals.T).T
         update, found = written[matrix]
-        assert relative(found, keys) < 1e-9
-        assert relative(update.dense(), change) < 1e-8
+        assert relative(found, keys) < tolerance
+        assert relative(update.dense(), change) < 10 * tolerance
         module.weight.data.add_(change.T if architecture == "gpt2" else change)
     for name, parameter in other.model.named_parameters():
-        torch.testing.assert_close(lm.model.get_parameter(name), parameter, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(lm.model.get_parameter(name), parameter, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
