@@ -37,23 +37,27 @@ def lm() -> le.LanguageModel:
     return le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
 
 
+def assert_same_record(found: dict, expected: dict) -> None:
+    """The same but for rounding, which differs with a row's place among the others."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert found[name].keys() == value.keys()
+            for same in value.keys() & {"predicted", "prompts"}:
+                assert found[name][same] == value[same]
+            for of_prompts in value.keys() - {"predicted", "prompts"}:
+                assert found[name][of_prompts] == pytest.approx(value[of_prompts], rel=1e-4, abs=1e-4)
+        else:
+            assert found[name] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value)
+
+
 def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.Evaluation, **kwargs) -> None:
     assert [record["subject"] for record in found.records] == [fact.subject for fact in FACTS]
     for fact, record in zip(FACTS, found.records, strict=True):
         edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
         (expected,) = le.evaluate(lm, [fact], progress_bar=False, **kwargs).records
         edit.revert(lm)
-        assert record.keys() == expected.keys()
-        for name, value in expected.items():
-            if isinstance(value, dict):
-                assert record[name].keys() == value.keys()
-                assert {same: record[name][same] for same in ("predicted", "prompts")} == {
-                    same: value[same] for same in ("predicted", "prompts")
-                }
-                for of_prompts in value.keys() - {"predicted", "prompts"}:
-                    assert record[name][of_prompts] == pytest.approx(value[of_prompts], rel=1e-4, abs=1e-4)
-            else:
-                assert record[name] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value)
+        assert_same_record(record, expected)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -103,7 +107,7 @@ def test_a_fact_may_come_twice_and_known_targets_are_used(lm: le.LanguageModel) 
     method, covariance = METHODS["MEMIT"], covariance_of(lm)
     once = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False)
     twice = le.evaluate_single(lm, [*FACTS[:2], FACTS[0]], method, covariance, progress_bar=False)
-    assert twice.records[2] == twice.records[0]
+    assert_same_record(twice.records[2], twice.records[0])
     assert twice.records[0]["EM"] == pytest.approx(once.records[0]["EM"], abs=0.01)
     known = {0: torch.zeros(lm.d_model)}
     other = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False, targets=known)
