@@ -1,7 +1,7 @@
-"""Rows "evaluation" and "single": scoring against the published way, which takes one record after the other."""
+"""Rows "evaluation" and "single-...": scoring against the published way, which takes one record after the other."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
@@ -25,13 +25,15 @@ from lightedit.run import edit
 from lightedit.single import evaluate_single
 from tests.reference import Request, published_memit, published_rome, weight_view
 
+METHODS = {"single-rome": ROME(layers=(5,)), "single-memit": MEMIT(layers=(4, 5, 6, 7, 8), lambda_=1000.0)}
 RECORDS = 100  # of the row "evaluation"
 TOLERANCE = 1e-3  # nats, of an answer's mean NLL per token
 PUBLISHED_TOLERANCE = 1e-2  # after an edit, whose value the published loop finds from other roundings on
 PUBLISHED_FACTS = 5  # single edits as published take about a minute each
 # Adam's first step is lr g / (|g| + 1e-8): where a component of the gradient is nothing but rounding, so is its step,
-# and two orders of summation find two values. Such facts must be few, and must agree in float64
-UNSTABLE = 0.05  # of the facts; one in any case
+# and two orders of summation find two values. How many facts that moves beyond the tolerance hangs on the machine: each
+# of them must agree in float64, and the typical fact must be well within it
+TYPICAL = 0.2  # of the tolerance, the median of all facts
 EXACT_TOLERANCE = 1e-5
 EXACT_TOGETHER = 8  # facts edited together in float64, so that more than one is
 
@@ -65,20 +67,19 @@ def run(lm: LanguageModel, facts: Sequence[Fact], notes: Sequence[str] = ()) -> 
     return Result(table, figures, list(notes))
 
 
-def single_row(options: Options) -> Result:
-    """Run the protocol of single edits with ROME and MEMIT on the built-in model, on the CPU in float32."""
+def single_row(method: ROME | MEMIT, options: Options) -> Result:
+    """Run the protocol of single edits with the built-in model, on the CPU in float32."""
     facts, source = load_facts(options.facts)
     lm = LanguageModel.load("smollm2", dtype="float32", device="cpu")
-    methods = {"ROME": ROME(layers=(5,)), "MEMIT": MEMIT(layers=(4, 5, 6, 7, 8), lambda_=1000.0)}
     covariance = estimate_covariance(lm, [4, 5, 6, 7, 8], cache=True)
     exact = partial(LanguageModel.load, "smollm2", dtype="float64", device="cpu")
-    return run_single(lm, facts, methods, covariance, exact, options.reference_facts, [source])
+    return run_single(lm, facts, method, covariance, exact, options.reference_facts, [source])
 
 
 def run_single(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    methods: Mapping[str, ROME | MEMIT],
+    method: ROME | MEMIT,
     covariance: Covariance,
     exact: Callable[[], LanguageModel],
     reference_facts: int | None = None,
@@ -92,45 +93,44 @@ def run_single(
     Args:
         lm: the model, on the CPU; so it is left.
         facts: the facts.
-        methods: name -> method.
-        covariance: second moments at the methods' matrices.
+        method: the method.
+        covariance: second moments at the method's matrices.
         exact: loads the model in float64, where a fact's answers differ too much in the model's own precision.
         reference_facts: run the loops on the first so many facts only; None runs the package's own on all.
         notes: passed on to the result.
 
     Raises:
-        WrongResultError: more than `UNSTABLE` of the facts have an answer whose NLL differs by more than `TOLERANCE`
-            from the package's loop, or by more than `PUBLISHED_TOLERANCE` from the published one, or one of them
-            differs in float64 too.
+        WrongResultError: an answer's NLL differs by more than `TOLERANCE` from the package's loop, or by more than
+            `PUBLISHED_TOLERANCE` from the published one, and in float64 too; or that of the median fact differs by more
+            than the share `TYPICAL` of it.
     """
-    figures, table = {}, []
-    for name, method in methods.items():
-        ours = partial(_together, method, covariance)
-        start = time.perf_counter()
-        answers = ours(lm, facts)
-        seconds = (time.perf_counter() - start) / len(facts)
-        figures[name] = {"facts": len(facts), "seconds_per_fact": seconds}
-        table.append((f"{name}, {len(facts)} facts at once", f"{seconds:.2f} s/fact"))
-        written = partial(_written_single, method, covariance)
-        published = partial(_published_single, method, method.contexts.sample(lm), covariance)
-        few = facts[: min(reference_facts or len(facts), PUBLISHED_FACTS)]
-        for kind, words, single, of_kind, tolerance in (
-            ("published", "as published", published, few, PUBLISHED_TOLERANCE),
-            ("loop", "by `edit`, `evaluate` and `revert`", written, facts[:reference_facts], TOLERANCE),
-        ):
-            loop = _loop(partial(single, lm), of_kind, answers, tolerance, f"{name}, one by one {words}")
-            if loop.unstable:
-                _check_exactly(exact, single, ours, of_kind, loop)
-            ratio = loop.seconds_per_fact / seconds
-            figures[name][kind] = {**asdict(loop), "ratio": ratio}
-            table += [
-                (f"{name}, one by one {words}, {loop.facts} facts, over ours", f"{ratio:.2f}"),
-                (f"{name}, facts with the same ES, PS and NS", f"{loop.same_scores} of {loop.facts}"),
-                (f"{name}, largest difference of an answer's NLL", f"{loop.largest_difference:.1e} nats"),
-            ]
-            if loop.unstable:
-                places = ", ".join(map(str, loop.unstable))
-                table.append((f"{name}, facts beyond {tolerance:.0e} nats, equal in float64", f"number {places}"))
+    ours = partial(_together, method, covariance)
+    start = time.perf_counter()
+    answers = ours(lm, facts)
+    seconds = (time.perf_counter() - start) / len(facts)
+    figures: dict[str, Any] = {"facts": len(facts), "seconds_per_fact": seconds}
+    table = [(f"{len(facts)} facts at once", f"{seconds:.2f} s/fact")]
+    written = partial(_written_single, method, covariance)
+    published = partial(_published_single, method, method.contexts.sample(lm), covariance)
+    few = facts[: min(reference_facts or len(facts), PUBLISHED_FACTS)]
+    for kind, words, single, of_kind, tolerance in (
+        ("published", "as published", published, few, PUBLISHED_TOLERANCE),
+        ("loop", "by `edit`, `evaluate` and `revert`", written, facts[:reference_facts], TOLERANCE),
+    ):
+        loop = _loop(partial(single, lm), of_kind, answers, tolerance, f"one by one {words}")
+        if loop.unstable:
+            _check_exactly(exact, single, ours, of_kind, loop)
+        ratio = loop.seconds_per_fact / seconds
+        figures[kind] = {**asdict(loop), "ratio": ratio}
+        table += [
+            (f"one by one {words}, {loop.facts} facts, over ours", f"{ratio:.2f}"),
+            ("facts with the same ES, PS and NS", f"{loop.same_scores} of {loop.facts}"),
+            ("largest difference of an answer's NLL, median fact", f"{loop.median_difference:.1e} nats"),
+            ("the same, worst fact", f"{max(loop.largest_difference, loop.unstable_difference):.1e} nats"),
+        ]
+        if loop.unstable:
+            places = ", ".join(map(str, loop.unstable))
+            table.append((f"facts beyond {tolerance:.0e} nats, equal in float64", f"number {places}"))
     return Result(table, figures, list(notes))
 
 
@@ -138,7 +138,8 @@ def run_single(
 class _Loop:
     facts: int
     seconds_per_fact: float
-    largest_difference: float  # of an answer's NLL, among the facts that are not unstable
+    median_difference: float  # over the facts, of the largest of a fact's answers' NLL
+    largest_difference: float  # among the facts that are not unstable
     same_scores: int  # facts of which every prompt's better answer is the same
     unstable: list[int]  # facts beyond the tolerance
     unstable_difference: float  # the largest of theirs
@@ -150,7 +151,7 @@ def _loop(
     """Time `single`, fact -> NLLs of its answers, on one fact after the other, and compare them with those `expected`.
 
     Raises:
-        WrongResultError: more than `UNSTABLE` of the facts differ by more than `tolerance`.
+        WrongResultError: more than half of the facts differ by more than the share `TYPICAL` of `tolerance`.
     """
     seconds, same = 0.0, 0
     differences: list[float] = []
@@ -161,13 +162,16 @@ def _loop(
             seconds += time.perf_counter() - start
             differences.append(float((found - answers).abs().max()))
             same += bool((_better(fact, found) == _better(fact, answers)).all())
-            unstable = [index for index, difference in enumerate(differences) if not difference <= tolerance]
-            if len(unstable) > max(1, UNSTABLE * len(facts)) or not isfinite(differences[-1]):
+            if sum(difference > TYPICAL * tolerance for difference in differences) > max(1, len(facts) / 2):
+                _check(median(differences), TYPICAL * tolerance)
+            if not isfinite(differences[-1]):
                 _check(differences[-1], tolerance)
             report(done, len(facts))
+    unstable = [index for index, difference in enumerate(differences) if difference > tolerance]
     stable = [difference for index, difference in enumerate(differences) if index not in unstable]
     beyond = max((differences[index] for index in unstable), default=0.0)
-    return _Loop(len(facts), seconds / len(facts), max(stable, default=0.0), same, unstable, beyond)
+    largest = max(stable, default=0.0)
+    return _Loop(len(facts), seconds / len(facts), median(differences), largest, same, unstable, beyond)
 
 
 def _check_exactly(

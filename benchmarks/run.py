@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "covariance": covariance.row,
     "update": update.row,
     "evaluation": evaluation.row,
-    "single": evaluation.single_row,
+    **{name: partial(evaluation.single_row, method) for name, method in evaluation.METHODS.items()},
     "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]
