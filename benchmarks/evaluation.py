@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # nats, of an answer's mean NLL per token; after an edit, of t
 PUBLISHED_FACTS = 5  # single edits as published take about a minute each
 # Adam's first step is lr g / (|g| + 1e-8): where a component of the gradient is nothing but rounding, so is its step,
 # and two orders of summation find two values. How far that moves a fact's answers hangs on the machine; a fact that it
-# moves beyond this many nats must agree in float64
+# moves beyond this many nats, or to another score, must agree in float64
 UNSTABLE = 1e-2
 EXACT_TOLERANCE = 1e-5
 EXACT_TOGETHER = 8  # facts edited together in float64, so that more than one is
@@ -100,7 +100,7 @@ def run_single(
 
     Raises:
         WrongResultError: the answers' NLL of half of the facts differ by more than `TOLERANCE` from those of a loop, or
-            of one by more than `UNSTABLE`, and by more than `EXACT_TOLERANCE` in float64.
+            of one by more than `UNSTABLE` or in its scores, and by more than `EXACT_TOLERANCE` in float64.
     """
     ours = partial(_together, method, covariance)
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def run_single(
         ]
         if loop.unstable:
             places = ", ".join(map(str, loop.unstable))
-            table.append((f"facts beyond {UNSTABLE:.0e} nats, equal in float64", f"number {places}"))
+            table.append((f"facts beyond {UNSTABLE:.0e} nats or of other scores, equal in float64", f"number {places}"))
     return Result(table, figures, list(notes))
 
 
@@ -139,7 +139,7 @@ class _Loop:
     median_difference: float  # over the facts, of the largest of a fact's answers' NLL
     largest_difference: float
     same_scores: int  # facts of which every prompt's better answer is the same
-    unstable: list[int]  # facts beyond `UNSTABLE`
+    unstable: list[int]  # facts beyond `UNSTABLE`, or of another ES, PS or NS
 
 
 def _loop(single: Callable[[Fact], Tensor], facts: Sequence[Fact], expected: Sequence[Tensor], name: str) -> _Loop:
@@ -148,7 +148,8 @@ def _loop(single: Callable[[Fact], Tensor], facts: Sequence[Fact], expected: Seq
     Raises:
         WrongResultError: the median fact differs by more than `TOLERANCE`, or one is NaN.
     """
-    seconds, same = 0.0, 0
+    seconds = 0.0
+    same: list[bool] = []
     differences: list[float] = []
     with progress(name) as report:
         for done, (fact, answers) in enumerate(zip(facts, expected, strict=False), start=1):
@@ -157,11 +158,11 @@ def _loop(single: Callable[[Fact], Tensor], facts: Sequence[Fact], expected: Seq
             seconds += time.perf_counter() - start
             difference = float((found - answers).abs().max())
             differences.append(difference if isfinite(difference) else _check(difference, TOLERANCE))
-            same += bool((_better(fact, found) == _better(fact, answers)).all())
+            same.append(bool((_better(fact, found) == _better(fact, answers)).all()))
             report(done, len(facts))
     _check(median(differences), TOLERANCE)
-    unstable = [index for index, difference in enumerate(differences) if difference > UNSTABLE]
-    return _Loop(len(facts), seconds / len(facts), median(differences), max(differences), same, unstable)
+    unstable = [index for index, difference in enumerate(differences) if difference > UNSTABLE or not same[index]]
+    return _Loop(len(facts), seconds / len(facts), median(differences), max(differences), sum(same), unstable)
 
 
 def _check_exactly(

@@ -1,6 +1,7 @@
 """The benchmarks' counts, checks and records, on a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,10 +232,16 @@ def test_facts_of_the_single_row_that_differ_by_rounding_must_agree_in_float64(
     result = evaluation.run_single(*arguments, in_float64, reference_facts=2)
     for loop in (result.figures["loop"], result.figures["published"]):
         assert loop["unstable"] == [0, 1] and 1e-12 < loop["largest_difference"] < 1e-3
-    assert ("facts beyond 1e-12 nats, equal in float64", "number 0, 1") in result.table
+    assert ("facts beyond 1e-12 nats or of other scores, equal in float64", "number 0, 1") in result.table
     with pytest.raises(WrongResultError, match="no speed is reported"):  # float32 does not serve for float64
         monkeypatch.setattr(evaluation, "EXACT_TOLERANCE", 1e-9)
         evaluation.run_single(*arguments, lambda: lm, reference_facts=2)
+
+
+def test_a_fact_of_other_scores_must_agree_in_float64_too() -> None:
+    fact = replace(COMPLETE[0], paraphrase_prompts=(), neighborhood_prompts=())
+    loop = evaluation._loop(lambda _: torch.tensor([1.0002, 1.0]), [fact], [torch.tensor([1.0, 1.0001])], "one")
+    assert (loop.same_scores, loop.unstable) == (0, [0]) and loop.largest_difference < evaluation.TOLERANCE
 
 
 # Ops
