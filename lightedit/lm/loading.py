@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = "smollm2"
@@ -68,7 +70,23 @@ def _source(name: str) -> dict[str, str]:
         raise FileNotFoundError(f"{name} is a folder without a config.json; a model folder has one")
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise FileNotFoundError(f"no model folder at {name}")
+    if not path.exists():
+        _check_hub(name)
     return {"pretrained_model_name_or_path": name}
+
+
+def _check_hub(name: str) -> None:
+    """Raise ConnectionError at once where transformers would try again and again, file after file."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError):
+        return  # no such model, or one that asks for a token: transformers says which
+    except Exception as error:  # of the HTTP library, which is not the same one in all versions of huggingface_hub
+        raise ConnectionError(
+            f"{name} is no folder here and not in the Hub's cache, and the Hub does not answer ({error}); give the "
+            f"built-in {BUILTIN}, the path of a model's folder or .gguf file, or go online"
+        ) from error
 
 
 def builtin_model() -> Path:

@@ -74,6 +74,13 @@ class LanguageModel:
             dtype: "float32", "bfloat16", "float16", "auto" (as stored); default: float32 on the CPU, else as stored.
             device: where the whole model goes; default: the GPU if there is one.
             device_map: as in transformers, for a model larger than one device; excludes `device`.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ConnectionError: the model is not here, and the Hub does not answer.
+            OSError: the Hub has no such model, or it asks for a token.
+            ValueError: an unknown dtype, both `device` and `device_map`, or a model of an unsupported architecture.
+            RuntimeError: the built-in model could not be downloaded.
         """
         model, tokenizer = load_pretrained(str(name), dtype, device, device_map)
         return cls(model, tokenizer, name=str(name))

@@ -1,12 +1,19 @@
 """Loading from folders, and the built-in model's way into the cache, whole or not at all."""
 
 import hashlib
+import socket
 import subprocess
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 
 from lightedit.lm import LanguageModel, loading
 from tests.models import tiny_model, tiny_tokenizer
@@ -92,6 +99,73 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no GGUF file at .*absent\.gguf"):
         LanguageModel.load(tmp_path / "absent.gguf")
+
+
+# The Hub
+
+
+class NotFound(BaseHTTPRequestHandler):
+    """Answers as the Hub does when it has no such model."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def hub_at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(loading, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=address))
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing answers in the Hub's place."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    hub_at(port, monkeypatch)
+
+
+@pytest.fixture
+def empty_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server on this machine in the Hub's place, which has no model."""
+    with HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        hub_at(server.server_port, monkeypatch)
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+def test_a_model_that_cannot_be_fetched_is_named_before_the_first_retry(
+    no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("tried to fetch it"))
+    with pytest.raises(ConnectionError, match=r"some/model is no folder here .*the Hub does not answer.*smollm2"):
+        LanguageModel.load("some/model")
+
+
+def test_what_the_hub_says_of_a_model_is_left_to_transformers(empty_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(pretrained_model_name_or_path: str) -> None:
+        raise OSError(f"{pretrained_model_name_or_path} is not a valid model identifier")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", asked)
+    for name in ("some/model", "not a Hub id"):
+        with pytest.raises(OSError, match=f"{name} is not a valid model identifier"):
+            LanguageModel.load(name)
+
+
+def test_a_model_in_the_hubs_cache_needs_no_answer(no_hub: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: loaded)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: model)
+    assert LanguageModel.load("some/model", device="cpu").name == "some/model"
 
 
 # The cache
