@@ -73,12 +73,12 @@ def edit_score(records: Tensor) -> Tensor:
 
     Args:
         records: [n, 3] in [0, 1]: each record's efficacy, paraphrase and neighbourhood score; NaN where it
-            has none.
+            has none. Their order does not matter.
 
     Returns:
         A scalar in [0, 1]; NaN if one of the three is missing everywhere.
     """
-    return harmonic_mean(records.nanmean(dim=0))
+    return harmonic_mean(records.sort(dim=0).values.nanmean(dim=0))
 
 
 def edit_score_interval(records: Tensor, resamples: int = 1000, seed: int = 0) -> Tensor:

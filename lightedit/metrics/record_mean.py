@@ -50,8 +50,8 @@ class RecordMean(Metric):
         return None if values is None else values.double().mean().item()
 
     def update(self, records: Sequence[RecordScores]) -> None:
-        """Add records."""
-        found = [value for record in records if (value := self.of(record)) is not None]
+        """Add records; their order does not matter, not even to the last bit."""
+        found = sorted(value for record in records if (value := self.of(record)) is not None)
         values = torch.tensor(found, dtype=torch.float64, device=self.device)
         sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(found))])
         setattr(self, self._sums, getattr(self, self._sums) + sums)

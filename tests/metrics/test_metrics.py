@@ -72,6 +72,13 @@ def one_process(records):
     return summary(metrics)
 
 
+def test_the_order_of_records_does_not_matter_to_the_last_bit():
+    records = make_records(97)
+    expected = one_process(records)
+    for seed in range(3):
+        assert one_process(random.Random(seed).sample(records, len(records))) == expected
+
+
 def test_each_metric_reads_its_own_prompts():
     records = make_records(23)
     values = {name: entry[0] for name, entry in one_process(records).items()}
