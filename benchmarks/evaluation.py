@@ -1,7 +1,7 @@
 """Rows "evaluation" and "single-...": scoring against the published way, which takes one record after the other."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
-from benchmarks.values import load_facts, published_value
+from benchmarks.values import load_facts, products_seconds, published_value, search_values, stock_seconds
 from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
@@ -28,6 +28,7 @@ from tests.reference import Request, published_memit, published_rome, weight_vie
 METHODS = {"single-rome": ROME(layers=(5,)), "single-memit": MEMIT(layers=(4, 5, 6, 7, 8), lambda_=1000.0)}
 RECORDS = 100  # of the row "evaluation"
 TOLERANCE = 1e-3  # nats, of an answer's mean NLL per token; after an edit, of the median fact
+SEARCHED = 16  # facts, of the row "single-limit"
 PUBLISHED_FACTS = 5  # single edits as published take about a minute each
 # Adam's first step is lr g / (|g| + 1e-8): where a component of the gradient is nothing but rounding, so is its step,
 # and two orders of summation find two values. How far that moves a fact's answers hangs on the machine; a fact that it
@@ -129,6 +130,49 @@ def run_single(
         if loop.unstable:
             places = ", ".join(map(str, loop.unstable))
             table.append((f"facts beyond {UNSTABLE:.0e} nats or of other scores, equal in float64", f"number {places}"))
+    return Result(table, figures, list(notes))
+
+
+def limit_row(options: Options) -> Result:
+    """Measure what the search for values, most of a single edit, must take."""
+    facts, source = load_facts(SEARCHED)
+    lm = LanguageModel.load("smollm2", dtype="float32", device="cpu")
+    return run_limit(
+        lm, facts, {name: (method, method.contexts.sample(lm)) for name, method in METHODS.items()}, [source]
+    )
+
+
+def run_limit(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    methods: Mapping[str, tuple[ROME | MEMIT, Contexts]],
+    notes: Sequence[str] = (),
+) -> Result:
+    """Time the search for values of all facts together and of one after the other, and the arithmetic in it alone.
+
+    However many facts are searched together, the model's matrix products stay, and, unless its blocks are written anew,
+    so do its elementwise operations and its attention.
+
+    Args:
+        lm: the model, on the CPU.
+        facts: the facts.
+        methods: row -> method and contexts.
+        notes: passed on to the result.
+    """
+    figures: dict[str, Any] = {"facts": len(facts)}
+    table = []
+    for name, (method, contexts) in methods.items():
+        layer = method.value_layer
+        together = search_values(lm, facts, contexts, layer, method.values, f"{name}, together")
+        alone = [search_values(lm, [fact], contexts, layer, method.values, f"{name}, one by one") for fact in facts]
+        seconds = {
+            "facts together": together.seconds,
+            "one fact after the other": sum(search.seconds for search in alone),
+            "the stock model's blocks alone": stock_seconds(lm, layer, together),
+            "the matrix products alone": products_seconds(lm, layer, together),
+        }
+        figures[name] = {part: taken / len(facts) for part, taken in seconds.items()}
+        table += [(f"{name}: {part}", f"{taken:.2f} s/fact") for part, taken in figures[name].items()]
     return Result(table, figures, list(notes))
 
 

@@ -25,6 +25,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "update": update.row,
     "evaluation": evaluation.row,
     **{name: partial(evaluation.single_row, method) for name, method in evaluation.METHODS.items()},
+    "single-limit": evaluation.limit_row,
     "ops": ops.row,
 }
 ROOT = Path(__file__).parents[1]

@@ -84,15 +84,15 @@ def run(
         WrongResultError: a target differs from the reference's by more than `TOLERANCE`.
     """
     rates = _matrix_rates(lm)
-    first = _ours(lm, facts, contexts, layer, settings, "ours, before the reference")
+    first = search_values(lm, facts, contexts, layer, settings, "ours, before the reference")
     reference = _reference(lm, facts[:reference_facts], contexts, layer, settings, first.values.targets)
-    second = _ours(lm, facts, contexts, layer, settings, "ours, after the reference")
+    second = search_values(lm, facts, contexts, layer, settings, "ours, after the reference")
     differences = [
         _check(fact, ours, published)
         for values in (first.values, second.values)
         for fact, ours, published in zip(facts, values.targets, reference.targets, strict=False)
     ]
-    products, stock = _products_seconds(lm, layer, first), _stock_seconds(lm, layer, first)
+    products, stock = products_seconds(lm, layer, first), stock_seconds(lm, layer, first)
     again = _matrix_rates(lm)
     rates = {size: max(rate, again[size]) for size, rate in rates.items()}
     notes = list(notes)
@@ -105,7 +105,9 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Ours:
+class Search:
+    """One run of the search for values."""
+
     seconds: float
     values: Values
     tokens: TokenCount
@@ -121,9 +123,9 @@ class _Reference:
     steps: int
 
 
-def _ours(
+def search_values(
     lm: LanguageModel, facts: Sequence[Fact], contexts: Contexts, layer: int, settings: ValueSettings, name: str
-) -> _Ours:
+) -> Search:
     """What `optimize_values` does, timed from the texts on."""
     with progress(name) as report:
         start = time.perf_counter()
@@ -141,7 +143,7 @@ def _ours(
         values = search.values()
         seconds = time.perf_counter() - start
     reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
-    return _Ours(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), passes)
+    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), passes)
 
 
 def _reference(
@@ -209,7 +211,7 @@ def _matrix_rates(lm: LanguageModel) -> dict[str, float]:
     return rates
 
 
-def _products_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
+def products_seconds(lm: LanguageModel, layer: int, ours: Search) -> float:
     """Seconds that our run's matrix products take by themselves: forward, and backward to the input, at its shapes."""
     blocks = [parameter for block in lm.blocks[layer + 1 :] for parameter in block.parameters() if parameter.ndim == 2]
     shapes = Counter(tuple(matrix.shape) for matrix in blocks)
@@ -227,7 +229,7 @@ def _products_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
     return seconds
 
 
-def _stock_seconds(lm: LanguageModel, layer: int, ours: _Ours) -> float:
+def stock_seconds(lm: LanguageModel, layer: int, ours: Search) -> float:
     """Seconds that the model's own blocks take for as many tokens, forward and backward to their input.
 
     Rows of 12 tokens in passes as large as ours, without prefixes, δ, head or loss: what is left of our time is ours,
@@ -259,8 +261,8 @@ def _median_seconds(work: Callable[[], object]) -> float:
 def _result(
     lm: LanguageModel,
     layer: int,
-    first: _Ours,
-    second: _Ours,
+    first: Search,
+    second: Search,
     reference: _Reference,
     difference: float,
     rates: dict[str, float],

@@ -116,7 +116,7 @@ def test_a_target_unlike_the_reference_ends_the_row(
 
 
 def test_the_second_run_is_checked_too(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = values._ours
+    right = values.search_values
 
     def drifted(*args):
         run = right(*args)
@@ -124,7 +124,7 @@ def test_the_second_run_is_checked_too(lm: LanguageModel, monkeypatch: pytest.Mo
             run.values.targets.mul_(1 + 3e-4)
         return run
 
-    monkeypatch.setattr(values, "_ours", drifted)
+    monkeypatch.setattr(values, "search_values", drifted)
     with pytest.raises(WrongResultError, match="France"):
         measure(lm)
 
@@ -356,3 +356,13 @@ def test_the_figure_of_sequences_has_every_method_and_round(tmp_path: Path) -> N
     assert all(f">{name}<" in text for name in tables)
     assert text.count('id="PathCollection') + text.count('id="line2d') >= 2 * len(tables)
     assert [file.name for file in tmp_path.iterdir()] == ["sequence.svg"]
+
+
+def test_limit_row_times_the_search_and_the_arithmetic_in_it(lm: LanguageModel) -> None:
+    methods = {"single-rome": (ROME, CONTEXTS), "single-memit": (MEMIT, CONTEXTS)}
+    result = evaluation.run_limit(lm, FACTS, methods)
+    assert result.figures["facts"] == 2
+    for name in methods:
+        parts = result.figures[name]
+        assert 0 < parts["the matrix products alone"] < parts["one fact after the other"]
+        assert (f"{name}: facts together", f"{parts['facts together']:.2f} s/fact") in result.table
