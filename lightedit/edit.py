@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import uuid
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
 from lightedit.evaluation import Evaluation
+from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method
@@ -171,33 +169,17 @@ class Edit:
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
             "facts": [fact.to_dict() for fact in self.facts],
         }
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            (scratch / "edit.safetensors").write_bytes(tensors)
-            (scratch / "edit.json").write_text(
+        with whole_folder(folder) as unfinished:
+            (unfinished / "edit.safetensors").write_bytes(tensors)
+            (unfinished / "edit.json").write_text(
                 json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
             for name, rows in self.tables.items():
                 if rows:
-                    write_table(scratch / f"{name}.csv", rows)
+                    write_table(unfinished / f"{name}.csv", rows)
             for name, evaluation in (("before", before), ("after", after)):
                 if evaluation is not None:
-                    evaluation.save(scratch / f"{name}.json")
-            scratch.chmod(0o777 & ~_umask())
-            if folder.exists():
-                old = scratch.with_name(scratch.name + ".old")
-                folder.rename(old)
-                try:
-                    scratch.rename(folder)
-                except OSError:
-                    old.rename(folder)
-                    raise
-                shutil.rmtree(old)
-            else:
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                    evaluation.save(unfinished / f"{name}.json")
         return folder
 
     @classmethod
@@ -249,9 +231,3 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
     if folder.exists() and not (overwrite and (folder / "edit.json").is_file()):
         way_out = "choose another folder" + (", or allow overwriting" if (folder / "edit.json").is_file() else "")
         raise EditError(f"{folder} exists already; {way_out}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
