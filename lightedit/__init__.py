@@ -8,6 +8,7 @@ from lightedit.edit import Edit, EditError
 from lightedit.estimation import estimate_covariance
 from lightedit.evaluate import evaluate
 from lightedit.evaluation import Evaluation
+from lightedit.export import export_lora, export_model
 from lightedit.health import Health
 from lightedit.lm import LanguageModel, Matrix
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
@@ -55,6 +56,8 @@ __all__ = [
     "estimate_covariance",
     "evaluate",
     "evaluate_single",
+    "export_lora",
+    "export_model",
     "read_facts",
     "read_references",
     "report",

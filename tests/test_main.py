@@ -61,6 +61,29 @@ def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture
     assert saved.scores["before"] != pytest.approx(scores)
 
 
+def test_export_ships_the_edited_model_or_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
+          "--sequence_length", "32", "--out", "stats"])  # fmt: skip
+    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--evaluate", "false",
+          "--out", "edits/first"])  # fmt: skip
+    export = ["export", "--lm", "model", "--edits", "[edits/first]", "--out"]
+    main([*export, "shipped"])
+    main(["export", "--lm", "model", "--edits", "edits/first", "--out", "adapter", "--form", "lora"])
+    assert "saved the edited model in shipped" in capsys.readouterr().out
+    lm = le.LanguageModel.load("model")
+    le.Edit.load("edits/first").apply(lm)
+    shipped = le.LanguageModel.load("shipped")
+    assert all(torch.equal(shipped.weight(layer), lm.weight(layer)) for layer in range(lm.n_layers))
+    assert Path("adapter", "adapter_model.safetensors").is_file()
+    assert "shipped exists already" in fails(capsys, [*export, "shipped"])
+    assert "--edits names none" in fails(capsys, [*export[:4], "[]", "--out", "other"])
+    assert "no edit in absent" in fails(capsys, [*export[:4], "[absent]", "--out", "other"])
+    assert "this edit was made for model" in fails(
+        capsys, ["export", "--lm", "shipped", "--edits", "[edits/first]", "--out", "other"]
+    )
+    assert not Path("other").exists()
+
+
 def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--protocol", "single", "--out", "scores.json"]
     main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",

@@ -155,8 +155,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Loading dequantised the weights; without these marks they are saved as the plain weights they are
-    del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
+    save_pretrained(model, tokenizer, folder)
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer into `folder`; what a GGUF file held quantised becomes plain weights."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "gguf":
+        # loading dequantised the weights, but left these marks, under which they would not be saved as they are
+        del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

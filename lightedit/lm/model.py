@@ -157,9 +157,13 @@ class LanguageModel:
 
     def module(self, matrix: int | Matrix) -> nn.Linear | Conv1D:
         """The module that holds `matrix`."""
+        return cast(nn.Linear | Conv1D, self.model.get_submodule(self.module_name(matrix)))
+
+    def module_name(self, matrix: int | Matrix) -> str:
+        """That module's name in the model, such as "model.layers.5.mlp.down_proj"."""
         matrix = Matrix.of(matrix)
         paths = {"mlp": self.architecture.mlp_output, "attention": self.architecture.attention_output}
-        return cast(nn.Linear | Conv1D, self.blocks[matrix.layer].get_submodule(paths[matrix.part]))
+        return f"{self.architecture.blocks}.{matrix.layer}.{paths[matrix.part]}"
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""

@@ -82,6 +82,20 @@ class EditedWeights:
         matrix = Matrix.of(matrix)
         return self._base.get(matrix, self._weight(matrix))
 
+    def change(self, matrix: int | Matrix) -> LowRankUpdate:
+        """All active updates of `matrix` as one, float32 or wider, on the CPU.
+
+        Raises:
+            KeyError: it carries none.
+        """
+        updates = [update for _, update in self._updates[Matrix.of(matrix)]]
+        left, right = (
+            torch.cat([getattr(update, name).detach().to("cpu") for update in updates], dim=1)
+            for name in ("left", "right")
+        )
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return LowRankUpdate(left.to(wide), right.to(wide))
+
     @torch.no_grad()
     def add(self, owner: str, matrix: int | Matrix, update: LowRankUpdate) -> None:
         """Write `update` into `matrix` on behalf of the edit `owner`."""
