@@ -61,6 +61,14 @@ def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture
     assert saved.scores["before"] != pytest.approx(scores)
 
 
+@pytest.mark.parametrize("wrong", [["--method", "memit"], ["--method=Memit"]])
+def test_an_unknown_method_is_named_beside_those_that_are_known(
+    place: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, ["edit", "--lm", "model", "--facts", "facts.jsonl", "--out", "edits/first", *wrong])
+    assert f"{wrong[-1].removeprefix('--method=')} is not known; methods are ROME, MEMIT" in said
+
+
 def test_export_ships_the_edited_model_or_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
           "--sequence_length", "32", "--out", "stats"])  # fmt: skip

@@ -1,0 +1,1 @@
+"""The commands of `lightedit`: one typed function a file."""

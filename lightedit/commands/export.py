@@ -1,0 +1,38 @@
+"""`lightedit export`."""
+
+from pathlib import Path
+from typing import Literal
+
+import lightedit as le
+from lightedit.export import check_export
+
+
+def export(
+    lm: str,
+    edits: Path | list[Path],
+    out: Path,
+    form: Literal["model", "lora"] = "model",
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> None:
+    """Ship edits: as an edited model that any software loads, or as a LoRA adapter beside the unedited one.
+
+    Args:
+        lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
+        edits: folder of a saved edit, or of several in brackets, applied in that order.
+        out: a new folder.
+        form: the whole model with its tokenizer (model), or the change alone in PEFT's format (lora).
+        dtype: float32, bfloat16, float16, or auto, as the model is stored.
+        device: such as cpu or cuda.
+    """
+    check_export(out)
+    saved = [le.Edit.load(folder) for folder in ([edits] if isinstance(edits, Path) else edits)]
+    if not saved:
+        raise ValueError("--edits names none, so there is nothing to export; give the folder of an edit")
+    model = le.LanguageModel.load(lm, dtype, device)
+    for one in saved:
+        one.check_model(model)
+    for one in saved:
+        one.apply(model)
+    written = le.export_model(model, out) if form == "model" else le.export_lora(model, out)
+    print(f"saved the {'edited model' if form == 'model' else 'LoRA adapter'} in {written}")

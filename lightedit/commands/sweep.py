@@ -1,0 +1,65 @@
+"""`lightedit sweep`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightedit as le
+from lightedit.commands.shared import covariance_of
+from lightedit.data.facts import check_facts
+from lightedit.module import OnCollision
+from lightedit.sweep.plan import plan
+from lightedit.sweep.run import check_sweep_folder
+
+
+def sweep(
+    lm: str,
+    facts: Path,
+    methods: dict[str, le.Method],
+    out: Path,
+    counts: list[int] | Literal["log17"] | None = None,
+    facts_per_round: list[int | Literal["single"] | None] | None = None,
+    grid: dict[str, list[Any]] | None = None,
+    skip: int = 0,
+    limit: int | None = None,
+    covariance: Path | None = None,
+    facts_per_chunk: int = 32,
+    on_collision: OnCollision = "error",
+    generate: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Run every combination of methods and settings; write one table and one figure. Goes on where it was stopped.
+
+    Args:
+        lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
+        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        methods: name of your choice -> method, with class_path and init_args as in a configuration file.
+        out: the sweep's own folder, for runs.csv and sweep.svg.
+        counts: numbers of facts to write, or log17 for 17 from 1 to 10,000; by default all.
+        facts_per_round: numbers of facts written together; null for all, single to edit and score each fact alone.
+        grid: field of a method -> values, such as lambda_ or values.lr; every combination is run.
+        skip: leave out the first facts.
+        limit: take so many facts after those.
+        covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
+            from the model's own writing and kept in the cache.
+        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
+        generate: let the models write texts, too, for a column of generation entropy (GE); scoring then takes several
+            times as long.
+        dtype: float32, bfloat16, float16 or auto.
+        device: such as cpu or cuda.
+    """
+    if skip < 0:
+        raise ValueError(f"skip: {skip} facts cannot be left out; give 0 or more")
+    chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
+    rounds = [None] if facts_per_round is None else facts_per_round
+    runs = plan(methods, len(chosen), counts, rounds, grid)
+    check_facts(chosen)
+    check_sweep_folder(out)
+    model = le.LanguageModel.load(lm, dtype, device)
+    moments = covariance_of(model, [run.method for run in runs], covariance)
+    le.sweep(
+        model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision, generate=generate
+    )
+    print(f"saved runs.csv and sweep.svg in {out}")
