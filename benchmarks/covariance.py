@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks import Options, Result, WrongResultError
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.texts import read_texts, token_windows
-from lightedit.estimation import estimate_covariance
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.ops import implementations, use
+from lightedit.statistics.estimation import estimate_covariance
 
 LAYERS = (4, 5, 6, 7, 8)
 TOLERANCE = 1e-5  # ||ours - published|| / ||published|| of a layer's matrix
@@ -28,7 +28,7 @@ _LENGTH, _ROWS, _REPEATS = 256, 16, 3
 def row(options: Options) -> Result:
     """Measure the built-in model on the CPU in float32, with 10 tokens per input dimension."""
     lm = LanguageModel.load("smollm2", dtype="float32", device="cpu")
-    return run(lm, LAYERS, 10 * lm.weight(0).shape[1])
+    return run(lm, LAYERS, 10 * lm.weight(Place(0)).shape[1])
 
 
 def run(lm: LanguageModel, layers: Sequence[int], tokens: int) -> Result:
@@ -95,8 +95,8 @@ def _published(lm: LanguageModel, layers: Sequence[int], text: Path, tokens: int
     windows = token_windows(lm, read_texts(text), tokens, _LENGTH)
     means = {}
     for layer in layers:
-        module = lm.mlp_output(layer)
-        gram, count = torch.zeros(2 * lm.weight(layer).shape[1:]), 0
+        module = lm.module(Place(layer))
+        gram, count = torch.zeros(2 * lm.weight(Place(layer)).shape[1:]), 0
         for start in range(0, len(windows), _ROWS):
             batch = pad(windows[start : start + _ROWS], lm.pad_id)
             with capture({0: module}, len(batch.ids), inputs=True) as states, stop_after(module):

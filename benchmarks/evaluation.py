@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
+from benchmarks.published import Request, published_memit, published_rome, weight_view
 from benchmarks.values import load_facts, products_seconds, published_value, search_values, stock_seconds
-from lightedit.covariance import Covariance
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
-from lightedit.estimation import estimate_covariance
-from lightedit.evaluate import evaluate
-from lightedit.lm import LanguageModel
+from lightedit.editing.run import edit
+from lightedit.evaluation.evaluate import evaluate
+from lightedit.evaluation.single import evaluate_single
+from lightedit.lm import LanguageModel, Place
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.progress import progress
-from lightedit.run import edit
-from lightedit.single import evaluate_single
-from tests.reference import Request, published_memit, published_rome, weight_view
+from lightedit.statistics.covariance import Covariance
+from lightedit.statistics.estimation import estimate_covariance
 
 METHODS = {"single-rome": ROME(layers=(5,)), "single-memit": MEMIT(layers=(4, 5, 6, 7, 8), lambda_=1000.0)}
 RECORDS = 100  # of the row "evaluation"
@@ -254,11 +254,13 @@ def _published_single(
     if isinstance(method, MEMIT):
         changes = published_memit(
             lm.model, lm.tokenizer, [request], contexts.templates, [value], method.layers,
-            {layer: covariance[layer] for layer in method.layers}, method.lambda_,
+            {layer: covariance[Place(layer)] for layer in method.layers}, method.lambda_,
         )  # fmt: skip
     else:
         (layer,) = method.layers
-        change = published_rome(lm.model, lm.tokenizer, request, contexts.templates, value, layer, covariance[layer])
+        change = published_rome(
+            lm.model, lm.tokenizer, request, contexts.templates, value, layer, covariance[Place(layer)]
+        )
         changes = {layer: change}
     before = {layer: weight_view(lm.model, layer).clone() for layer in changes}
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.ops import (
     Head,
     add_low_rank_,
@@ -15,7 +16,6 @@ from lightedit.ops import (
     second_moment_,
     target_nll_kl,
 )
-from lightedit.update import Preservation
 
 D_IN = {"smollm2": 1536, "gpt2-xl": 6400, "llama-2-7b": 11008, "llama-3-8b": 14336, "gpt-j-6b": 16384}
 TOKENS = (1024, 4096, 16384, 65536)

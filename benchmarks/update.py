@@ -8,16 +8,16 @@ from statistics import median
 import torch
 
 from benchmarks import Options, Result, WrongResultError
+from benchmarks.published import Request, published_memit
 from benchmarks.values import load_facts
-from lightedit.covariance import Covariance, Provenance
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import tokenize_facts
-from lightedit.keys import KeyWalk
-from lightedit.lm import LanguageModel, Matrix
+from lightedit.lm import LanguageModel, Place
 from lightedit.methods import MEMIT
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.writing import write_facts
 from lightedit.ops import use
-from lightedit.update import write_facts
-from tests.reference import Request, published_memit
+from lightedit.statistics.covariance import Covariance, Provenance
 
 TOLERANCE = 1e-4  # ||ours - published|| / ||published|| of a layer's change, with float32 keys
 _REPEATS = 5
@@ -47,7 +47,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
     contexts = method.contexts.sample(lm)
     prompts = tokenize_facts(lm.tokenizer, facts, contexts)
     covariance = _random_covariance(lm, method.layers)
-    present = KeyWalk(lm, prompts, method.layers[0]).present(method.value_layer)
+    present = KeyWalk(lm, prompts, Place(method.layers[0])).present(method.value_layer)
     generator = torch.Generator().manual_seed(0)
     targets = present + 0.3 * present.norm(dim=0) * torch.randn(present.shape, generator=generator).double() / 24
 
@@ -68,7 +68,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
     start = time.perf_counter()
     published = published_memit(
         lm.model, lm.tokenizer, requests, contexts.templates, list(targets.T), method.layers,
-        {layer: covariance[layer] for layer in method.layers}, method.lambda_,
+        {layer: covariance[Place(layer)] for layer in method.layers}, method.lambda_,
     )  # fmt: skip
     theirs = time.perf_counter() - start
     difference = max(
@@ -82,7 +82,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
             f"{TOLERANCE:.0e} is expected, so no speed is reported"
         )
     ours = {name: median(times) for name, times in seconds.items()}
-    system = _median_solve(covariance[method.layers[0]], len(facts))
+    system = _median_solve(covariance[Place(method.layers[0])], len(facts))
     figures = {
         "facts": len(facts),
         "layers": list(method.layers),
@@ -106,9 +106,9 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
 def _random_covariance(lm: LanguageModel, layers: Sequence[int]) -> Covariance:
     moments = {}
     for layer in layers:
-        d_in = lm.weight(layer).shape[1]
+        d_in = lm.weight(Place(layer)).shape[1]
         keys = torch.randn(2 * d_in, d_in, generator=torch.Generator().manual_seed(layer))
-        moments[Matrix(layer)] = keys.T @ keys / len(keys)
+        moments[Place(layer)] = keys.T @ keys / len(keys)
     return Covariance(moments, Provenance(lm.name, lm.fingerprint, "noise", 2 * d_in, 1, "float32"))
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
+from benchmarks.published import PublishedValue, published_values
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
+from lightedit.methods.closed_form.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
 from lightedit.progress import progress
-from lightedit.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
-from tests.reference import PublishedValue, published_values
 
 LAYER = 8
 SITE: Site = "block"
@@ -202,7 +202,7 @@ def _check(fact: Fact, ours: Tensor, reference: Tensor) -> float:
 
 def _matrix_rates(lm: LanguageModel) -> dict[str, float]:
     """Median rate of float32 matrix products in flop/s, by size: one of the model's own and a large square one."""
-    d, d_in = lm.weight(0).shape
+    d, d_in = lm.weight(Place(0)).shape
     rates = {}
     for rows, inner, columns in ((1024, d, d_in), (SQUARE, SQUARE, SQUARE)):
         left, right = torch.randn(rows, inner), torch.randn(inner, columns)

@@ -1,27 +1,27 @@
 """lightedit: edit facts in transformer language models, and be able to ship, undo and trust the edit."""
 
-from lightedit.covariance import Covariance, CovarianceError
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
-from lightedit.edit import Edit, EditError
-from lightedit.estimation import estimate_covariance
-from lightedit.evaluate import evaluate
-from lightedit.evaluation import Evaluation
-from lightedit.export import export_lora, export_model
-from lightedit.health import Health
-from lightedit.lm import LanguageModel, Matrix
+from lightedit.editing.artefact import Edit, EditError
+from lightedit.editing.checkpoint import RoundCheckpoint
+from lightedit.editing.export import export_lora, export_model
+from lightedit.editing.health import Health
+from lightedit.editing.module import EditModule
+from lightedit.editing.run import edit
+from lightedit.evaluation.evaluate import evaluate
+from lightedit.evaluation.references import References, read_references, write_references
+from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.single import evaluate_single
+from lightedit.lm import LanguageModel
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
-from lightedit.module import EditModule
-from lightedit.references import References, read_references, write_references
-from lightedit.report import report
-from lightedit.resume import RoundCheckpoint
-from lightedit.run import edit
-from lightedit.run_folder import ResumeError
-from lightedit.single import evaluate_single
-from lightedit.stopping import KLBelow, MostProbable
-from lightedit.sweep import sweep
-from lightedit.values import ValueSettings
+from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
+from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.reports.page import report
+from lightedit.runs.folder import ResumeError
+from lightedit.statistics.covariance import Covariance, CovarianceError
+from lightedit.statistics.estimation import estimate_covariance
+from lightedit.sweeps.run import sweep
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,6 @@ __all__ = [
     "Health",
     "KLBelow",
     "LanguageModel",
-    "Matrix",
     "Method",
     "MostProbable",
     "References",

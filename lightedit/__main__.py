@@ -12,13 +12,13 @@ import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 
 from lightedit.commands.covariance import covariance
+from lightedit.commands.demo import demo
 from lightedit.commands.edit import edit
 from lightedit.commands.env import env
 from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
-from lightedit.demo import demo
 from lightedit.methods import METHODS, Method
 
 COMMANDS: dict[str, Any] = {

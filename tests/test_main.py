@@ -10,12 +10,13 @@ import torch
 import yaml
 
 import lightedit as le
-from lightedit import single
 from lightedit.__main__ import main
+from lightedit.evaluation import single
+from lightedit.lm import Place
+from tests.editing.test_module import covariance_of
 from tests.models import tiny_model, tiny_tokenizer
-from tests.test_module import covariance_of
 
-evaluation_module = importlib.import_module("lightedit.evaluate")  # whose name is that of the function, too
+evaluation_module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France's capital is",),
             neighborhood_prompts=("The Eiffel Tower is in",)),
@@ -81,7 +82,7 @@ def test_export_ships_the_edited_model_or_an_adapter(place: Path, capsys: pytest
     lm = le.LanguageModel.load("model")
     le.Edit.load("edits/first").apply(lm)
     shipped = le.LanguageModel.load("shipped")
-    assert all(torch.equal(shipped.weight(layer), lm.weight(layer)) for layer in range(lm.n_layers))
+    assert all(torch.equal(shipped.weight(layer), lm.weight(Place(layer))) for layer in range(lm.n_layers))
     assert Path("adapter", "adapter_model.safetensors").is_file()
     assert "shipped exists already" in fails(capsys, [*export, "shipped"])
     assert "--edits names none" in fails(capsys, [*export[:4], "[]", "--out", "other"])
@@ -273,7 +274,7 @@ def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
     assert list((place / "cache" / "stats").rglob("covariance.safetensors"))
     main([*arguments, "--out", "edits/two"])
     one, two = le.Edit.load("edits/one"), le.Edit.load("edits/two")
-    assert torch.equal(one.rounds[0][1].left, two.rounds[0][1].left)
+    assert torch.equal(one.rounds[0][Place(1)].left, two.rounds[0][Place(1)].left)
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lightedit as le
+from benchmarks.published import published_values
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
-from lightedit.values import optimize_values
-from tests.reference import published_values
+from lightedit.methods.closed_form.values import optimize_values
 
 FACTS = [
     le.Fact("The capital of {} is", "France", "Rome", target_true="Paris"),

@@ -6,12 +6,12 @@ from pathlib import Path
 import lightedit as le
 from lightedit.commands.shared import covariance_of, remove_runs
 from lightedit.data.texts import read_texts
-from lightedit.edit import check_free
-from lightedit.health import OnLimit
-from lightedit.module import OnCollision
-from lightedit.retention import check_validation
-from lightedit.run import check_edit, rounds_of
-from lightedit.run_folder import kept_rounds
+from lightedit.editing.artefact import check_free
+from lightedit.editing.health import OnLimit
+from lightedit.editing.module import OnCollision
+from lightedit.editing.retention import check_validation
+from lightedit.editing.run import check_edit, rounds_of
+from lightedit.runs.folder import kept_rounds
 
 
 def edit(

@@ -7,10 +7,10 @@ from typing import Literal
 import lightedit as le
 from lightedit.commands.shared import covariance_of, remove_runs
 from lightedit.data.texts import read_texts
-from lightedit.evaluate import check_held_out
-from lightedit.harness import check_harness
-from lightedit.references import read_references, write_references
-from lightedit.single import check_single
+from lightedit.evaluation.evaluate import check_held_out
+from lightedit.evaluation.harness import check_harness
+from lightedit.evaluation.references import read_references, write_references
+from lightedit.evaluation.single import check_single
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
     if method is not None:
         check_single(model, chosen, method, batch_size, facts_per_chunk)
         moments = covariance_of(model, [method], covariance)
-        moments.check(model, method.matrices)
+        moments.check(model, method.places)
     if references == "own":
         texts = write_references(model, chosen)
     score = partial(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import lightedit as le
-from lightedit.export import check_export
+from lightedit.editing.export import check_export
 
 
 def export(

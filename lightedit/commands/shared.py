@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightedit as le
-from lightedit.run_folder import locked, remove_run
+from lightedit.runs.folder import locked, remove_run
 
 
 def remove_runs(run: Path) -> None:
@@ -17,10 +17,10 @@ def remove_runs(run: Path) -> None:
 
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
     """What `folder` holds, or without one an estimate of all that `methods` need."""
-    matrices = {matrix for method in methods for matrix in method.matrices}
+    matrices = {matrix for method in methods for matrix in method.places}
     layers = sorted({matrix.layer for matrix in matrices})
     model.check_layers(layers)
     if folder is not None:
         return le.Covariance.load(folder)
-    attention = any(matrix.part == "attention" for matrix in matrices)
+    attention = any(matrix.name == "attention_out" for matrix in matrices)
     return le.estimate_covariance(model, layers, cache=True, attention=attention)

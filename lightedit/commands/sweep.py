@@ -6,9 +6,9 @@ from typing import Any, Literal
 import lightedit as le
 from lightedit.commands.shared import covariance_of
 from lightedit.data.facts import check_facts
-from lightedit.module import OnCollision
-from lightedit.sweep.plan import plan
-from lightedit.sweep.run import check_sweep_folder
+from lightedit.editing.module import OnCollision
+from lightedit.sweeps.plan import plan
+from lightedit.sweeps.run import check_sweep_folder
 
 
 def sweep(

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from lightedit.data.facts import Fact, FactError
-
-if TYPE_CHECKING:
-    from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel
 
 KL_TEMPLATE = "{} is a"  # where the published loss keeps the subject's essence
 
@@ -62,7 +59,7 @@ class ContextSettings:
         if self.bare_weight is not None and not 0 < self.bare_weight <= 1:
             raise ValueError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
 
-    def sample(self, lm: "LanguageModel") -> Contexts:
+    def sample(self, lm: LanguageModel) -> Contexts:
         """Let `lm` write the prefixes (top-5 sampling)."""
         templates = ["{}"]
         for start, count, length in self.prefixes:

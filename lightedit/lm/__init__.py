@@ -1,6 +1,6 @@
 """The language model that is edited."""
 
-from lightedit.lm.matrix import Matrix
 from lightedit.lm.model import LanguageModel
+from lightedit.lm.place import Place
 
-__all__ = ["LanguageModel", "Matrix"]
+__all__ = ["LanguageModel", "Place"]

@@ -1,7 +1,7 @@
 """The language model that is edited: a plain object around a transformers model and its tokenizer."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +17,8 @@ from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.hooks import capture, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
-from lightedit.lm.matrix import Matrix
 from lightedit.lm.packed import Span, packed_attention
+from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
@@ -94,11 +94,11 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        return self.weight(0).shape[0]
+        return self.weight(Place(0)).shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight(0).dtype
+        return self.weight(Place(0)).dtype
 
     @property
     def device(self) -> torch.device:
@@ -147,44 +147,35 @@ class LanguageModel:
         if layers[0] < 0 or layers[-1] >= self.n_layers:
             raise ValueError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
-    def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
-        """The module of the MLP's second matrix in block `layer`."""
-        return self.module(layer)
-
-    def attention_output(self, layer: int) -> nn.Linear | Conv1D:
-        """The module of the attention's output matrix in block `layer`."""
-        return self.module(Matrix(layer, "attention"))
-
-    def module(self, matrix: int | Matrix) -> nn.Linear | Conv1D:
+    def module(self, matrix: Place) -> nn.Linear | Conv1D:
         """The module that holds `matrix`."""
         return cast(nn.Linear | Conv1D, self.model.get_submodule(self.module_name(matrix)))
 
-    def module_name(self, matrix: int | Matrix) -> str:
+    def module_name(self, matrix: Place) -> str:
         """That module's name in the model, such as "model.layers.5.mlp.down_proj"."""
-        matrix = Matrix.of(matrix)
-        paths = {"mlp": self.architecture.mlp_output, "attention": self.architecture.attention_output}
-        return f"{self.architecture.blocks}.{matrix.layer}.{paths[matrix.part]}"
+        paths = {"mlp": self.architecture.mlp_output, "attention_out": self.architecture.attention_output}
+        return f"{self.architecture.blocks}.{matrix.layer}.{paths[matrix.name]}"
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
         path = self.architecture.mlp_norm
         return self.blocks[layer].get_submodule(path) if path else None
 
-    def weight(self, matrix: int | Matrix) -> Tensor:
-        """A matrix, such as the MLP's of layer `5` or `Matrix(5, "attention")`, as a writable [d_out, d_in] view."""
+    def weight(self, matrix: Place) -> Tensor:
+        """A matrix, such as `Place(5)` or `Place(5, "attention_out")`, as a writable [d_out, d_in] view."""
         module = self.module(matrix)
         weight = module.weight
         if not weight.is_floating_point() or weight.device.type == "meta":
             state = "offloaded" if weight.device.type == "meta" else f"stored as {weight.dtype}"
             raise UnsupportedModelError(
-                f"the matrix of {Matrix.of(matrix)} is {state}; load it in a floating-point dtype on a device"
+                f"the matrix of {matrix} is {state}; load it in a floating-point dtype on a device"
             )
         return weight.data.T if isinstance(module, Conv1D) else weight.data
 
     def mlp_values(self, layer: int, keys: Tensor) -> Tensor:
         """W k + b of block `layer` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
-        values = self.weight(layer).double() @ keys.to(self.weight(layer).device, torch.float64)
-        bias = self.mlp_output(layer).bias
+        values = self.weight(Place(layer)).double() @ keys.to(self.weight(Place(layer)).device, torch.float64)
+        bias = self.module(Place(layer)).bias
         return values if bias is None else values + bias.double()[:, None]
 
     # Running it
@@ -248,6 +239,22 @@ class LanguageModel:
         with skip_blocks(self.blocks[:layer], hidden, self.returns_tuple):
             yield
 
+    @contextmanager
+    def with_edits(self, edits: RowwiseEdits, rectangles: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
+        """Within the context, every row of a forward pass sees its own edit; no weight is written.
+
+        Args:
+            edits: which edit each row sees.
+            rectangles: (rows, length) of each span of a packed pass; by default the rows are one rectangle.
+        """
+        with ExitStack() as stack:
+            for place, update in edits.updates.items():
+                handle = self.module(place).register_forward_hook(
+                    lambda _, inputs, output, update=update: output + edits.added(inputs[0], update, rectangles)
+                )
+                stack.callback(handle.remove)
+            yield
+
     # Text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -304,7 +311,7 @@ class LanguageModel:
                 if top_k and seeds is not None:
                     draws = SeededDraws([seeds[i] for i in group], max_new_tokens, top_k)
                     sampling["logits_processor"] = LogitsProcessorList([draws])
-                with edits.rows(group).applied(self):
+                with self.with_edits(edits.rows(group)):
                     output = self.model.generate(
                         input_ids=batch.ids,
                         attention_mask=batch.mask.long(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from lightedit.lm.prefix import PrefixCache
+from lightedit.lm.cache import PrefixCache
 
 _NAME = "lightedit_packed"
 

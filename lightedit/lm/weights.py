@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightedit.lm.matrix import Matrix
+from lightedit.lm.place import Place
 from lightedit.ops import add_low_rank_
 from lightedit.ops.add_low_rank import sum_dtype
 
@@ -61,11 +61,11 @@ class EditedWeights:
         weight: name -> the live weight, as a [d_out, d_in] view that can be written.
     """
 
-    def __init__(self, weight: Callable[[Matrix], Tensor]) -> None:
+    def __init__(self, weight: Callable[[Place], Tensor]) -> None:
         self._weight = weight
-        self._base: dict[Matrix, Tensor] = {}
-        self._sum: dict[Matrix, Tensor] = {}
-        self._updates: dict[Matrix, list[tuple[str, LowRankUpdate]]] = {}
+        self._base: dict[Place, Tensor] = {}
+        self._sum: dict[Place, Tensor] = {}
+        self._updates: dict[Place, list[tuple[str, LowRankUpdate]]] = {}
 
     @property
     def owners(self) -> list[str]:
@@ -73,22 +73,21 @@ class EditedWeights:
         return list(dict.fromkeys(owner for updates in self._updates.values() for owner, _ in updates))
 
     @property
-    def matrices(self) -> list[Matrix]:
+    def places(self) -> list[Place]:
         """The matrices that carry updates."""
         return sorted(self._updates)
 
-    def base(self, matrix: int | Matrix) -> Tensor:
+    def base(self, matrix: Place) -> Tensor:
         """The unedited `matrix`, [d_out, d_in]."""
-        matrix = Matrix.of(matrix)
         return self._base.get(matrix, self._weight(matrix))
 
-    def change(self, matrix: int | Matrix) -> LowRankUpdate:
+    def change(self, matrix: Place) -> LowRankUpdate:
         """All active updates of `matrix` as one, float32 or wider, on the CPU.
 
         Raises:
             KeyError: it carries none.
         """
-        updates = [update for _, update in self._updates[Matrix.of(matrix)]]
+        updates = [update for _, update in self._updates[matrix]]
         left, right = (
             torch.cat([getattr(update, name).detach().to("cpu") for update in updates], dim=1)
             for name in ("left", "right")
@@ -97,9 +96,8 @@ class EditedWeights:
         return LowRankUpdate(left.to(wide), right.to(wide))
 
     @torch.no_grad()
-    def add(self, owner: str, matrix: int | Matrix, update: LowRankUpdate) -> None:
+    def add(self, owner: str, matrix: Place, update: LowRankUpdate) -> None:
         """Write `update` into `matrix` on behalf of the edit `owner`."""
-        matrix = Matrix.of(matrix)
         weight = self._weight(matrix)
         shape = (*update.left.shape[:-1], update.right.shape[-2])
         if shape != tuple(weight.shape):
@@ -136,7 +134,7 @@ class EditedWeights:
             for matrix, weight in edited.items():
                 self._weight(matrix).copy_(weight)
 
-    def _accumulate(self, matrix: Matrix, update: LowRankUpdate) -> None:
+    def _accumulate(self, matrix: Place, update: LowRankUpdate) -> None:
         weight = self._weight(matrix)
         if weight.dtype != sum_dtype(weight) and matrix not in self._sum:
             self._sum[matrix] = self._base[matrix].to(sum_dtype(weight))

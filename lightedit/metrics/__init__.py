@@ -12,7 +12,8 @@ from lightedit.metrics.accuracies import (
     SuccessRate,
 )
 from lightedit.metrics.generated import GenerationEntropy, GenerationSuccess, OwnReferenceScore, ReferenceScore
-from lightedit.metrics.metrics import (
+from lightedit.metrics.records import Generations, PromptScores, RecordScores
+from lightedit.metrics.scores import (
     EditScore,
     EfficacyMagnitude,
     EfficacyScore,
@@ -23,7 +24,6 @@ from lightedit.metrics.metrics import (
     edit_metrics,
     reported,
 )
-from lightedit.metrics.records import Generations, PromptScores, RecordScores
 from lightedit.metrics.scoring import TargetScores, score_targets
 
 __all__ = [

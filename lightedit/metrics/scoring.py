@@ -186,7 +186,7 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
     at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
     edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
     if not lm.architecture.packs:
-        with edits.applied(lm), lm.before_head(len(rows), (at_row, at_place)) as states:
+        with lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
             lm.forward(pad([row.ids for row in rows], lm.pad_id))
         return lm.head.logits(states[0].to(lm.head.weight.device))
     spans = []
@@ -202,6 +202,6 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
     )
     at_token = starts[at_row] + at_place
     rectangles = [(span.rows, span.length) for span in spans]
-    with edits.applied(lm, rectangles), lm.before_head(1, (torch.zeros_like(at_token), at_token)) as states:
+    with lm.with_edits(edits, rectangles), lm.before_head(1, (torch.zeros_like(at_token), at_token)) as states:
         lm.forward_packed(ids, positions, spans)
     return lm.head.logits(states[0].to(lm.head.weight.device))

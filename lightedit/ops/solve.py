@@ -11,7 +11,7 @@ from lightedit.ops._precision import whole_float32
 def preservation_memorization_solve(keys: Tensor, solved: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """right = X (γ I + Kᵀ X)⁻¹, with X = A⁻¹ K.
 
-    With residuals R, ΔW = R rightᵀ is the update of `lightedit.update`. Past keys are part of A. Leading dimensions are
+    With residuals R, ΔW = R rightᵀ is the update. Past keys are part of A. Leading dimensions are
     systems of their own, such as a sweep of λ, or single edits that share one A and so one solve for all their X. On a
     GPU, kernels of our own solve systems of at most 128 facts, those in Triton in float32 only; others are left to the
     vendor's libraries.

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.published import subject_last
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import (
     Contexts,
@@ -16,7 +17,6 @@ from lightedit.data.prompts import (
 )
 from lightedit.lm import LanguageModel
 from tests.models import BOS, EOS, tiny_model, tiny_tokenizer
-from tests.reference import subject_last
 
 KINDS = ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"]
 SUBJECTS = ["France", "Danielle Darrieux", "Zoë Müller", "Zoe\u0308", "東京", "Saint-Denis (93)", "🗼"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.hooks import capture, hidden_of, skip_blocks, stop_after
 from lightedit.lm.prefix import prefix_cache
@@ -193,7 +193,7 @@ def test_capture_reads_inputs_and_outputs_of_every_row(architecture: str) -> Non
     lm = language_model(architecture)
     batch = pad(random_rows([6, 3]), lm.pad_id)
     at = (torch.tensor([0, 1]), torch.tensor([5, 2]))
-    mlp = lm.mlp_output(1)
+    mlp = lm.module(Place(1))
     with (
         torch.no_grad(),
         capture({1: mlp}, 2, at, inputs=True) as keys,
@@ -248,7 +248,7 @@ def traces(model: nn.Module) -> list[str]:
 def contexts(lm: LanguageModel) -> Iterator[AbstractContextManager[object]]:
     hidden = torch.zeros(1, 2, lm.d_model)
     yield capture(dict(enumerate(lm.blocks)), 1)
-    yield capture({0: lm.mlp_output(0)}, 1, inputs=True)
+    yield capture({0: lm.module(Place(0))}, 1, inputs=True)
     yield stop_after(lm.blocks[2])
     yield skip_blocks(lm.blocks[:2], hidden, lm.returns_tuple)
     yield lm.starting_at(3, hidden)

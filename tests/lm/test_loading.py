@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from lightedit.lm import LanguageModel, loading
+from lightedit.lm import LanguageModel, Place, loading
 from tests.models import tiny_model, tiny_tokenizer
 
 
@@ -48,7 +48,7 @@ def test_a_saved_folder_gives_the_same_model_back(folder: Path) -> None:
     assert lm.fingerprint == expected.fingerprint
     assert lm.encode(["Zoë lives in 東京"]) == expected.encode(["Zoë lives in 東京"])
     for layer in range(4):
-        assert torch.equal(lm.weight(layer), expected.weight(layer).float())
+        assert torch.equal(lm.weight(Place(layer)), expected.weight(layer).float())
 
 
 @pytest.mark.parametrize(

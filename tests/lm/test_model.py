@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.byt5 import ByT5Tokenizer
 
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
 from lightedit.lm.hooks import capture
@@ -20,7 +20,7 @@ def language_model(architecture: str, tokenizer: str = "bytelevel", **kwargs) ->
 
 
 def random_update(lm: LanguageModel, layer: int, rank: int = 2) -> LowRankUpdate:
-    d_out, d_in = lm.weight(layer).shape
+    d_out, d_in = lm.weight(Place(layer)).shape
     return LowRankUpdate(torch.randn(d_out, rank), torch.randn(d_in, rank))
 
 
@@ -66,16 +66,16 @@ def test_layers_that_ascend_and_exist_pass() -> None:
 
 def test_a_weight_that_is_not_in_memory_is_refused() -> None:
     lm = language_model("llama")
-    lm.mlp_output(1).to("meta")
+    lm.module(Place(1)).to("meta")
     with pytest.raises(UnsupportedModelError, match="layer 1 is offloaded"):
-        lm.weight(1)
+        lm.weight(Place(1))
 
 
 def test_a_quantised_weight_is_refused() -> None:
     lm = language_model("llama")
-    lm.mlp_output(1).weight = torch.nn.Parameter(lm.weight(1).to(torch.int8), requires_grad=False)
+    lm.module(Place(1)).weight = torch.nn.Parameter(lm.weight(Place(1)).to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"layer 1 is stored as torch\.int8"):
-        lm.weight(1)
+        lm.weight(Place(1))
 
 
 # The matrices
@@ -87,12 +87,12 @@ def test_values_of_keys_equal_the_output_of_the_mlp(architecture: str) -> None:
     at = (torch.tensor([0, 1, 2, 2]), torch.tensor([3, 0, 6, 1]))
     with (
         torch.no_grad(),
-        capture({2: lm.mlp_output(2)}, 3, at, inputs=True) as keys,
-        capture({2: lm.mlp_output(2)}, 3, at) as outputs,
+        capture({2: lm.module(Place(2))}, 3, at, inputs=True) as keys,
+        capture({2: lm.module(Place(2))}, 3, at) as outputs,
     ):
         lm.forward(pad(ROWS, lm.pad_id))
     values = lm.mlp_values(2, keys[2].T)
-    assert lm.weight(2).shape == (lm.d_model, keys[2].shape[1])
+    assert lm.weight(Place(2)).shape == (lm.d_model, keys[2].shape[1])
     assert values.dtype == torch.float64
     torch.testing.assert_close(values.T.float(), outputs[2], atol=1e-5, rtol=1e-5)
 
@@ -100,11 +100,11 @@ def test_values_of_keys_equal_the_output_of_the_mlp(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])  # a Conv1D, which is stored transposed, and a Linear
 def test_writing_into_the_weight_changes_the_model(architecture: str) -> None:
     lm = language_model(architecture)
-    key = torch.randn(1, lm.weight(2).shape[1])
-    before = lm.mlp_output(2)(key)
+    key = torch.randn(1, lm.weight(Place(2)).shape[1])
+    before = lm.module(Place(2))(key)
     direction = torch.randn(lm.d_model)
-    lm.weight(2).add_(torch.outer(direction, key[0] / key.square().sum()))
-    torch.testing.assert_close(lm.mlp_output(2)(key), before + direction, atol=1e-5, rtol=1e-5)
+    lm.weight(Place(2)).add_(torch.outer(direction, key[0] / key.square().sum()))
+    torch.testing.assert_close(lm.module(Place(2))(key), before + direction, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -113,7 +113,7 @@ def test_an_edit_changes_one_matrix_and_no_other_parameter(architecture: str) ->
     lm = language_model(architecture)
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     tied = lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight
-    lm.weights.add("edit", 2, random_update(lm, 2))
+    lm.weights.add("edit", Place(2), random_update(lm, 2))
     changed = [name for name, value in lm.model.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == [f"{lm.architecture.blocks}.2.{lm.architecture.mlp_output}.weight"]
     assert tied == (lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight)
@@ -131,7 +131,7 @@ def test_the_model_is_frozen_and_evaluates() -> None:
 def test_the_norm_after_the_mlp_is_the_one_its_output_enters(architecture: str) -> None:
     lm = language_model(architecture)
     with (
-        capture({0: lm.mlp_output(1)}, 3) as outputs,
+        capture({0: lm.module(Place(1))}, 3) as outputs,
         capture({0: lm.mlp_norm(1)}, 3, inputs=True) as inputs,
     ):
         lm.forward(pad(ROWS, lm.pad_id))
@@ -163,7 +163,7 @@ def test_the_fingerprint_tells_models_apart() -> None:
 
 def test_the_fingerprint_reads_evenly_spaced_elements() -> None:
     lm = language_model("llama")
-    flat = lm.weight(3).view(-1)
+    flat = lm.weight(Place(3)).view(-1)
     last = flat.numel() - 1
     assert last % 3 == 0 and last % 63 != 0  # thirds are exactly read, though the step between elements is a fraction
     for index, is_read in ((0, True), (last // 3, True), (2 * last // 3, True), (last, True), (1, False)):
@@ -176,7 +176,7 @@ def test_the_fingerprint_reads_evenly_spaced_elements() -> None:
 def test_the_fingerprint_stays_that_of_the_base_while_edited() -> None:
     lm = language_model("llama")
     before = lm.fingerprint
-    lm.weights.add("edit", 2, random_update(lm, 2))
+    lm.weights.add("edit", Place(2), random_update(lm, 2))
     assert lm.fingerprint == before == language_model("llama").fingerprint
 
 

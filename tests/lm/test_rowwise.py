@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from lightedit import generation
-from lightedit.lm import LanguageModel, Matrix
+from lightedit.evaluation import generation
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.metrics import score_targets
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
-MATRICES = (Matrix(1, "attention"), Matrix(1), Matrix(2))
+MATRICES = (Place(1, "attention_out"), Place(1), Place(2))
 ROWS = [[5, 9, 31, 40, 7], [8, 3], [5, 9, 31]]
 
 
@@ -19,17 +19,17 @@ def build(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageMode
     return LanguageModel(tiny_model(architecture, dtype=dtype), tiny_tokenizer("bytelevel"))
 
 
-def random_edits(lm: LanguageModel, edits: int) -> dict[Matrix, LowRankUpdate]:
+def random_edits(lm: LanguageModel, edits: int) -> dict[Place, LowRankUpdate]:
     updates = {}
     for matrix in MATRICES:
-        d_out, d_in = lm.weight(matrix).shape
+        d_out, d_in = lm.weight(Place(matrix)).shape
         updates[matrix] = LowRankUpdate(torch.randn(edits, d_out, 2), torch.randn(edits, d_in, 2) / d_in)
     return updates
 
 
-def write(lm: LanguageModel, updates: dict[Matrix, LowRankUpdate], edit: int) -> None:
+def write(lm: LanguageModel, updates: dict[Place, LowRankUpdate], edit: int) -> None:
     for matrix, update in updates.items():
-        lm.weights.add("it", matrix, LowRankUpdate(update.left[edit], update.right[edit]))
+        lm.weights.add("it", Place(matrix), LowRankUpdate(update.left[edit], update.right[edit]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -39,7 +39,7 @@ def test_each_row_sees_its_edit_as_if_it_were_written(architecture: str) -> None
     updates = random_edits(lm, 2)
     batch = pad(ROWS, lm.pad_id)
     unedited = lm.forward(batch)
-    with RowwiseEdits(updates, torch.tensor([1, 0, 1])).applied(lm):
+    with lm.with_edits(RowwiseEdits(updates, torch.tensor([1, 0, 1]))):
         found = lm.forward(batch)
     assert torch.equal(lm.forward(batch), unedited)  # the hooks are gone
     for row, edit in enumerate([1, 0, 1]):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.weights import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -47,29 +47,29 @@ def test_factors_of_different_rank_are_refused(left: tuple[int, ...], right: tup
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_update_is_added_and_rounded_once(architecture: str, dtype: torch.dtype) -> None:
     lm = language_model(architecture, dtype)
-    base, update = lm.weight(1).clone(), random_update()
-    lm.weights.add("a", 1, update)
+    base, update = lm.weight(Place(1)).clone(), random_update()
+    lm.weights.add("a", Place(1), update)
     exact = base.double() + update.left.double() @ update.right.double().T
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2 * 1.001)
-    torch.testing.assert_close(lm.weight(1).double(), exact, atol=1e-6, rtol=tolerance)
-    assert lm.weight(1).dtype == dtype
-    assert torch.equal(lm.weights.base(1), base)
+    torch.testing.assert_close(lm.weight(Place(1)).double(), exact, atol=1e-6, rtol=tolerance)
+    assert lm.weight(Place(1)).dtype == dtype
+    assert torch.equal(lm.weights.base(Place(1)), base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_removing_in_any_order_gives_the_base_back_bit_for_bit(dtype: torch.dtype) -> None:
     lm = language_model(dtype=dtype)
-    base = {layer: lm.weight(layer).clone() for layer in (1, 2)}
+    base = {layer: lm.weight(Place(layer)).clone() for layer in (1, 2)}
     for order in itertools.permutations("abc"):
         for owner in "abc":
-            lm.weights.add(owner, 1, random_update())
-            lm.weights.add(owner, 2, random_update())
+            lm.weights.add(owner, Place(1), random_update())
+            lm.weights.add(owner, Place(2), random_update())
         assert lm.weights.owners == ["a", "b", "c"]
         for owner in order:
-            assert not any(torch.equal(lm.weight(layer), base[layer]) for layer in base)
+            assert not any(torch.equal(lm.weight(Place(layer)), base[layer]) for layer in base)
             lm.weights.remove([owner])
         assert lm.weights.owners == []
-        assert all(torch.equal(lm.weight(layer), base[layer]) for layer in base)
+        assert all(torch.equal(lm.weight(Place(layer)), base[layer]) for layer in base)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -79,44 +79,44 @@ def test_removing_an_edit_equals_never_having_written_it_bit_for_bit(architectur
     for removed in ("a", "b", "d", "bc"):
         lm, never = language_model(architecture, dtype), language_model(architecture, dtype)
         for owner, update in updates.items():
-            lm.weights.add(owner, 1, update)
+            lm.weights.add(owner, Place(1), update)
             if owner not in removed:
-                never.weights.add(owner, 1, update)
-        assert not torch.equal(lm.weight(1), never.weight(1))
+                never.weights.add(owner, Place(1), update)
+        assert not torch.equal(lm.weight(Place(1)), never.weight(1))
         lm.weights.remove(list(removed))
-        assert torch.equal(lm.weight(1), never.weight(1))
+        assert torch.equal(lm.weight(Place(1)), never.weight(1))
         assert lm.weights.owners == never.weights.owners
         later = random_update()  # and what is written next is the same too
         for model in (lm, never):
-            model.weights.add("e", 1, later)
-        assert torch.equal(lm.weight(1), never.weight(1))
+            model.weights.add("e", Place(1), later)
+        assert torch.equal(lm.weight(Place(1)), never.weight(1))
 
 
 def test_removing_an_edit_leaves_other_layers_alone() -> None:
     lm = language_model()
-    lm.weights.add("a", 1, random_update())
-    lm.weights.add("b", 2, random_update())
-    kept = lm.weight(2).clone()
+    lm.weights.add("a", Place(1), random_update())
+    lm.weights.add("b", Place(2), random_update())
+    kept = lm.weight(Place(2)).clone()
     lm.weights.remove(["a", "unknown"])
-    assert torch.equal(lm.weight(2), kept)
+    assert torch.equal(lm.weight(Place(2)), kept)
     assert lm.weights.owners == ["b"]
 
 
 def test_one_edit_may_write_a_layer_more_than_once() -> None:
     lm = language_model()
-    base = lm.weight(1).clone()
+    base = lm.weight(Place(1)).clone()
     first, second = random_update(), random_update()
-    lm.weights.add("a", 1, first)
-    lm.weights.add("a", 1, second)
-    torch.testing.assert_close(lm.weight(1), base + first.dense() + second.dense(), atol=1e-5, rtol=1e-5)
+    lm.weights.add("a", Place(1), first)
+    lm.weights.add("a", Place(1), second)
+    torch.testing.assert_close(lm.weight(Place(1)), base + first.dense() + second.dense(), atol=1e-5, rtol=1e-5)
     lm.weights.remove(["a"])
-    assert torch.equal(lm.weight(1), base)
+    assert torch.equal(lm.weight(Place(1)), base)
 
 
 def test_a_bfloat16_model_does_not_drift_over_many_small_updates() -> None:
     """Each update is far below half a unit in the last place of most weights: added one by one, most would vanish."""
     lm = language_model(dtype=torch.bfloat16)
-    base = lm.weight(1).clone()
+    base = lm.weight(Place(1)).clone()
     exact, one_by_one = base.double(), base.clone()
     for index in range(100):
         update = LowRankUpdate(torch.full((D_OUT, 1), 1e-2), torch.rand(D_IN, 1) * 1e-2)
@@ -124,37 +124,37 @@ def test_a_bfloat16_model_does_not_drift_over_many_small_updates() -> None:
         exact += update.left.double() @ update.right.double().T
         one_by_one += update.dense().bfloat16()
     ulp = torch.finfo(torch.bfloat16).eps * exact.abs()  # at least one unit in the last place
-    assert ((lm.weight(1).double() - exact.bfloat16().double()).abs() <= ulp).all()
+    assert ((lm.weight(Place(1)).double() - exact.bfloat16().double()).abs() <= ulp).all()
     assert ((one_by_one.double() - exact).abs() > 2 * ulp).any()  # what is avoided
-    assert (lm.weight(1) == exact.bfloat16()).float().mean() > 0.99
+    assert (lm.weight(Place(1)) == exact.bfloat16()).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_an_update_of_another_shape_is_refused_and_changes_nothing(written: bool) -> None:
     lm = language_model()
-    base = lm.weight(1).clone()
+    base = lm.weight(Place(1)).clone()
     if written:
-        lm.weights.add("a", 1, random_update())
-    before = lm.weight(1).clone()
+        lm.weights.add("a", Place(1), random_update())
+    before = lm.weight(Place(1)).clone()
     with pytest.raises(ValueError, match=r"layer 1: an update of shape \(80, 32\) does not fit .* \(32, 80\)"):
-        lm.weights.add("b", 1, LowRankUpdate(torch.ones(D_IN, 1), torch.ones(D_OUT, 1)))
-    assert torch.equal(lm.weight(1), before)
+        lm.weights.add("b", Place(1), LowRankUpdate(torch.ones(D_IN, 1), torch.ones(D_OUT, 1)))
+    assert torch.equal(lm.weight(Place(1)), before)
     assert lm.weights.owners == (["a"] if written else [])
     lm.weights.remove(["a", "b"])
-    assert torch.equal(lm.weight(1), base)
+    assert torch.equal(lm.weight(Place(1)), base)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_unedited_matrices_come_back_for_a_while(architecture: str, dtype: torch.dtype) -> None:
     lm = language_model(architecture, dtype)
-    base = {layer: lm.weight(layer).clone() for layer in (1, 2)}
+    base = {layer: lm.weight(Place(layer)).clone() for layer in (1, 2)}
     for owner, layer in (("a", 1), ("a", 2), ("b", 1)):
-        lm.weights.add(owner, layer, random_update())
-    edited = {layer: lm.weight(layer).clone() for layer in base}
+        lm.weights.add(owner, Place(layer), random_update())
+    edited = {layer: lm.weight(Place(layer)).clone() for layer in base}
     with pytest.raises(RuntimeError), lm.weights.unedited():
-        assert all(torch.equal(lm.weight(layer), base[layer]) for layer in base)
+        assert all(torch.equal(lm.weight(Place(layer)), base[layer]) for layer in base)
         raise RuntimeError
-    assert all(torch.equal(lm.weight(layer), edited[layer]) for layer in base)
+    assert all(torch.equal(lm.weight(Place(layer)), edited[layer]) for layer in base)
     lm.weights.remove(["a", "b"])
-    assert all(torch.equal(lm.weight(layer), base[layer]) for layer in base)
+    assert all(torch.equal(lm.weight(Place(layer)), base[layer]) for layer in base)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightedit.data.facts import read_facts
-from lightedit.metrics import accuracies, functional, generated, metrics
+from lightedit.metrics import accuracies, functional, generated, scores
 from lightedit.metrics.functional import (
     accuracy,
     bootstrap_interval,
@@ -47,7 +47,7 @@ def plain_score(rows):
     return statistics.harmonic_mean(means)
 
 
-@pytest.mark.parametrize("module", [functional, metrics, accuracies, generated], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [functional, scores, accuracies, generated], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

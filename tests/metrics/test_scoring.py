@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightedit.data.facts import FactError
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
 from lightedit.metrics import score_targets
 from lightedit.metrics.scoring import _rows
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -187,6 +187,6 @@ def test_untokenisable_target_is_named_before_any_pass(monkeypatch):
 
 def test_ruined_model_is_reported_and_not_scored():
     lm = build()
-    lm.weight(0).fill_(torch.nan)
+    lm.weight(Place(0)).fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"'Paris' after 'The capital of France is' is nan.*revert"):
         score_targets(lm, PROMPTS[:1], TARGETS[:1])

@@ -1,0 +1,1 @@
+"""A run that writes facts into a model, and what comes of it."""

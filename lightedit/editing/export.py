@@ -1,0 +1,115 @@
+"""Shipping what a model carries: the edited model as a folder of its own, or the edits alone as a LoRA adapter."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from lightedit.files import whole_folder
+from lightedit.lm import LanguageModel
+from lightedit.lm.loading import save_pretrained
+from lightedit.lm.weights import LowRankUpdate
+
+
+def export_model(lm: LanguageModel, folder: str | Path) -> Path:
+    """Write the edited model and its tokenizer into `folder`, which appears whole or not at all.
+
+    It loads as any folder of transformers does, with the weights of the moment bit for bit. `lightedit.json` beside
+    them names the edits and the model that they were made in. The edits cannot be reverted in it, so keep them.
+
+    Args:
+        lm: the model, with its edits applied.
+        folder: a new one.
+
+    Raises:
+        ValueError: the folder exists, or the model carries no edit.
+    """
+    folder = Path(folder)
+    record = _record(lm, folder)
+    with whole_folder(folder) as unfinished:
+        save_pretrained(lm.model, lm.tokenizer, unfinished)
+        _write(unfinished / "lightedit.json", record)
+    return folder
+
+
+def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
+    """Write what the edits changed as a LoRA adapter into `folder`, which appears whole or not at all.
+
+    `peft.PeftModel.from_pretrained(model, folder)` adds it to the unedited model, `merge_and_unload` writes it into the
+    weights, and servers that take PEFT adapters can switch it on for one request and off for another. Its rank is the
+    number of facts, or the matrix's smaller dimension if that is less: nothing is approximated. The adapter is float32.
+    In a model of 16 bits it adds what the edited weights themselves have rounded.
+
+    Args:
+        lm: the model, with its edits applied.
+        folder: a new one.
+
+    Raises:
+        ValueError: the folder exists, or the model carries no edit.
+    """
+    folder = Path(folder)
+    record = _record(lm, folder)
+    changes = {matrix: _fewest_columns(lm.weights.change(matrix)) for matrix in lm.weights.places}
+    tensors = {
+        f"base_model.model.{lm.module_name(matrix)}.lora_{factor}.weight": tensor.float().contiguous()
+        for matrix, change in changes.items()
+        for factor, tensor in (("A", change.right.T), ("B", change.left))
+    }
+    ranks = {lm.module_name(matrix): change.rank for matrix, change in changes.items()}
+    largest = max(ranks.values())
+    smaller = {name: rank for name, rank in ranks.items() if rank < largest}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lm.model.name_or_path or lm.name,
+        "target_modules": list(ranks),
+        # the product is scaled by alpha over rank, which is 1 here
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "fan_in_fan_out": isinstance(lm.module(next(iter(changes))), Conv1D),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with whole_folder(folder) as unfinished:
+        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write(unfinished / "adapter_config.json", config)
+        _write(unfinished / "lightedit.json", record)
+    return folder
+
+
+def check_export(folder: Path) -> None:
+    """Raise ValueError if `folder` cannot be the new folder of an export."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a new folder for the export")
+
+
+def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
+    check_export(folder)
+    if not lm.weights.owners:
+        raise ValueError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
+    return {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "edits": list(dict.fromkeys(owner.partition(":")[0] for owner in lm.weights.owners)),
+        "versions": {name: version(name) for name in ("lightedit", "torch", "transformers")},
+    }
+
+
+def _fewest_columns(change: LowRankUpdate) -> LowRankUpdate:
+    """The same product in factors of no more columns than the matrix has rows or columns."""
+    d_out, d_in = change.left.shape[0], change.right.shape[0]
+    if change.rank <= min(d_out, d_in):
+        return change
+    dense = change.to("cpu", torch.float64).dense()
+    eye = torch.eye(min(d_out, d_in), dtype=dense.dtype)
+    return LowRankUpdate(eye, dense.T) if d_out <= d_in else LowRankUpdate(dense, eye)
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

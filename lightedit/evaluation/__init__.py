@@ -1,0 +1,1 @@
+"""What a model, or a method, is worth on facts: scores, comparisons, free texts."""

@@ -1,0 +1,92 @@
+"""Scores that outlive their process: finished chunks of facts are kept on disk, and the same run goes on after them."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightedit.files import whole_file
+from lightedit.metrics import Generations, PromptScores, RecordScores
+from lightedit.runs.folder import ResumeError, check_run, kept_chunks, kept_rounds, locked, remove_run, start_run
+
+
+class KeptScores:
+    """The scores of finished facts in a run's folder, one file a chunk.
+
+    Attributes:
+        records: fact's index -> its scores.
+        seconds: that finding them took.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[int, RecordScores] = {}
+        self.seconds = 0.0
+        for file in kept_chunks(folder):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                self.records.update({int(index): _record(fields) for index, fields in content["records"].items()})
+                self.seconds += float(content["seconds"])
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise ResumeError(
+                    f"{file} is truncated or was altered ({error!r}); delete it to score its facts again"
+                ) from error
+
+    def add(self, records: Mapping[int, RecordScores], seconds: float) -> None:
+        """Keep the scores of one chunk, fact's index -> scores."""
+        self.records.update(records)
+        self.seconds += seconds
+        content = {"seconds": seconds, "records": {index: asdict(record) for index, record in records.items()}}
+        with whole_file(self.folder / f"chunk-{min(records):06}.json") as unfinished:
+            unfinished.write_text(json.dumps(content, default=Tensor.tolist, ensure_ascii=False), encoding="utf-8")
+
+
+@contextmanager
+def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
+    """Open the folder of a run with these settings, which is made if need be; delete it once the scores are saved.
+
+    Raises:
+        ResumeError: the folder holds another run, a file is damaged, or another process is at work in it.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        settings = json.loads(json.dumps(settings))
+        if kept_chunks(folder) or kept_rounds(folder):
+            check_run(folder, settings)
+        else:
+            start_run(folder, "scores", settings)
+        try:
+            yield KeptScores(folder)
+        finally:
+            if not kept_chunks(folder):  # wrong input, most likely: leave nothing behind
+                remove_run(folder)
+                for place in made:
+                    if place.is_dir() and not any(place.iterdir()):
+                        place.rmdir()
+
+
+def _record(fields: Mapping[str, Any]) -> RecordScores:
+    """The inverse of `asdict` and JSON, to the bit: numbers are float64."""
+    scores = {name: _prompt_scores(value) for name, value in fields.items() if name != "generations"}
+    written = fields["generations"]
+    return RecordScores(
+        **scores,
+        generations=None if written is None else Generations(**{**written, "texts": tuple(written["texts"])}),
+    )
+
+
+def _prompt_scores(fields: Mapping[str, Any] | None) -> PromptScores | None:
+    if fields is None:
+        return None
+    numbers: dict[str, Any] = {
+        name: None if value is None else torch.tensor(value, dtype=torch.float64)
+        for name, value in fields.items()
+        if name != "predicted"
+    }
+    return PromptScores(**numbers, predicted=tuple(map(tuple, fields["predicted"])))

@@ -1,0 +1,67 @@
+"""The names of places in a language model: what is read there, added there, or written."""
+
+from dataclasses import dataclass
+from functools import total_ordering
+from typing import Literal, Self, get_args
+
+Name = Literal["embedding", "q", "k", "v", "attention_out", "attention", "mlp_gate", "mlp_in", "mlp", "block"]
+"""What there is in a block, in the order in which it runs; and the embedding."""
+
+_ORDER = {name: index for index, name in enumerate(get_args(Name))}
+
+
+@total_ordering
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One place in a model: a layer, and a name that means the same in every architecture.
+
+    | name | its matrix | what enters | what leaves |
+    |---|---|---|---|
+    | embedding | token embeddings | - | the first block's input; its layer is 0 |
+    | q, k, v | the attention's input matrices; slices where one matrix holds all three | what the attention reads | queries, keys, values |
+    | attention_out | the attention's output matrix | the heads' outputs | what the attention adds |
+    | attention | - | what the attention reads | what the attention adds |
+    | mlp_gate | the gate's matrix, where the MLP has a gate | what the MLP reads | the gate before its activation |
+    | mlp_in | the MLP's first matrix; beside a gate, the one without activation | what the MLP reads | its output |
+    | mlp | the MLP's second matrix, the one that most editors write | its key k | what the MLP adds |
+    | block | - | the residual stream before the block | the residual stream after it |
+
+    Places sort in the order in which they run.
+
+    Attributes:
+        layer: index of the block.
+        name: which part of it.
+
+    Raises:
+        ValueError: an unknown name.
+    """  # noqa: E501
+
+    layer: int
+    name: Name = "mlp"
+
+    def __post_init__(self) -> None:
+        if self.name not in _ORDER:
+            raise ValueError(f"place {self.name!r} is not known; places are {', '.join(_ORDER)}")
+
+    @classmethod
+    def from_key(cls, key: str) -> Self:
+        """The place of that `key`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        layer, _, name = key.partition("_")
+        if not layer.isdigit() or (name or "mlp") not in _ORDER:
+            raise ValueError(f"{key!r} names no place; a name is a layer such as '5', or '5_attention_out'")
+        return cls(int(layer), name or "mlp")  # type: ignore[arg-type]
+
+    @property
+    def key(self) -> str:
+        """Its name in files and logs: "5" for the MLP's matrix, "5_attention_out" for the attention's."""
+        return str(self.layer) if self.name == "mlp" else f"{self.layer}_{self.name}"
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.name == "mlp" else f"layer {self.layer} {self.name}"
+
+    def __lt__(self, other: "Place") -> bool:
+        return (self.layer, _ORDER[self.name]) < (other.layer, _ORDER[other.name])

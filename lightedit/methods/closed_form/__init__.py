@@ -1,0 +1,1 @@
+"""Locate-then-edit methods: a value per fact by gradient descent, then a least-squares update."""

@@ -1,0 +1,45 @@
+"""AlphaEdit: updates confined to the null space of what is preserved."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightedit.lm import Place
+from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.statistics.covariance import Covariance
+
+
+@dataclass(frozen=True)
+class AlphaEdit(Method):
+    """Null-space constrained editing (Fang et al., 2025, arXiv 2410.02355).
+
+    Attributes:
+        threshold: eigenvalues of C0 below it span the null space.
+        relative: take `threshold` as a share of C0's largest eigenvalue; the published one is absolute, and fits models
+            whose keys are as large as those of the models it was found on.
+        ridge: weight of the update's norm, L2.
+        published_history: read the keys that later rounds preserve after the round was written, as the published code
+            does, instead of keeping those that were written.
+    """
+
+    threshold: float = 0.02
+    relative: bool = False
+    ridge: float = 10.0
+    published_history: bool = False
+
+    keeps_past_keys: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.threshold > 0 and self.ridge > 0):
+            raise ValueError(f"threshold and ridge must be positive, got {self.threshold} and {self.ridge}")
+
+    @property
+    def reads_keys_after_writing(self) -> bool:
+        return self.published_history
+
+    def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
+        """A⁻¹ = P / L2."""
+        values, vectors = covariance.eigen(matrix)
+        threshold = self.threshold * float(values[-1]) if self.relative else self.threshold
+        return Preservation.from_null_space(values, vectors, threshold, self.ridge)

@@ -1,0 +1,123 @@
+"""Keys and present values of facts, read while walking the edited matrices from first to last."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightedit.data.prompts import FactPrompts
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.batch import Batch, by_length, pad
+from lightedit.lm.hooks import capture, stop_after
+from lightedit.lm.place import Name
+from lightedit.lm.rowwise import RowwiseEdits
+
+
+class KeyWalk:
+    """Walks the edited matrices once, keeping the hidden states at the input of the present one's layer.
+
+    Only tokens up to the subject's last are run, since nothing after it can reach a key. All that is
+    asked for is read under the weights of the moment, and `advance` finishes a block with what was written into it.
+
+    Args:
+        lm: the language model.
+        prompts: B facts.
+        place: the first edited matrix.
+        max_tokens: tokens of one forward pass at most.
+
+    Attributes:
+        place: the present one.
+        edits: an edit of its own that each fact's rows see beside what is written, B in all; none at first.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[FactPrompts],
+        place: Place,
+        max_tokens: int = 4096,
+    ) -> None:
+        self.lm, self.count, self.place = lm, len(prompts), place
+        self.edits = RowwiseEdits({}, torch.arange(len(prompts)))
+        # batch, fact index [r], weight in the averaged key [r], weight among the bare prompts [r]
+        self._groups: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
+        self._hidden: list[Tensor] = []
+        rows = [
+            (i, row, weight, (number in fact.bare) / len(fact.bare))
+            for i, fact in enumerate(prompts)
+            for number, (row, weight) in enumerate(zip(fact.rows, fact.key_weights, strict=True))
+        ]
+        bare, others = [row for row in rows if row[3]], [row for row in rows if not row[3]]
+        for part in (bare, others):
+            for group in by_length([row.lookup + 1 for _, row, *_ in part], max_tokens):
+                batch = pad([part[j][1].ids[: part[j][1].lookup + 1] for j in group], lm.pad_id)
+                facts = torch.tensor([part[j][0] for j in group])
+                weights = torch.tensor([part[j][2:] for j in group], dtype=torch.float64)
+                self._groups.append((batch, facts, weights[:, 0], weights[:, 1]))
+                block = lm.blocks[self.layer]
+                with capture({0: block}, len(group), inputs=True) as states, stop_after(block):
+                    lm.forward(batch)
+                self._hidden.append(states[0])
+
+    @property
+    def layer(self) -> int:
+        """The layer of the present matrix."""
+        return self.place.layer
+
+    def keys(self, bare: bool = False) -> Tensor:
+        """K: the averaged inputs of the present matrix, [d_in, B] float64.
+
+        Args:
+            bare: average over the bare prompts alone.
+        """
+        return self._mean(self.lm.module(self.place), inputs=True, bare=bare)
+
+    def present(self, layer: int, site: Name = "block") -> Tensor:
+        """What the block, or the matrix in it, gives at `layer` on the bare prompts, [d, B] float64."""
+        module = self.lm.blocks[layer] if site == "block" else self.lm.module(Place(layer, site))
+        return self._mean(module, inputs=False, bare=True)
+
+    @torch.no_grad()
+    def _mean(self, module: nn.Module, inputs: bool, bare: bool) -> Tensor:
+        """Each fact's mean of what enters or leaves `module` at the subject's last token, [width, B] float64."""
+        total: Tensor | None = None
+        for (batch, facts, averaged, of_bare), hidden in zip(self._groups, self._hidden, strict=True):
+            weights = of_bare if bare else averaged
+            if not weights.any():
+                continue
+            with (
+                self.lm.with_edits(self.edits.rows(facts)),
+                capture({0: module}, len(batch.ids), _last(batch), inputs=inputs) as states,
+                stop_after(module),
+                self.lm.starting_at(self.layer, hidden),
+            ):
+                self.lm.forward(batch)
+            state = states[0].double()
+            if total is None:
+                total = state.new_zeros(self.count, state.shape[1])
+            total.index_add_(0, facts.to(state.device), state * weights.to(state.device)[:, None])
+        assert total is not None
+        return total.T
+
+    @torch.no_grad()
+    def advance(self, place: Place) -> None:
+        """Move on to `place`, running the blocks up to its layer with the weights of the moment."""
+        present, self.place = self.layer, place
+        if self.layer == present:
+            return
+        block = self.lm.blocks[self.layer - 1]
+        for index, (batch, facts, *_) in enumerate(self._groups):
+            with (
+                self.lm.with_edits(self.edits.rows(facts)),
+                capture({0: block}, len(batch.ids)) as states,
+                stop_after(block),
+                self.lm.starting_at(present, self._hidden[index]),
+            ):
+                self.lm.forward(batch)
+            self._hidden[index] = states[0]
+
+
+def _last(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(rows, position of each row's last token)."""
+    return torch.arange(len(batch.ids)), batch.mask.sum(1) - 1

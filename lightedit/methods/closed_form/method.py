@@ -1,0 +1,136 @@
+"""What a locate-then-edit method has to say: where values are found, what is preserved, how residuals are spread."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightedit.data.prompts import ContextSettings
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.preservation import Preservation, low_rank_update
+from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.statistics.covariance import Covariance, CovarianceError
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of the methods: a frozen description that the engine reads.
+
+    Attributes:
+        layers: the edited layers, ascending; values are found at the last of them.
+        values: settings of the value optimisation.
+        contexts: how the contexts of keys and values are sampled.
+        site: where δ is added.
+        keeps_past_keys: whether the keys of a run's earlier rounds are preserved by its later ones.
+        facts_per_solve: the most facts that one solve takes; None for any number.
+    """
+
+    layers: tuple[int, ...]
+    values: ValueSettings = field(default_factory=ValueSettings)
+    contexts: ContextSettings = field(default_factory=ContextSettings)
+
+    keeps_past_keys: ClassVar[bool] = False
+    facts_per_solve: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _as_layers(self.layers))
+
+    @property
+    def value_layer(self) -> int:
+        """The last edited layer, where the values are found."""
+        return self.layers[-1]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The matrices that are written, in this order."""
+        return tuple(Place(layer) for layer in self.layers)
+
+    @property
+    def site(self) -> Site:
+        return "block"
+
+    @property
+    def reads_keys_after_writing(self) -> bool:
+        """Whether the past keys of a round are read again once it is written, rather than kept as they were used."""
+        return False
+
+    @abstractmethod
+    def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
+        """The preservation term A of one matrix."""
+
+    def factors(self, lm: LanguageModel, covariance: Covariance) -> dict[Place, Preservation]:
+        """The preservation term of every matrix that is written in `lm`, factored, where the matrix is.
+
+        Raises:
+            CovarianceError: `covariance` is of another model, lacks a matrix, or one cannot be solved with.
+        """
+        covariance.check(lm, self.places)
+        factors = {}
+        for matrix in self.places:
+            try:
+                device = lm.weight(matrix).device
+                factors[matrix] = self.preservation(covariance.on(device, matrix), matrix).to(device)
+            except ValueError as error:
+                raise CovarianceError(f"{matrix}: {error}") from error
+        return factors
+
+    def gamma(self, facts: int) -> float:
+        """γ of the closed form in a solve of so many facts; 0 writes residuals exactly."""
+        return 1.0
+
+    def spread(self, layer: int) -> float:
+        """The share of the residual still standing that `layer` takes: 1 / (L - l + 1), counted in edited layers."""
+        return 1 / (len(self.layers) - self.layers.index(layer))
+
+    def keys(self, walk: KeyWalk) -> Tensor:
+        """K at the walk's matrix, [d_in, B] float64."""
+        return walk.keys()
+
+    def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
+        """What is still missing at the site, as seen from the output of the walk's matrix, [d, B] float64.
+
+        Args:
+            walk: at the matrix to write.
+            keys: K at it, [d_in, B].
+            targets: v at the site, [d, B]; [2 d, B] for two sites.
+        """
+        if self.site == "block":
+            return _before_norm(walk, targets - walk.present(self.value_layer))
+        return targets - walk.present(self.value_layer, walk.place.name)
+
+    def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+        """The change of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
+        return low_rank_update(preservation, keys, residuals, self.gamma(keys.shape[-1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings, for provenance."""
+        settings = asdict(self)
+        if (stopping := self.values.stopping) is not None:
+            settings["values"]["stopping"] = {"name": type(stopping).__name__, **asdict(stopping)}
+        return {"name": type(self).__name__, **settings}
+
+
+def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
+    """Carry residuals of the residual stream [d, B] back to the MLP's output, through the norm between them, if any.
+
+    An RMS norm y = g m / rms(m) is inverted at the present rms(m), which is exact but for the change of that scale.
+    """
+    norm = walk.lm.mlp_norm(walk.layer)
+    if norm is None:
+        return residuals
+    rms = walk.present(walk.layer, "mlp").square().mean(0).sqrt()
+    residuals = residuals.to(rms.device)  # the value layer may lie elsewhere
+    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
+    return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
+
+
+def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:
+    result = (layers,) if isinstance(layers, int) else tuple(int(layer) for layer in layers)
+    if not result or list(result) != sorted(set(result)) or result[0] < 0:
+        raise ValueError(f"layers must be ascending, distinct and not negative, got {layers!r}")
+    return result

@@ -1,0 +1,73 @@
+"""PMET: values for attention and MLP together, of which the MLP's are written."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightedit.lm import Place
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.closed_form.stopping import KLBelow
+from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.statistics.covariance import Covariance
+
+
+@dataclass(frozen=True)
+class PMET(Method):
+    """Precise Model Editing in a Transformer (Li et al., 2024, arXiv 2308.08742).
+
+    One δ is found for the attention's output and one for the MLP's at the same time, so that the MLP need not carry
+    what attention says; only the MLP's is written by default. Residuals are spread by square roots, so that less of
+    them is left to later layers.
+
+    Attributes:
+        lambda_: weight of preservation, λ in A = λ C0.
+        attention_delta: False finds a δ for the MLP's output alone (the paper's first ablation).
+        write_attention: True writes the attention's δ too, into the attention's output matrices (the paper's second
+            ablation). The covariance must then hold these: `estimate_covariance(..., attention=True)`.
+        even_spread: True spreads residuals as MEMIT does (the paper's third ablation).
+    """
+
+    values: ValueSettings = field(
+        default_factory=lambda: ValueSettings(lr=0.2, steps=30, kl_factor=1.0, stopping=KLBelow())
+    )
+    lambda_: float = 6_000.0
+    attention_delta: bool = True
+    write_attention: bool = False
+    even_spread: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lambda_ > 0:
+            raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
+        if self.write_attention and not self.attention_delta:
+            raise ValueError(
+                "write_attention=True writes the attention's δ, which attention_delta=False does not find; change one"
+            )
+
+    @property
+    def site(self) -> Site:
+        return "attention+mlp" if self.attention_delta else "mlp"
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        if not self.write_attention:
+            return super().places
+        return tuple(matrix for layer in self.layers for matrix in (Place(layer, "attention_out"), Place(layer)))
+
+    def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
+        """A = λ C0."""
+        return Preservation.from_covariance(covariance[matrix], scale=self.lambda_)
+
+    def spread(self, layer: int) -> float:
+        """1 / sqrt(L - l + 1), counted in edited layers (equation 10)."""
+        even = super().spread(layer)
+        return even if self.even_spread else even**0.5
+
+    def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
+        """What the output of the walk's matrix still misses at the value layer, [d, B] float64."""
+        if self.attention_delta:
+            attention, mlp = targets.chunk(2)
+            targets = attention if walk.place.name == "attention_out" else mlp
+        return super().residuals(walk, keys, targets)

@@ -1,0 +1,160 @@
+"""The closed-form least-squares update of one weight matrix, and the term that it preserves.
+
+With keys K [d_in, B], residuals R = V - W K [d_out, B] and a preservation term A [d_in, d_in]:
+
+    X     = A⁻¹ K
+    right = X (γ I + Kᵀ X)⁻¹
+    ΔW    = R rightᵀ
+
+which minimises ||ΔW K - R||² + tr(ΔW A ΔWᵀ) at γ = 1 (MEMIT, Meng et al., 2023, arXiv 2210.07229, eq. 14) and
+minimises tr(ΔW A ΔWᵀ) subject to ΔW K = R at γ = 0 (ROME, Meng et al., 2022, arXiv 2202.05262, eq. 2, and EMMET, Gupta
+et al., 2024, arXiv 2403.14236). The d x d system becomes a B x B one; no inverse is ever formed.
+"""
+
+import torch
+from torch import Tensor
+
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.ops import preservation_memorization_solve
+
+_FOLD = 1 / 3  # past keys beyond this share of the matrix's size are folded into its factor
+
+
+class Preservation:
+    """The term A that keeps a matrix's outputs on everything else, factored once in float64.
+
+    Args:
+        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within it, [r, r]. A vector is taken for
+            the diagonal of a diagonal one.
+        basis: U [d_in, r], orthonormal: changes stay within its span, A⁻¹ = U matrix⁻¹ Uᵀ. None is the whole space.
+
+    Raises:
+        ValueError: A is not positive definite.
+    """
+
+    def __init__(self, matrix: Tensor, basis: Tensor | None = None) -> None:
+        self._basis = basis
+        self._factor = _cholesky(matrix)
+        self._past = self._solved = matrix.new_empty(matrix.shape[0], 0, dtype=torch.float64)
+        self._gram_factor = matrix.new_empty(0, 0, dtype=torch.float64)
+
+    @classmethod
+    def from_covariance(cls, covariance: Tensor, scale: float = 1.0, ridge: float = 0.0) -> "Preservation":
+        """A = scale * C0 + ridge * I, with C0 the mean second moment of the keys, [d_in, d_in]."""
+        matrix = scale * covariance.double()
+        matrix.diagonal().add_(ridge)
+        return cls(matrix)
+
+    @classmethod
+    def from_null_space(
+        cls, eigenvalues: Tensor, eigenvectors: Tensor, threshold: float, ridge: float
+    ) -> "Preservation":
+        """A⁻¹ = P / ridge, P projecting on the eigenvectors [d_in, d_in] whose eigenvalue [d_in] is below `threshold`.
+
+        Raises:
+            ValueError: no eigenvalue is below the threshold.
+        """
+        basis = eigenvectors[:, eigenvalues < threshold].double()
+        if not basis.shape[1]:
+            raise ValueError(
+                f"no eigenvalue of the covariance is below {threshold:g}: they go from {float(eigenvalues.min()):.2g} "
+                f"to {float(eigenvalues.max()):.2g}; raise the threshold, or make it relative"
+            )
+        return cls(basis.new_full(basis.shape[1:], ridge), basis)
+
+    def to(self, device: torch.device) -> "Preservation":
+        """Itself, on `device`; before it remembers keys."""
+        self._factor, self._past = self._factor.to(device), self._past.to(device)
+        self._solved, self._gram_factor = self._past, self._gram_factor.to(device)
+        self._basis = None if self._basis is None else self._basis.to(device)
+        return self
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """(A + Kp Kpᵀ)⁻¹ K for K [..., d_in, B] and the past keys Kp, in float64."""
+        if keys.ndim > 2:  # the factor is one for all
+            columns = keys.movedim(-2, 0)
+            return self.solve(columns.flatten(1)).unflatten(1, columns.shape[1:]).movedim(0, -2)
+        keys = self._within(keys)
+        solved = self._solve_factor(keys)
+        if self._past.shape[1]:  # Woodbury: the factor of A stays as it is
+            solved -= self._solved @ torch.cholesky_solve(self._past.T @ solved, self._gram_factor)
+        return solved if self._basis is None else self._basis @ solved
+
+    def remember(self, keys: Tensor) -> None:
+        """Preserve the outputs at `keys` [d_in, B] as well from now on: A grows by K Kᵀ."""
+        keys = self._within(keys)
+        self._past = torch.cat([self._past, keys], dim=1)
+        if self._past.shape[1] > _FOLD * len(self._factor):
+            lower = self._factor.diag() if self._factor.ndim == 1 else self._factor.tril()
+            self._factor = _cholesky(lower @ lower.T + self._past @ self._past.T)
+            self._past = self._solved = self._past[:, :0]
+            return
+        self._solved = torch.cat([self._solved, self._solve_factor(keys)], dim=1)
+        gram = self._past.T @ self._solved
+        gram.diagonal().add_(1.0)
+        self._gram_factor = _cholesky(gram)
+
+    def _solve_factor(self, keys: Tensor) -> Tensor:
+        if self._factor.ndim == 1:
+            return keys / self._factor.square()[:, None]
+        # not cholesky_solve, which copies the factor, as large as a covariance, at every call
+        half = torch.linalg.solve_triangular(self._factor, keys, upper=False)
+        return torch.linalg.solve_triangular(self._factor.T, half, upper=True)
+
+    def _within(self, keys: Tensor) -> Tensor:
+        keys = keys.to(self._factor)
+        return keys if self._basis is None else self._basis.T @ keys
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """L of A = L Lᵀ; of a diagonal, given as a vector, its root."""
+    matrix = matrix.double()
+    if matrix.ndim == 1:
+        factor, failed = matrix.sqrt(), (matrix > 0).logical_not().sum()
+    else:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise ValueError(
+            f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "
+            "estimate the covariance from more tokens, at least 10 per input dimension"
+        )
+    return factor
+
+
+# Share of a key's squared length that must not be in the span of other keys, well above float64's rounding
+_DEPENDENT = 1e-12
+
+
+def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float) -> LowRankUpdate:
+    """The update that writes `residuals` at `keys`, or for batched ones the updates that each write their own.
+
+    Args:
+        preservation: A, factored.
+        keys: K, [..., d_in, B].
+        residuals: R, [..., d_out, B].
+        gamma: γ >= 0; 0 demands ΔW K = R exactly.
+
+    Returns:
+        ΔW as factors R [..., d_out, B] and right [..., d_in, B], float64.
+
+    Raises:
+        ValueError: γ = 0 and the keys are linearly dependent, so that no ΔW can meet every residual.
+    """
+    solved = preservation.solve(keys)
+    keys = keys.to(solved)
+    right, pivots = preservation_memorization_solve(keys, solved, gamma)
+    # What a key has beyond those before it; rounding may leave a trace of nothing
+    if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
+        raise ValueError(
+            f"the keys of {keys.shape[-1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
+            "write them in separate rounds"
+        )
+    return LowRankUpdate(residuals.to(solved), right)
+
+
+def key_similarity(preservation: Preservation, keys: Tensor) -> Tensor:
+    """Cosine of every two keys in the metric A⁻¹ in which the update tells them apart, [B, B] float64."""
+    solved = preservation.solve(keys)
+    gram = keys.to(solved).T @ solved
+    scale = gram.diagonal().rsqrt()
+    return gram * scale[:, None] * scale[None, :]

@@ -1,0 +1,67 @@
+"""ROME: one fact at a time, written exactly."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lightedit.data.prompts import ContextSettings
+from lightedit.lm import Place
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.statistics.covariance import Covariance
+
+
+@dataclass(frozen=True)
+class ROME(Method):
+    """Rank-One Model Editing (Meng et al., 2022, arXiv 2202.05262), by default as r-ROME.
+
+    Attributes:
+        key: "averaged" takes the key averaged over contexts in the numerator and in the divisor of the rank-one update
+            alike, so W k = v holds exactly (r-ROME, Gupta et al., 2024, arXiv 2403.07175); "bare" takes the bare
+            prompt's key in both (p-ROME, ibid.); "published" takes the averaged key in C⁻¹ k and the bare one in the
+            divisor and the residual, as the published code does, which can break a model with a single edit.
+    """
+
+    values: ValueSettings = field(default_factory=lambda: ValueSettings(steps=20, clamp_norm_factor=4.0))
+    contexts: ContextSettings = field(
+        default_factory=lambda: ContextSettings(prefixes=(("", 10, 5), ("", 10, 10)), bare_weight=None)
+    )
+    key: Literal["averaged", "bare", "published"] = "averaged"
+
+    facts_per_solve: ClassVar[int | None] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.key not in ("averaged", "bare", "published"):
+            raise ValueError(f"key is 'averaged', 'bare' or 'published', got {self.key!r}")
+
+    @property
+    def site(self) -> Site:
+        return "mlp"
+
+    def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
+        """A = C0; its scale does not matter at γ = 0."""
+        return Preservation.from_covariance(covariance[matrix])
+
+    def gamma(self, facts: int) -> float:
+        return 0.0
+
+    def keys(self, walk: KeyWalk) -> Tensor:
+        return walk.keys(bare=self.key == "bare")
+
+    def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
+        """v - W k at the value layer, so that W k = v afterwards; before it, what the bare prompt still misses."""
+        if walk.layer != self.value_layer:
+            return super().residuals(walk, keys, targets)
+        return targets - walk.lm.mlp_values(walk.layer, walk.keys(bare=True) if self.key == "published" else keys)
+
+    def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+        if self.key != "published":
+            return super().update(preservation, keys, residuals, walk)
+        solved = preservation.solve(keys)
+        bare = walk.keys(bare=True).to(solved).T.reshape(keys.shape)  # one key a solve
+        return LowRankUpdate(residuals.to(solved), solved / (bare.mT @ solved))

@@ -1,0 +1,116 @@
+"""Step 2: keys and residuals are read, solved for and written, matrix after matrix."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightedit.data.prompts import FactPrompts
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.rowwise import RowwiseEdits
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.preservation import Preservation
+
+
+@torch.no_grad()
+def write_facts(
+    lm: LanguageModel,
+    method: Method,
+    preservation: Mapping[Place, Preservation],
+    prompts: Sequence[FactPrompts],
+    targets: Tensor,
+    owner: str,
+) -> Iterator[tuple[Place, LowRankUpdate, Tensor]]:
+    """Step 2 for the facts of one round: solve and write, matrix after matrix.
+
+    Keys and residuals of each are read when its turn has come, so those of a layer's MLP after its attention, where
+    that is edited too, was written; as in the published code of PMET.
+
+    Args:
+        lm: the model; its weights are written on behalf of `owner`.
+        method: the method.
+        preservation: A of each edited matrix, factored.
+        prompts: B facts.
+        targets: v at the method's site in its value layer, [d, B] float64; [2 d, B] for two sites.
+        owner: name of the round's updates in the model's weights.
+
+    Yields:
+        (matrix, update, keys [d_in, B] float64) right after the update was written.
+
+    Raises:
+        FloatingPointError: an update holds NaN or infinity; it is not written.
+    """
+    walk = KeyWalk(lm, prompts, method.places[0])
+    for matrix in method.places:
+        walk.advance(matrix)
+        keys, residuals = _keys_and_residuals(method, walk, targets)
+        update = _solve(method, preservation[matrix], keys, residuals, walk)
+        lm.weights.add(owner, matrix, update)
+        yield matrix, update, keys
+
+
+@torch.no_grad()
+def separate_updates(
+    lm: LanguageModel,
+    method: Method,
+    preservation: Mapping[Place, Preservation],
+    prompts: Sequence[FactPrompts],
+    targets: Tensor,
+) -> RowwiseEdits:
+    """Step 2 for facts that are each edited alone, from the model as it is; nothing is written.
+
+    One factor serves all solves, and in later matrices the rows of each fact see what its earlier ones got.
+
+    Args:
+        lm: the model.
+        method: the method.
+        preservation: A of each edited matrix, factored.
+        prompts: B facts.
+        targets: as for `write_facts`.
+
+    Returns:
+        B edits, one a fact.
+
+    Raises:
+        FloatingPointError: an update holds NaN or infinity.
+    """
+    walk = KeyWalk(lm, prompts, method.places[0])
+    for matrix in method.places:
+        walk.advance(matrix)
+        keys, residuals = (columns.T.unsqueeze(-1) for columns in _keys_and_residuals(method, walk, targets))
+        update = _solve(method, preservation[matrix], keys, residuals, walk)  # each [B, d, 1]
+        walk.edits = RowwiseEdits({**walk.edits.updates, matrix: update}, walk.edits.of_row)
+    return walk.edits
+
+
+def _keys_and_residuals(method: Method, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """K [d_in, B] and the share of R [d_out, B] that the walk's matrix takes, both float64."""
+    keys = method.keys(walk)
+    residuals = method.spread(walk.layer) * method.residuals(walk, keys, targets)
+    _check_finite(walk.place, keys, residuals)
+    return keys, residuals
+
+
+def _solve(method: Method, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+    """The update of the walk's matrix, as precise as the model's sum of updates."""
+    update = method.update(preservation, keys, residuals, walk)
+    _check_finite(walk.place, update.left, update.right)
+    return update.to(walk.lm.weight(walk.place).device, torch.promote_types(walk.lm.dtype, torch.float32))
+
+
+@torch.no_grad()
+def read_keys(lm: LanguageModel, method: Method, prompts: Sequence[FactPrompts]) -> dict[Place, Tensor]:
+    """The keys [d_in, B] of every edited matrix under the weights of the moment."""
+    walk = KeyWalk(lm, prompts, method.places[0])
+    keys = {}
+    for matrix in method.places:
+        walk.advance(matrix)
+        keys[matrix] = method.keys(walk)
+    return keys
+
+
+def _check_finite(matrix: Place, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise FloatingPointError(f"the update of {matrix} holds NaN or infinity; load the model in float32")

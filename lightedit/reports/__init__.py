@@ -1,0 +1,1 @@
+"""Reports: one self-contained HTML file about one run, or about several side by side."""

@@ -1,0 +1,115 @@
+"""The page of a report: all sections in one HTML file without scripts, fonts or anything else to fetch."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lightedit.files import whole_file
+from lightedit.reports.curves import curves_section
+from lightedit.reports.facts import facts_section
+from lightedit.reports.html import Html, element, group
+from lightedit.reports.run import Run, read_runs
+from lightedit.reports.scores import scores_section
+from lightedit.reports.settings import settings_section
+
+_MADE = element("meta", name="generator", content="lightedit report")
+_SECTIONS = (
+    ("Scores", "scores"),
+    ("Over the rounds", "rounds"),
+    ("Facts", "facts"),
+    ("Settings and provenance", "settings"),
+)
+# What the page may load, should anything that was overlooked try: nothing
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.html", overwrite: bool = False) -> Path:
+    """Write one HTML file about one run, or about several side by side.
+
+        report(["edits/memit", "edits/encore"], "report.html")
+
+    It holds the scores with their intervals, before and after; curves of retention, norms and drift where a run has
+    rounds; the best, median and worst facts with what the model makes of their prompts; settings and provenance. The
+    file needs nothing beside it and fetches nothing.
+
+    Args:
+        runs: folders or files, or one of them; see `read_runs`.
+        out: the file, which appears whole or not at all; an earlier report is replaced.
+        overwrite: replace a file that is no report, too.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: there is no such run, or no folder for `out`.
+        ValueError: a path holds no run, or a damaged one, or `out` exists and is no report.
+    """
+    out = Path(out)
+    _check_free(out, overwrite)
+    content = page(read_runs([runs] if isinstance(runs, str | Path) else runs))
+    with whole_file(out) as unfinished:
+        # half a surrogate pair, which a JSON file may hold, is no text
+        unfinished.write_bytes(content.encode("utf-8", "replace"))
+    return out
+
+
+def page(runs: Sequence[Run]) -> Html:
+    """The whole page as HTML."""
+    title = f"Edit report: {', '.join(run.name for run in runs)}"
+    style = files("lightedit.reports").joinpath("style.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        _MADE,
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("link", rel="icon", href="data:,"),
+        element("title", title),
+        element("style", Html(style)),
+    )
+    sections = [section(runs) for section in (scores_section, curves_section, facts_section, settings_section)]
+    links = [
+        element("a", name, href=f"#{target}")
+        for (name, target), section in zip(_SECTIONS, sections, strict=True)
+        if section is not None
+    ]
+    body = element(
+        "body", element("main", element("h1", "Edit report"), *map(_summary, runs), element("nav", *links), *sections)
+    )
+    return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
+
+
+def _summary(run: Run) -> Html:
+    """A sentence on what a run did, and a warning if a limit ended it."""
+    edit = run.edit
+    if edit is None:
+        scores = run.after or run.before
+        what = f"scores of {_count(len(scores.records))}" if scores is not None else "figures of a log"
+    else:
+        method = edit.provenance.get("method", {})
+        name = method.get("name") if isinstance(method, dict) else method
+        rounds = "one round" if len(edit.rounds) == 1 else f"{len(edit.rounds)} rounds"
+        layers = ", ".join(map(str, edit.layers))
+        what = f"{name} wrote {_count(len(edit.facts))} into {edit.model} in {rounds}, layers {layers}"
+    stopped = edit.provenance.get("stopped") if edit is not None else None
+    return group(
+        element("p", element("b", element("bdi", run.name)), ": ", what, ".", class_="lead"),
+        element("p", element("b", "Ended early: "), str(stopped), class_="warning") if stopped else None,
+    )
+
+
+def _count(facts: int) -> str:
+    return "1 fact" if facts == 1 else f"{facts:,} facts"
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
+    if out.exists() and not overwrite:
+        with out.open("rb") as file:
+            start = file.read(1000)
+        if _MADE.encode() not in start:
+            raise ValueError(f"{out} exists and is no report; choose another file, or allow overwriting")

@@ -1,0 +1,115 @@
+"""What a report reads: runs, each a folder or the file of an evaluation."""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightedit.editing.artefact import Edit
+from lightedit.evaluation.result import Evaluation
+from lightedit.runs.tables import read_table
+
+_WAY_OUT = "give the folder of an edit (lightedit edit --out) or a JSON file of scores (lightedit evaluate --out)"
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as it is known.
+
+    Attributes:
+        name: what the report calls it, different from that of other runs.
+        edit: what was written.
+        before: scores of the unedited model.
+        after: scores of the edited model, or of a model of which nothing but these scores is known.
+        retention: rows of retention.csv, see `EditModule`.
+        health: rows of health.csv, see `Health`.
+    """
+
+    name: str
+    edit: Edit | None = None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    retention: Sequence[dict[str, Any]] = ()
+    health: Sequence[dict[str, Any]] = ()
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read runs. Each path is one of these:
+
+    - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
+      (before.json, after.json), or with tables of a log (retention.csv, health.csv). Any of these may be missing;
+      without evaluations, the scores that edit.json itself holds are taken;
+    - the JSON file of one evaluation, which may hold the unedited model's too;
+    - a folder of nothing but such files, which stands for each of them.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: none is given, one is given twice, or one holds something else or is damaged.
+    """
+    if not paths:
+        raise ValueError(f"runs: none given; {_WAY_OUT}")
+    places = [place for path in paths for place in _places(Path(path))]
+    for place, times in Counter(place.resolve() for place in places).items():
+        if times > 1:
+            raise ValueError(f"{place} is given {times} times; give each run once")
+    return [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
+
+
+def _places(path: Path) -> list[Path]:
+    """The path itself, or the files for which a folder stands."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such run; {_WAY_OUT}")
+    known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv")
+    if path.is_file() or any((path / name).is_file() for name in known):
+        return [path]
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"{path} holds no run: none of {', '.join(known)}, and no scores; {_WAY_OUT}")
+    return files
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The last part of each path, and as many parts before it as it takes to tell them apart."""
+    resolved = [place.resolve() for place in places]
+    parts = [(place.with_suffix("") if place.is_file() else place).parts for place in resolved]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(place) for place in places]
+
+
+def _read(place: Path, name: str) -> Run:
+    if place.is_file():
+        after, before = Evaluation.load_with_before(place)
+        return Run(name, before=before, after=after)
+    edit = Edit.load(place) if (place / "edit.json").is_file() else None
+    return Run(
+        name,
+        edit,
+        _evaluation(place, "before", edit),
+        _evaluation(place, "after", edit),
+        _table(place / "retention.csv", edit),
+        _table(place / "health.csv", edit),
+    )
+
+
+def _evaluation(folder: Path, name: str, edit: Edit | None) -> Evaluation | None:
+    file = folder / f"{name}.json"
+    if file.is_file():
+        return Evaluation.load(file)
+    scores = edit.scores.get(name) if edit is not None else None
+    return None if scores is None else Evaluation(scores, dict.fromkeys(scores, (math.nan, math.nan)), [])
+
+
+def _table(file: Path, edit: Edit | None) -> Rows:
+    """Rows of the rounds that stand; a round that was rolled back has a row, too, but no place in the edit."""
+    try:
+        return read_table(file, sys.maxsize if edit is None else len(edit.rounds))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); correct or delete it") from error

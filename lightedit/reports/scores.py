@@ -1,0 +1,204 @@
+"""The scores of runs: a table with intervals, and the same intervals drawn."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lightedit.evaluation.result import Evaluation, decimals, label
+from lightedit.metrics.scores import METRICS
+from lightedit.reports.chart import Interval, interval_chart, legend
+from lightedit.reports.html import Html, element, group, scrolling_table
+from lightedit.reports.run import Run
+
+HEADLINES = ("S", "ES", "PS", "NS")
+ACCURACIES = ("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy")
+
+_CLASSES = {metric.name: metric for metric in METRICS}
+_ON_TEXT = {
+    "perplexity": "Perplexity on held-out text.",
+    "kl": "How far what the model says on held-out text is from the unedited model, KL in nats per token.",
+}
+"""Scores that are no `Metric`: less is better."""
+
+
+class Column(NamedTuple):
+    """One column of scores.
+
+    Attributes:
+        head: what it is called.
+        scores: the evaluation.
+        series: number of its colour and mark in figures; None for the unedited model, which is grey.
+        compared: whether it is compared with other columns.
+    """
+
+    head: str
+    scores: Evaluation
+    series: int | None
+    compared: bool
+
+
+def scores_section(runs: Sequence[Run]) -> Html | None:
+    """The table and figures of all scores; None if no run has any."""
+    columns = score_columns(runs)
+    if not columns:
+        return None
+    comparable = same_facts(columns)
+    notes = ["↑ marks metrics of which more is better, ↓ those of which less is."]
+    if any(not math.isnan(low) for column in columns for low, _ in column.scores.intervals.values()):
+        notes.append("The number after ± is half the width of the 95 % confidence interval over the facts.")
+    if comparable and sum(column.compared for column in columns) > 1:
+        notes.append("“better” stands where that interval overlaps with none of those it is compared with.")
+    if not comparable:
+        notes.append("These columns were scored on different facts, so none is marked as better.")
+    return element(
+        "section",
+        element("h2", "Scores"),
+        element("p", " ".join(notes)),
+        element("div", _table(columns, comparable), _figures(columns), class_="beside"),
+        _explanations(_metrics(columns)),
+        id="scores",
+    )
+
+
+def score_columns(runs: Sequence[Run]) -> list[Column]:
+    """The evaluations of all runs.
+
+    One run is compared with its own unedited model, several with one another. An unedited model whose scores are the
+    same in all of them stands once.
+    """
+    befores = [run.before for run in runs if run.before is not None]
+    shared = len(runs) > 1 and len(befores) == len(runs) and all(other.scores == befores[0].scores for other in befores)
+    columns = [Column("unedited", befores[0], None, False)] if shared else []
+    for index, run in enumerate(runs):
+        alone = len(runs) == 1
+        if run.before is not None and not shared:
+            columns.append(Column("before" if alone else f"{run.name}, before", run.before, None, alone))
+        if run.after is not None:
+            edited = "after" if run.before is not None else "score"
+            columns.append(Column(edited if alone else run.name, run.after, index, True))
+    return columns
+
+
+def same_facts(columns: Sequence[Column]) -> bool:
+    """Whether all compared columns were scored on the same facts, as far as is known."""
+    sets = {frozenset(fact_key(record) for record in column.scores.records) for column in columns if column.compared}
+    return len(sets - {frozenset()}) <= 1
+
+
+def fact_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two records, or a record and a fact as a dictionary, the same fact."""
+    return tuple(record.get(field) for field in ("prompt", "subject", "target_new"))
+
+
+def better(values: Sequence[tuple[float, float] | None], higher: bool) -> int | None:
+    """Which interval lies wholly on the better side of all others, if one does.
+
+    Args:
+        values: ends of the intervals; None, or NaN, where one is unknown, which is overlap with everything.
+        higher: whether more is better.
+    """
+    if len(values) < 2 or any(ends is None or math.isnan(ends[0]) for ends in values):
+        return None
+    known = [ends for ends in values if ends is not None]
+    for index, (low, high) in enumerate(known):
+        others = [ends for place, ends in enumerate(known) if place != index]
+        if all(low > ends[1] if higher else high < ends[0] for ends in others):
+            return index
+    return None
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """Which way is better; None for a metric that is not known here."""
+    if metric in _CLASSES:
+        return _CLASSES[metric].higher_is_better
+    return False if metric in _ON_TEXT else None
+
+
+def _arrow(metric: str) -> str:
+    higher = higher_is_better(metric)
+    return "" if higher is None else "↑" if higher else "↓"
+
+
+def explanation(metric: str) -> str:
+    """What a metric is, in a sentence; empty for one that is not known here."""
+    if metric not in _CLASSES:
+        return _ON_TEXT.get(metric, "")
+    text = (inspect.getdoc(_CLASSES[metric]) or "").partition("\n\n")[0].replace("\n", " ")
+    text = text.removeprefix(f"{metric}: ")
+    return text[:1].upper() + text[1:]
+
+
+def _explanations(metrics: Sequence[str]) -> Html:
+    rows = [element("div", element("dt", label(name)), element("dd", explanation(name))) for name in metrics]
+    return element(
+        "details", element("summary", "What the metrics are"), element("dl", *rows), open="", class_="metrics"
+    )
+
+
+def _metrics(columns: Sequence[Column]) -> list[str]:
+    found = dict.fromkeys(name for column in columns for name in column.scores.scores)
+    return sorted(found, key=lambda name: name != "S")  # S, which sums up the others, first
+
+
+def _table(columns: Sequence[Column], comparable: bool) -> Html:
+    changes = len(columns) == 2 and all(column.compared for column in columns) and columns[0].series is None
+    heads = [element("th", column.head, scope="col", class_="number") for column in columns]
+    if changes:
+        heads.append(element("th", "change", scope="col", class_="number"))
+    rows = [element("tr", element("th", "in %", scope="col"), *heads)]
+    for metric in _metrics(columns):
+        compared = [index for index, column in enumerate(columns) if column.compared]
+        best = None
+        if comparable and (higher := higher_is_better(metric)) is not None:
+            best = better([columns[index].scores.intervals.get(metric) for index in compared], higher)
+        winner = None if best is None else compared[best]
+        cells = [_cell(column.scores, metric, index == winner) for index, column in enumerate(columns)]
+        if changes:
+            old, new = (column.scores.scores.get(metric) for column in columns)
+            change = "" if old is None or new is None else number(new - old, decimals(metric), "+")
+            cells.append(element("td", change, class_="number"))
+        name = group(element("b", label(metric)), f" {_arrow(metric)}")
+        rows.append(element("tr", element("th", name, scope="row", title=explanation(metric)), *cells))
+    return scrolling_table("Scores, with 95 % confidence intervals", *rows)
+
+
+def number(value: float, digits: int = 1, sign: str = "-") -> str:
+    """A number as tables hold it, with a minus and not a hyphen; `sign` is "+" for one that always has a sign."""
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def _cell(scores: Evaluation, metric: str, is_better: bool) -> Html:
+    if metric not in scores.scores:
+        return element("td", "–", class_="number")
+    low, high = scores.intervals.get(metric, (math.nan, math.nan))
+    known, digits = not math.isnan(low), decimals(metric)
+    return element(
+        "td",
+        element("b" if is_better else "span", number(scores.scores[metric], digits)),
+        element("span", f" ± {(high - low) / 2:.{digits}f}", class_="spread") if known else None,
+        element("span", "better", class_="better") if is_better else None,
+        class_="number",
+        title=f"from {number(low, digits)} to {number(high, digits)}" if known else None,
+    )
+
+
+def _figures(columns: Sequence[Column]) -> Html | None:
+    found = _metrics(columns)
+    panels = []
+    for title, names in (("Does the edit hold?", HEADLINES), ("Is it what the model says?", ACCURACIES)):
+        shown = [name for name in names if name in found]
+        if shown:
+            rows = [(label(name), [_interval(column, name) for column in columns]) for name in shown]
+            panels.append(interval_chart(title, rows))
+    if not panels:
+        return None
+    keys = legend([(column.head, column.series, 0) for column in columns])
+    return element("div", keys, element("div", *panels, class_="panels"))
+
+
+def _interval(column: Column, metric: str) -> Interval | None:
+    if metric not in column.scores.scores:
+        return None
+    low, high = column.scores.intervals.get(metric, (math.nan, math.nan))
+    return Interval(column.head, column.scores.scores[metric], low, high, column.series)

@@ -1,0 +1,1 @@
+"""What editors know of the model and of text before they edit: covariances."""

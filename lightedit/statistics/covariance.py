@@ -1,0 +1,241 @@
+"""What an edit must preserve: the second moment of the edited matrices' inputs over text.
+
+C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matrix, or of its attention's, at one token
+(Meng et al., 2022, arXiv 2202.05262, section 3.1).
+"""
+
+import hashlib
+import json
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightedit.files import whole_file
+from lightedit.lm import LanguageModel, Place
+
+FILE = "covariance.safetensors"
+TOKENS_PER_DIMENSION = 10  # keep at least 95 % of the full score (arXiv 2506.04226)
+
+
+class CovarianceError(ValueError):
+    """A covariance that cannot be estimated, read, or used with a model."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a covariance comes from.
+
+    Attributes:
+        model: name of the model.
+        fingerprint: hash of its unedited weights; None if unknown, as for published statistics.
+        corpus: what text; "own writing" if the model wrote it.
+        tokens: how many keys were averaged.
+        sequence_length: tokens of one window; None if unknown.
+        dtype: the model's dtype.
+        seed: of the model's own writing, else None.
+        versions: of lightedit and torch.
+    """
+
+    model: str
+    fingerprint: str | None
+    corpus: str
+    tokens: int
+    sequence_length: int | None
+    dtype: str
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("lightedit", "torch")})
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """Mean second moments by matrix; a layer's number means its MLP's.
+
+    Attributes:
+        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU; see `on`.
+        provenance: where they come from.
+        folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
+    """
+
+    moments: dict[Place, Tensor]
+    provenance: Provenance
+    folder: Path | None = None
+    _eigen: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def __getitem__(self, matrix: Place) -> Tensor:
+        """E[k kᵀ] at `matrix`, [d_in, d_in]."""
+        if matrix not in self.moments:
+            held = [other.layer for other in sorted(self.moments) if other.name == matrix.name]
+            way_out = ", with attention=True (on the command line: --attention true)"
+            raise CovarianceError(
+                f"the covariance has no {matrix}, only {held or 'MLP matrices'}; estimate it for the layers to edit"
+                + (way_out if matrix.name == "attention_out" else "")
+            )
+        return self.moments[matrix]
+
+    def on(self, device: torch.device, matrix: Place) -> "Covariance":
+        """The part that belongs to `matrix`, on `device`, so that it is factored there."""
+        there = replace(self, moments={matrix: self[matrix].to(device)})
+        object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
+        return there
+
+    def eigen(self, matrix: Place) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64, where it is.
+
+        Computed once, and kept beside the covariance where that is on disk and can be written; else a warning says so.
+        """
+        moment = self[matrix]
+        if matrix not in self._eigen:
+            digest = hashlib.sha256(moment.cpu().contiguous().numpy().tobytes()).hexdigest()
+            file = None if self.folder is None else self.folder / f"eigen.{matrix.key}.safetensors"
+            if file is not None and (found := _read_eigen(file, digest)):
+                self._eigen[matrix] = found
+            else:
+                values, vectors = torch.linalg.eigh(moment.double())
+                self._eigen[matrix] = values.cpu(), vectors.cpu().contiguous()
+                if file is not None:
+                    _keep_eigen(file, *self._eigen[matrix], digest)
+        values, vectors = self._eigen[matrix]
+        return values.to(moment.device), vectors.to(moment.device)
+
+    def check(self, lm: LanguageModel, matrices: Iterable[Place]) -> None:
+        """Make sure that `matrices` of `lm` can be edited with this covariance.
+
+        Raises:
+            CovarianceError: it was estimated on another model, or a matrix is missing, has the wrong size, holds NaN or
+                infinity, or is not positive definite.
+        """
+        made = self.provenance
+        if made.fingerprint not in (None, lm.fingerprint):
+            raise CovarianceError(
+                f"the covariance was estimated on {made.model} (fingerprint {made.fingerprint}), not on {lm.name} "
+                f"({lm.fingerprint}); estimate it on the model to edit"
+            )
+        for matrix in matrices:
+            moment, weight = self[matrix], lm.weight(matrix)
+            d_in = weight.shape[1]
+            if moment.shape != (d_in, d_in):
+                raise CovarianceError(
+                    f"the covariance of {matrix} is {tuple(moment.shape)}, but {lm.name} needs {(d_in, d_in)}; "
+                    f"it belongs to another model than {lm.name}"
+                )
+            if not torch.isfinite(moment).all():
+                raise CovarianceError(
+                    f"the covariance of {matrix} holds NaN or infinity; estimate it with the model in float32 "
+                    f"or bfloat16 (it was {made.dtype})"
+                )
+            failed = torch.linalg.cholesky_ex(moment.to(weight.device, torch.float64)).info
+            if made.tokens < d_in or failed:
+                raise CovarianceError(
+                    f"the covariance of {matrix} is not positive definite: it averages {made.tokens} tokens; "
+                    f"take more, at least {TOKENS_PER_DIMENSION} * d_in = {TOKENS_PER_DIMENSION * d_in}"
+                )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `covariance.safetensors` into `folder`, whole or not at all, and return its path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"layer.{matrix.key}": moment.contiguous() for matrix, moment in self.moments.items()}
+        with whole_file(folder / FILE) as unfinished:
+            save_file(tensors, unfinished, metadata={"provenance": json.dumps(asdict(self.provenance))})
+        return folder / FILE
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Covariance":
+        """Read what `save` wrote, from its folder or file; or a folder of published `.npz` files (see `from_npz`).
+
+        Raises:
+            FileNotFoundError: there is no covariance.
+            CovarianceError: the file is truncated or something else.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file() and any(Path(path).glob("*_mom2_*.npz")):
+            return cls.from_npz(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no covariance at {file}")
+        try:
+            with safe_open(file, "pt") as opened:
+                provenance = Provenance(**json.loads((opened.metadata() or {})["provenance"]))
+                names = {Place.from_key(name.removeprefix("layer.")): name for name in opened.keys()}  # noqa: SIM118
+                moments = {matrix: opened.get_tensor(name) for matrix, name in sorted(names.items())}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CovarianceError(
+                f"{file} is damaged or not a covariance ({type(error).__name__}: {error}); delete it and estimate anew"
+            ) from error
+        return cls(moments, provenance, file.parent)
+
+    @classmethod
+    def from_npz(cls, files: Mapping[int, str | Path] | str | Path, model: str = "unknown") -> "Covariance":
+        """Read statistics in the published format, which hold *sums* over tokens beside their count.
+
+        Args:
+            files: layer -> file; or a folder of files that name their layer, such as
+                `transformer.h.17.mlp.c_proj_float32_mom2_100000.npz`.
+            model: name of the model they were collected on.
+
+        Raises:
+            FileNotFoundError: a file is missing, or the folder holds none.
+            CovarianceError: a file is damaged, or lacks `mom2.mom2` or `mom2.count`.
+        """
+        if not isinstance(files, Mapping):
+            files = _published_files(Path(files))
+        moments, counts = {}, []
+        for layer, file in sorted(files.items()):
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    total, count = torch.from_numpy(arrays["mom2.mom2"]), int(arrays["mom2.count"])
+            except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise CovarianceError(f"{file} is damaged or not a published second moment ({error})") from error
+            if count < 1 or total.ndim != 2 or total.shape[0] != total.shape[1]:
+                raise CovarianceError(f"{file} holds a sum of shape {tuple(total.shape)} over {count} tokens")
+            moments[Place(layer)] = (total.double() / count).float()
+            counts.append(count)
+        corpus = f"published statistics, {Path(next(iter(files.values()))).parent.name}"
+        return cls(moments, Provenance(model, None, corpus, min(counts), None, "float32"))
+
+
+def _read_eigen(file: Path, digest: str) -> tuple[Tensor, Tensor] | None:
+    """The decomposition kept in `file`, unless there is none, it is damaged, or it is of another moment."""
+    try:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("moment") == digest:
+                return opened.get_tensor("values").clone(), opened.get_tensor("vectors").clone()
+    except (OSError, SafetensorError):
+        pass
+    return None
+
+
+def _keep_eigen(file: Path, values: Tensor, vectors: Tensor, digest: str) -> None:
+    """Write the decomposition, or warn: it took long, and is good for this run wherever it cannot be kept."""
+    try:
+        with whole_file(file) as unfinished:
+            save_file({"values": values, "vectors": vectors}, unfinished, metadata={"moment": digest})
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"the eigendecomposition could not be kept in {file} ({error}), so another run computes it again; make its "
+            "folder writable, or save the covariance to another one",
+            stacklevel=3,
+        )
+
+
+def _published_files(folder: Path) -> dict[int, Path]:
+    files: dict[int, Path] = {}
+    for file in sorted(folder.glob("*_mom2_*.npz")):
+        if not (found := re.search(r"\.(\d+)\.", file.name)):
+            raise CovarianceError(f"{file} does not name its layer as '.17.' does; pass a mapping of layers to files")
+        if (layer := int(found[1])) in files:
+            raise CovarianceError(f"{files[layer]} and {file} are both of layer {layer}; pass a mapping to choose")
+        files[layer] = file
+    if not files:
+        raise FileNotFoundError(f"no files named *_mom2_*.npz in {folder}")
+    return files

@@ -1,0 +1,287 @@
+"""Step 2: the closed form against the d x d systems it replaces, and whole rounds against the published procedures."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.published import Request, published_memit, published_rome
+from lightedit.data.facts import Fact
+from lightedit.data.prompts import Contexts, FactPrompts, tokenize_facts
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.weights import LowRankUpdate
+from lightedit.methods import MEMIT, ROME, Method
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
+from lightedit.methods.closed_form.writing import write_facts
+from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+D_OUT, D_IN, FACT_COUNT = 12, 30, 5
+
+POST_NORM = ["gemma2", "gemma3", "olmo2"]  # a norm follows the MLP, which the published procedure does not know
+PRE_NORM = [architecture for architecture in ARCHITECTURES if architecture not in POST_NORM]
+
+TEMPLATES = ("{}", "The river rises in the hills. {}", "I think so. {}")
+BY_TYPE = Contexts(TEMPLATES, (0.5, 0.25, 0.25))
+PLAIN = Contexts(TEMPLATES, (1 / 3, 1 / 3, 1 / 3))
+FACTS = [
+    Fact("The capital of {} is", "France", "Rome"),
+    Fact("{} is owned by", "The old tower", "Berlin"),
+    Fact("It is said that the mother tongue of {} is", "Zoë Müller", "Spanish"),
+]
+REQUESTS = [Request(fact.prompt, fact.subject, fact.target_new) for fact in FACTS]
+
+
+def second_moment(width: int = D_IN) -> Tensor:
+    keys = torch.randn(width, 3 * width, dtype=torch.float64)
+    return keys @ keys.T / (3 * width)
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    """A [d_in, d_in], K [d_in, B] and R [d_out, B]."""
+    keys = torch.randn(D_IN, FACT_COUNT, dtype=torch.float64)
+    return second_moment(), keys, torch.randn(D_OUT, FACT_COUNT, dtype=torch.float64)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# The closed form
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.1])
+def test_the_update_equals_the_system_in_all_dimensions(gamma: float) -> None:
+    matrix, keys, residuals = problem()
+    update = low_rank_update(Preservation(matrix), keys, residuals, gamma)
+    expected = residuals @ keys.T @ torch.linalg.inv(gamma * matrix + keys @ keys.T)
+    assert update.rank == FACT_COUNT
+    assert relative(update.dense(), expected) < 1e-9
+    stored = LowRankUpdate(update.left.float(), update.right.float())
+    assert relative(stored.dense(), expected) < 1e-4
+
+
+def test_at_gamma_one_the_update_minimises_its_objective() -> None:
+    matrix, keys, residuals = problem()
+    change = low_rank_update(Preservation(matrix), keys, residuals, 1.0).dense().requires_grad_()
+    ((change @ keys - residuals).square().sum() + (change @ matrix @ change.T).trace()).backward()
+    assert change.grad.abs().max() < 1e-9
+
+
+def test_at_gamma_zero_every_residual_is_met_at_the_least_norm() -> None:
+    """Against the KKT system of: minimise tr(ΔW A ΔWᵀ) subject to ΔW K = R."""
+    matrix, keys, residuals = problem()
+    change = low_rank_update(Preservation(matrix), keys, residuals, 0.0).dense()
+    assert relative(change @ keys, residuals) < 1e-9
+    zero = torch.zeros(FACT_COUNT, FACT_COUNT, dtype=torch.float64)
+    system = torch.cat([torch.cat([2 * matrix, keys], dim=1), torch.cat([keys.T, zero], dim=1)])
+    wanted = torch.cat([torch.zeros(D_IN, D_OUT, dtype=torch.float64), residuals.T])
+    assert relative(change, torch.linalg.solve(system, wanted)[:D_IN].T) < 1e-9
+
+
+def test_one_fact_at_gamma_zero_is_the_rank_one_update_of_rome() -> None:
+    matrix, keys, residuals = problem()
+    key, residual = keys[:, :1], residuals[:, :1]
+    direction = torch.linalg.solve(matrix, key)
+    expected = residual @ direction.T / (key.T @ direction)
+    assert relative(low_rank_update(Preservation(matrix), key, residual, 0.0).dense(), expected) < 1e-9
+
+
+def test_keys_and_residuals_in_float32_are_solved_in_float64() -> None:
+    matrix, keys, residuals = problem()
+    keys, residuals = keys.float(), residuals.float()
+    update = low_rank_update(Preservation(matrix.float()), keys, residuals, 1.0)
+    expected = low_rank_update(Preservation(matrix.float().double()), keys.double(), residuals.double(), 1.0)
+    assert update.left.dtype == update.right.dtype == torch.float64
+    assert torch.equal(update.dense(), expected.dense())
+
+
+@pytest.mark.parametrize("count", [1, D_IN - 1])
+def test_a_preservation_term_from_too_few_tokens_is_an_error(count: int) -> None:
+    keys = torch.randn(D_IN, count, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"size 30 is not positive definite.*more tokens"):
+        Preservation(keys @ keys.T - 1e-9 * torch.eye(D_IN))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_preservation_term_that_is_not_finite_is_an_error(broken: float) -> None:
+    matrix = second_moment()
+    matrix[3, 2] = matrix[2, 3] = broken
+    with pytest.raises(ValueError, match="not positive definite"):
+        Preservation(matrix)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("seed", range(8))  # rounding may leave a dependent key's pivot negative, zero or positive
+def test_dependent_keys_cannot_be_written_exactly(seed: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    matrix, keys, residuals = problem()
+    preservation = Preservation(matrix)
+    keys[:, 3] = keys[:, 1]
+    assert torch.isfinite(low_rank_update(preservation, keys, residuals, 1.0).right).all()
+    keys *= scale
+    with pytest.raises(ValueError, match=r"keys of 5 facts are linearly dependent.*separate rounds"):
+        low_rank_update(preservation, keys, residuals, 0.0)
+    keys[:, 3] = keys[:, 0] - 2 * keys[:, 2]
+    with pytest.raises(ValueError, match="linearly dependent"):
+        low_rank_update(preservation, keys, residuals, 0.0)
+
+
+def test_more_facts_than_dimensions_cannot_be_written_exactly() -> None:
+    keys, residuals = torch.randn(D_IN, D_IN + 1), torch.randn(D_OUT, D_IN + 1)
+    with pytest.raises(ValueError, match="linearly dependent"):
+        low_rank_update(Preservation(second_moment()), keys, residuals, 0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_similar_but_independent_keys_are_written_exactly(scale: float) -> None:
+    matrix, keys, residuals = problem()
+    keys[:, 3] = keys[:, 1] + 1e-3 * keys[:, 3]
+    change = low_rank_update(Preservation(matrix), scale * keys, residuals, 0.0).dense()
+    assert relative(change @ (scale * keys), residuals) < 1e-6
+
+
+def test_key_similarity_is_the_cosine_in_the_metric_of_the_inverse() -> None:
+    matrix, keys, _ = problem()
+    keys[:, 1] = -3 * keys[:, 0]
+    similarity = key_similarity(Preservation(matrix), keys)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), keys, upper=False)
+    expected = torch.nn.functional.normalize(white, dim=0)
+    torch.testing.assert_close(similarity, expected.T @ expected)
+    assert similarity[0, 1] == pytest.approx(-1)
+
+
+# Whole rounds
+
+
+def language_model(architecture: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    return LanguageModel(tiny_model(architecture, dtype=dtype), tiny_tokenizer("bytelevel"))
+
+
+def prompts_of(lm: LanguageModel, contexts: Contexts, count: int = len(FACTS)) -> list[FactPrompts]:
+    return tokenize_facts(lm.tokenizer, FACTS[:count], contexts)
+
+
+def covariances(lm: LanguageModel, method: Method) -> dict[int, Tensor]:
+    return {layer: second_moment(lm.weight(Place(layer)).shape[1]) for layer in method.layers}
+
+
+def write(
+    lm: LanguageModel, method: Method, moments: dict[int, Tensor], contexts: Contexts, targets: Tensor
+) -> dict[int, LowRankUpdate]:
+    preservation = {layer: method.preservation(moments, Place(layer)) for layer in moments}
+    prompts = prompts_of(lm, contexts, targets.shape[1])
+    written = write_facts(lm, method, preservation, prompts, targets, "round")
+    return {layer: update for layer, update, _ in written}
+
+
+def present(lm: LanguageModel, layer: int) -> Tensor:
+    """The block's output at the subjects of the bare prompts, [d, B]."""
+    return KeyWalk(lm, prompts_of(lm, BY_TYPE), layer).present(layer)
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("architecture", PRE_NORM)
+def test_memit_equals_the_published_procedure(architecture: str, dtype: torch.dtype, layers: tuple[int, ...]) -> None:
+    lm = language_model(architecture, dtype)
+    method = MEMIT(layers=layers, lambda_=3.0)
+    moments = covariances(lm, method)
+    targets = 2 * torch.randn(lm.d_model, len(FACTS), dtype=torch.float64)
+    expected = published_memit(
+        lm.model, lm.tokenizer, REQUESTS, TEMPLATES, list(targets.T), layers, moments, method.lambda_
+    )
+    bases = {layer: lm.weight(Place(layer)).clone() for layer in range(lm.n_layers)}
+    updates = write(lm, method, moments, BY_TYPE, targets)
+    assert list(updates) == list(layers)
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-4
+    for layer, base in bases.items():
+        if layer in updates:
+            assert relative(updates[layer].dense(), expected[layer]) < tolerance
+            assert relative(lm.weight(Place(layer)) - base, expected[layer]) < tolerance
+        else:
+            assert torch.equal(lm.weight(Place(layer)), base)
+    assert lm.weights.owners == ["round"]
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memit_moves_the_block_towards_its_targets(architecture: str, layers: tuple[int, ...]) -> None:
+    lm = language_model(architecture, torch.float32)
+    method = MEMIT(layers=layers, lambda_=0.01)
+    before = present(lm, layers[-1])
+    targets = before + 0.3 * before.norm(dim=0) / lm.d_model**0.5 * torch.randn_like(before)
+    write(lm, method, covariances(lm, method), BY_TYPE, targets)
+    left_over = (present(lm, layers[-1]) - targets).norm(dim=0) / (before - targets).norm(dim=0)
+    assert (left_over < 0.9).all()
+
+
+@pytest.mark.parametrize("architecture", POST_NORM)
+def test_a_target_behind_the_norm_after_the_mlp_is_reached(architecture: str) -> None:
+    """What the norm can give at all is written exactly, since the norm does not feel its input's scale."""
+    lm, unaware = language_model(architecture, torch.float32), language_model(architecture, torch.float32)
+    unaware.mlp_norm = lambda layer: None
+    method, bare = MEMIT(layers=(2,), lambda_=1e-8), Contexts()
+    walk = KeyWalk(lm, prompts_of(lm, bare), 2)
+    before, mlp = walk.present(2), walk.present(2, "mlp").T.float()
+    norm = lm.mlp_norm(2)
+    change = norm(mlp + 0.5 * mlp.norm(dim=1, keepdim=True) / lm.d_model**0.5 * torch.randn_like(mlp)) - norm(mlp)
+    targets = before + change.T.double()
+    moments = covariances(lm, method)
+    left_over = []
+    for model in (lm, unaware):
+        write(model, method, moments, bare, targets)
+        left_over.append((present(model, 2) - targets).norm(dim=0) / (before - targets).norm(dim=0))
+    assert (left_over[0] < 1e-3).all()
+    assert (left_over[1] > 0.1).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rome_equals_the_published_procedure_and_its_key_gives_the_value(architecture: str) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        lm = language_model(architecture, dtype)
+        method = ROME(layers=(1,))
+        moments = covariances(lm, method)
+        value = torch.randn(lm.d_model, 1, dtype=torch.float64)
+        expected = published_rome(lm.model, lm.tokenizer, REQUESTS[0], TEMPLATES, value[:, 0], 1, moments[1])
+        key = KeyWalk(lm, prompts_of(lm, PLAIN, 1), 1).keys()
+        updates = write(lm, method, moments, PLAIN, value)
+        assert relative(updates[1].dense(), expected) < tolerance
+        assert relative(lm.mlp_values(1, key), value) < (1e-9 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_are_kept_in_float32_or_better(dtype: torch.dtype) -> None:
+    lm = language_model("llama", dtype)
+    method = MEMIT(layers=(1, 2), lambda_=3.0)
+    targets = torch.randn(lm.d_model, len(FACTS), dtype=torch.float64)
+    for update in write(lm, method, covariances(lm, method), BY_TYPE, targets).values():
+        assert update.left.dtype == update.right.dtype == torch.float32
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_an_update_that_is_not_finite_is_not_written(broken: float) -> None:
+    lm = language_model("llama", torch.float32)
+    method = MEMIT(layers=(1, 2))
+    base = lm.weight(Place(1)).clone()
+    targets = torch.randn(lm.d_model, len(FACTS), dtype=torch.float64)
+    targets[3, 1] = broken
+    with pytest.raises(FloatingPointError, match="update of layer 1 holds NaN or infinity"):
+        write(lm, method, covariances(lm, method), BY_TYPE, targets)
+    assert torch.equal(lm.weight(Place(1)), base)
+    assert lm.weights.owners == []
+
+
+@pytest.mark.parametrize("method", [MEMIT(layers=(1, 2)), ROME(layers=(1,))])
+def test_keys_that_are_not_finite_are_named_as_such(method: Method) -> None:
+    lm = language_model("llama", torch.float32)
+    moments = covariances(lm, method)
+    lm.blocks[0].mlp.gate_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="update of layer 1 holds NaN or infinity"):
+        write(lm, method, moments, BY_TYPE, torch.randn(lm.d_model, 1, dtype=torch.float64))
+    assert lm.weights.owners == []
+
+
+def test_the_residual_still_standing_is_spread_over_the_layers_that_are_left() -> None:
+    method = MEMIT(layers=(3, 4, 6))
+    assert [method.spread(layer) for layer in method.layers] == [1 / 3, 1 / 2, 1]
+    assert method.value_layer == 6
