@@ -3,17 +3,21 @@
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
+from lightedit.data.prompts import ContextSettings
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.export import export_lora, export_model
-from lightedit.editing.health import Health
+from lightedit.editing.health import Health, HealthLimits
 from lightedit.editing.module import EditModule
 from lightedit.editing.run import edit
+from lightedit.editing.settings import RunSettings
+from lightedit.errors import LightEditError, UnsupportedModelError
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references
 from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
-from lightedit.lm import LanguageModel
+from lightedit.lm.model import LanguageModel
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.values import ValueSettings
@@ -32,23 +36,29 @@ __all__ = [
     "PMET",
     "ROME",
     "AlphaEdit",
+    "ContextSettings",
     "Covariance",
     "CovarianceError",
     "Edit",
     "EditError",
     "EditModule",
     "Evaluation",
+    "EvaluationSettings",
     "Fact",
     "FactError",
     "FactsDataModule",
     "Health",
+    "HealthLimits",
     "KLBelow",
     "LanguageModel",
+    "LightEditError",
     "Method",
     "MostProbable",
     "References",
     "ResumeError",
     "RoundCheckpoint",
+    "RunSettings",
+    "UnsupportedModelError",
     "ValueSettings",
     "builtin_facts",
     "edit",
@@ -64,3 +74,7 @@ __all__ = [
     "write_facts",
     "write_references",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])

@@ -3,10 +3,12 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from inspect import signature
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import transformers
 from jsonargparse import auto_cli, set_parsing_settings
@@ -19,6 +21,7 @@ from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
+from lightedit.errors import ArgumentError, LightEditError
 from lightedit.methods import METHODS, Method
 
 COMMANDS: dict[str, Any] = {
@@ -34,7 +37,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; wrong input ends it with one line and exit status 2."""
+    """Run the command line; wrong input ends it with one line and exit status 2, a bug of ours with its traceback."""
     set_parsing_settings(subclasses_enabled=[Method])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -45,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
     try:
         _check_method(given)
-        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=given)
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given))
+    except (LightEditError, OSError) as error:  # a full disk, too, is no bug of ours
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)
@@ -62,11 +65,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def with_booleans(given: Sequence[str]) -> list[str]:
+    """The arguments, with true after each flag that stands alone, such as --compare.
+
+    >>> with_booleans(["evaluate", "--compare", "--facts", "f.jsonl"])
+    ['evaluate', '--compare=true', '--facts', 'f.jsonl']
+    """
+    if not given or given[0] not in COMMANDS:
+        return list(given)
+    flags = set(_flags(COMMANDS[given[0]]))
+    return [
+        f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
+        for argument, following in pairwise([*given, ""])
+    ]
+
+
+def _flags(function: Any) -> Iterator[str]:
+    """The options of a command that are true or false."""
+    for name, kind in get_type_hints(function).items():
+        if name in signature(function).parameters:
+            yield from _flags_of(f"--{name}", kind)
+
+
+def _flags_of(option: str, kind: Any) -> Iterator[str]:
+    if kind is bool:
+        yield option
+    kinds: Iterable[Any] = get_args(kind) or (kind,)
+    for one in kinds:
+        if one is Method:
+            for method in METHODS.values():
+                yield from _flags_of(option, method)
+        elif is_dataclass(one):
+            hints = get_type_hints(one)
+            for field in fields(one):
+                yield from _flags_of(f"{option}.{field.name}", hints[field.name])
+
+
 def _check_method(given: Sequence[str]) -> None:
-    """Raise ValueError where the parser would take a method's mistyped name for a path."""
+    """Raise ArgumentError where the parser would take a method's mistyped name for a path."""
     for option, value in pairwise(part for argument in given for part in argument.split("=", 1)):
         if option == "--method" and value not in METHODS and "." not in value and not Path(value).exists():
-            raise ValueError(f"--method {value} is not known; methods are {', '.join(METHODS)}")
+            raise ArgumentError(f"--method {value} is not known; methods are {', '.join(METHODS)}")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
 from pathlib import Path
 
 import lightedit as le
+from lightedit.errors import ArgumentError
 
 
 def covariance(
     lm: str,
-    layers: list[int],
     out: Path,
+    layers: list[int] | None = None,
+    method: le.Method | None = None,
     text: str | None = None,
     tokens: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
-    attention: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -21,20 +22,24 @@ def covariance(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        layers: layers whose MLP output matrix will be edited, such as [4,5,6,7,8].
         out: folder for covariance.safetensors.
+        layers: layers whose MLP output matrix will be edited, such as [4,5,6,7,8].
+        method: instead of layers, the method that needs the covariance, with its settings; also for matrices other
+            than the MLP's, which PMET with write_attention writes.
         text: a text file or the id of a data set; by default the model writes its own text.
         tokens: how many tokens to read; by default 10 per input dimension of the matrix.
         sequence_length: tokens of one window of text; by default 256, or 128 for the model's own writing.
         seed: of the model's own writing.
-        attention: also for the attention's output matrices of these layers, which PMET with write_attention writes.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder for covariance.safetensors")
+        raise ArgumentError(f"--out {out} is a file; name a folder for covariance.safetensors")
+    places = method if layers is None else layers
+    if places is None or (layers is not None and method is not None):
+        raise ArgumentError("give --layers, or --method with its layers: what the covariance is for")
     model = le.LanguageModel.load(lm, dtype, device)
     found = le.estimate_covariance(
-        model, layers, text, tokens, sequence_length=sequence_length, seed=seed, attention=attention
+        model, places, text=text, tokens=tokens, sequence_length=sequence_length, seed=seed
     )
     print(f"saved {found.save(out)} ({found.provenance.tokens} tokens of {found.provenance.corpus})")

@@ -34,17 +34,16 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
     check_free(out, overwrite=True)
     lm = LanguageModel.load("smollm2")
     chosen = known_facts(lm, facts)
-    covariance = estimate_covariance(lm, METHOD.layers, cache=True)
+    covariance = estimate_covariance(lm, METHOD, cache=True)
     shown = _examples(chosen)
     continuations = [_continue(lm, fact) for fact in shown]
     before = evaluate(lm, chosen)
-    result = edit(lm, chosen, METHOD, covariance)
-    after = evaluate(lm, chosen)
-    result.scores = {"before": before.scores, "after": after.scores}
-    result.save(out, overwrite=True, before=before, after=after)
+    result = edit(lm, chosen, METHOD, covariance=covariance)
+    result.before, result.after = before, evaluate(lm, chosen)
+    result.save(out, overwrite=True)
 
     print(f"\n{lm.name}: {len(chosen)} facts that it knew, edited with MEMIT in layers {list(METHOD.layers)}\n")
-    print(after.table(before))
+    print(result.after.table(before))
     for fact, old in zip(shown, continuations, strict=True):
         print(f"\n{fact.text} ... (new target: {fact.target_new})")
         print(f"  before: {old}\n  after:  {_continue(lm, fact)}")

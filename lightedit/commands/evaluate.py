@@ -1,16 +1,18 @@
 """`lightedit evaluate`."""
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightedit as le
 from lightedit.commands.shared import covariance_of, remove_runs
 from lightedit.data.texts import read_texts
+from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.evaluation.evaluate import check_held_out
 from lightedit.evaluation.harness import check_harness
 from lightedit.evaluation.references import read_references, write_references
-from lightedit.evaluation.single import check_single
+from lightedit.evaluation.single import check_single, evaluate_single
+
+_EVALUATION = le.EvaluationSettings()
 
 
 def evaluate(
@@ -19,14 +21,10 @@ def evaluate(
     edit: Path | None = None,
     limit: int | None = None,
     out: Path | None = None,
-    generate: bool = False,
+    evaluation: le.EvaluationSettings = _EVALUATION,
     compare: bool = False,
     held_out: Path | None = None,
-    text: str | None = None,
     references: str | None = None,
-    harness: list[str] | None = None,
-    harness_limit: int | None = None,
-    batch_size: int = 64,
     protocol: Literal["model", "single"] = "model",
     method: le.Method | None = None,
     covariance: Path | None = None,
@@ -46,16 +44,12 @@ def evaluate(
         edit: folder of a saved edit to apply first.
         limit: take the first facts only.
         out: JSON file for the scores, their intervals and every record; for those before, too, where there are such.
-        generate: let the model write texts, too, for generation entropy (GE) and success; takes several times as long.
+        evaluation: how the model is scored.
         compare: score the unedited model first, for a column of its own and the metrics that need it, such as retain
             accuracy.
         held_out: a file of other facts, which were not edited, for TRR and ERR.
-        text: a text file or the id of a data set, for perplexity and KL to the unedited model.
         references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
-            (RS_own). Needs generate.
-        harness: tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format.
-        harness_limit: take the first examples of each such task only.
-        batch_size: texts of one forward pass at most, when scoring; bounds memory, and does not change a score.
+            (RS_own). Needs evaluation.generate.
         protocol: whether the model is scored as it is (model), or every fact right after method has edited it alone
             into the model (single).
         method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers and so on.
@@ -66,32 +60,22 @@ def evaluate(
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
+    if references is not None and not evaluation.generate:
+        raise ArgumentError("--references are compared with what the model writes; give --evaluation.generate too")
     if compare and edit is None:
-        raise ValueError("--compare sets an edit beside the unedited model; give --edit too")
-    if references is not None and not generate:
-        raise ValueError("--references are compared with what the model writes; give --generate true too")
+        raise ArgumentError("--compare sets an edit beside the unedited model; give --edit too")
+    _check_protocol(protocol, method, compare or held_out is not None, evaluation)
+    _check_out(out)
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
     check_held_out(chosen, others)
-    if batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    if harness:
-        check_harness(harness, harness_limit)
-    if text is not None:
-        read_texts(text)  # what is missing is found out before the model is loaded
+    if evaluation.harness:
+        check_harness(evaluation.harness, evaluation.harness_limit)
+    if isinstance(evaluation.text, str):
+        read_texts(evaluation.text)  # what is missing is found out before the model is loaded
     texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the folder {out.absolute().parent} does not exist")
-    if out is not None and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file for the scores")
-    if (protocol == "single") != (method is not None):
-        raise ValueError("--protocol single and --method go together: the method that edits each fact alone")
-    if protocol == "single" and (compare or held_out is not None or text is not None or harness):
-        raise ValueError(
-            "--compare, --held_out, --text and --harness score one edited model; --protocol single makes one a fact, "
-            "and compares each with the unedited model anyway"
-        )
+
     run = None if out is None else out.with_name(f"{out.name}.run")
     kept_before = None if run is None else run / "before"
     if restart and run is not None:
@@ -99,28 +83,66 @@ def evaluate(
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.check_model(model)
+    moments = None
     if method is not None:
-        check_single(model, chosen, method, batch_size, facts_per_chunk)
+        check_single(model, chosen, method, facts_per_chunk)
         moments = covariance_of(model, [method], covariance)
-        moments.check(model, method.places)
+        if moments is not None:
+            moments.check(model, method.covariance_places)
     if references == "own":
         texts = write_references(model, chosen)
-    score = partial(
-        le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
-        harness=harness or (), harness_limit=harness_limit,
-    )  # fmt: skip
+
+    def score(before: le.Evaluation | None = None, checkpoint: Path | None = None) -> le.Evaluation:
+        return le.evaluate(
+            model,
+            chosen,
+            settings=evaluation,
+            before=before,
+            held_out=others,
+            references=texts,
+            checkpoint=checkpoint,
+        )
+
     before = score(checkpoint=kept_before) if compare else None
     if saved is not None:
         saved.apply(model)
     if method is None:
-        result = score(before=before, checkpoint=run)
+        result = score(before, run)
     else:
         before = score(checkpoint=kept_before)
-        single = partial(le.evaluate_single, model, chosen, method, moments, batch_size, facts_per_chunk)
-        result = single(generate=generate, before=before, references=texts, checkpoint=run)
+        result = evaluate_single(
+            model,
+            chosen,
+            method,
+            covariance=moments,
+            settings=evaluation,
+            facts_per_chunk=facts_per_chunk,
+            before=before,
+            references=texts,
+            checkpoint=run,
+        )
+    if out is not None and run is not None:
+        result.save(out, before)
+        remove_runs(run)
     print(result.table(before))
     if out is not None:
-        result.save(out, before)
-        if run is not None:
-            remove_runs(run)
         print(f"saved the scores in {out}")
+
+
+def _check_protocol(
+    protocol: str, method: le.Method | None, compared: bool, evaluation: le.EvaluationSettings
+) -> None:
+    if (protocol == "single") != (method is not None):
+        raise ArgumentError("--protocol single and --method go together: the method that edits each fact alone")
+    if protocol == "single" and (compared or evaluation.text is not None or evaluation.harness):
+        raise ArgumentError(
+            "--compare, --held_out, --evaluation.text and --evaluation.harness score one edited model; --protocol "
+            "single makes one a fact, and compares each with the unedited model anyway"
+        )
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not out.absolute().parent.is_dir():
+        raise MissingFileError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    if out is not None and out.is_dir():
+        raise ArgumentError(f"--out {out} is a folder; name a file for the scores")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import lightedit as le
 from lightedit.editing.export import check_export
+from lightedit.errors import ArgumentError
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
     check_export(out)
     saved = [le.Edit.load(folder) for folder in ([edits] if isinstance(edits, Path) else edits)]
     if not saved:
-        raise ValueError("--edits names none, so there is nothing to export; give the folder of an edit")
+        raise ArgumentError("--edits names none, so there is nothing to export; give the folder of an edit")
     model = le.LanguageModel.load(lm, dtype, device)
     for one in saved:
         one.check_model(model)

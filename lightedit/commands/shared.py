@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightedit as le
+from lightedit.methods.needs import covariance_for
 from lightedit.runs.folder import locked, remove_run
 
 
@@ -15,12 +16,12 @@ def remove_runs(run: Path) -> None:
                 remove_run(folder)
 
 
-def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
-    """What `folder` holds, or without one an estimate of all that `methods` need."""
-    matrices = {matrix for method in methods for matrix in method.places}
-    layers = sorted({matrix.layer for matrix in matrices})
-    model.check_layers(layers)
-    if folder is not None:
-        return le.Covariance.load(folder)
-    attention = any(matrix.name == "attention_out" for matrix in matrices)
-    return le.estimate_covariance(model, layers, cache=True, attention=attention)
+def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance | None:
+    """What `folder` holds, or without one an estimate of all that `methods` need; None if they need none."""
+    for method in methods:
+        method.check(model)
+    if not any(method.covariance_places for method in methods):
+        if folder is not None:
+            raise le.CovarianceError(f"--covariance {folder}: no method here needs one; leave it out")
+        return None
+    return covariance_for(model, methods) if folder is None else le.Covariance.load(folder)

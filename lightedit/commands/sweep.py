@@ -6,9 +6,11 @@ from typing import Any, Literal
 import lightedit as le
 from lightedit.commands.shared import covariance_of
 from lightedit.data.facts import check_facts
-from lightedit.editing.module import OnCollision
+from lightedit.errors import ArgumentError
 from lightedit.sweeps.plan import plan
 from lightedit.sweeps.run import check_sweep_folder
+
+_RUN, _EVALUATION = le.RunSettings(), le.EvaluationSettings()
 
 
 def sweep(
@@ -22,9 +24,8 @@ def sweep(
     skip: int = 0,
     limit: int | None = None,
     covariance: Path | None = None,
-    facts_per_chunk: int = 32,
-    on_collision: OnCollision = "error",
-    generate: bool = False,
+    run: le.RunSettings = _RUN,
+    evaluation: le.EvaluationSettings = _EVALUATION,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -42,16 +43,13 @@ def sweep(
         limit: take so many facts after those.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
             from the model's own writing and kept in the cache.
-        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
-            are written each by itself (keep).
-        generate: let the models write texts, too, for a column of generation entropy (GE); scoring then takes several
-            times as long.
+        run: how facts are written; facts_per_round and validate_every are the sweep's own business.
+        evaluation: how models are scored; with generate there is a column of generation entropy (GE).
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
     if skip < 0:
-        raise ValueError(f"skip: {skip} facts cannot be left out; give 0 or more")
+        raise ArgumentError(f"skip: {skip} facts cannot be left out; give 0 or more")
     chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
     rounds = [None] if facts_per_round is None else facts_per_round
     runs = plan(methods, len(chosen), counts, rounds, grid)
@@ -60,6 +58,15 @@ def sweep(
     model = le.LanguageModel.load(lm, dtype, device)
     moments = covariance_of(model, [run.method for run in runs], covariance)
     le.sweep(
-        model, chosen, methods, moments, out, counts, rounds, grid, facts_per_chunk, on_collision, generate=generate
+        model,
+        chosen,
+        methods,
+        out=out,
+        covariance=moments,
+        counts=counts,
+        facts_per_round=rounds,
+        grid=grid,
+        settings=run,
+        evaluation=evaluation,
     )
     print(f"saved runs.csv and sweep.svg in {out}")

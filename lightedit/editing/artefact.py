@@ -4,40 +4,47 @@ import hashlib
 import json
 import uuid
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from lightedit.data.facts import Fact
+from lightedit.errors import LightEditError, MissingFileError
 from lightedit.evaluation.result import Evaluation
 from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import Change, change_from
+from lightedit.lm.weights import Owner
+from lightedit.methods.protocol import Editor
+from lightedit.runs.provenance import RunRecord, computing
 from lightedit.runs.tables import write_table
 
-_FORMAT = 1
+_FORMAT = 2
+_EVALUATIONS = ("before", "after")
 
 
-class EditError(ValueError):
+class EditError(LightEditError, ValueError):
     """An edit cannot be saved, loaded, applied or reverted; the message says why and what to do."""
 
 
 @dataclass
 class Edit:
-    """The outcome of a run: low-rank updates of a few matrices, with all that is needed to trust and undo them.
+    """The outcome of a run: changes of a few places, with all that is needed to trust and undo them.
 
     Attributes:
         model: name of the edited model.
         fingerprint: fingerprint of its unedited weights.
-        provenance: method, settings, contexts, covariance, versions, seconds; "on_top_of", the ids of edits that the
-            model carried, if it did.
+        record: how it was made.
         facts: the facts written, round after round, in the order they were given.
-        rounds: for each round written, matrix -> update; a layer's number means its MLP's matrix.
+        rounds: for each round written, place -> change.
         facts_in_round: number of facts written in each round.
-        scores: named evaluations, such as "before" and "after".
+        before: scores of the unedited model on the facts.
+        after: scores of the edited model.
         id: a unique name.
         tables: rows of figures that a run gathered over its rounds: "retention" (see `EditModule`), "health" (see
             `Health`). They are saved for `lightedit report`, not loaded.
@@ -45,26 +52,34 @@ class Edit:
 
     model: str
     fingerprint: str
-    provenance: dict[str, Any] = field(default_factory=dict)
+    record: RunRecord = field(default_factory=lambda: RunRecord({}))
     facts: list[Fact] = field(default_factory=list)
-    rounds: list[dict[Place, LowRankUpdate]] = field(default_factory=list)
+    rounds: list[dict[Place, Change]] = field(default_factory=list)
     facts_in_round: list[int] = field(default_factory=list)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    before: Evaluation | None = None
+    after: Evaluation | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def begin(cls, editor: Editor) -> Self:
+        """The edit of a run that has written nothing yet."""
+        lm = editor.lm
+        record = RunRecord(editor.method.to_dict(), editor.record(), **computing(lm), on_top_of=tuple(lm.weights.edits))
+        return cls(lm.name, lm.fingerprint, record)
 
     @property
     def layers(self) -> list[int]:
         """The layers that the edit changes."""
-        return sorted({matrix.layer for updates in self.rounds for matrix in updates})
+        return sorted({place.layer for changes in self.rounds for place in changes})
 
-    def owner(self, round_: int) -> str:
-        """The name under which a round's updates are kept in the model's weights."""
-        return f"{self.id}:{round_}"
+    def owner(self, round_: int) -> Owner:
+        """The name under which a round's changes, counted from 0, are kept in the model's weights."""
+        return self.id, round_
 
     def is_applied(self, lm: LanguageModel) -> bool:
         """Whether `lm` carries this edit."""
-        return any(owner.startswith(f"{self.id}:") for owner in lm.weights.owners)
+        return self.id in lm.weights.edits
 
     def check_model(self, lm: LanguageModel) -> None:
         """Raise EditError unless the edit was made for `lm`."""
@@ -83,16 +98,15 @@ class Edit:
         self.check_model(lm)
         if self.is_applied(lm):
             raise EditError(f"edit {self.id} is applied already; revert it first")
-        present = {owner.partition(":")[0] for owner in lm.weights.owners}
-        if missing := [other for other in self.provenance.get("on_top_of", ()) if other not in present]:
+        if missing := [other for other in self.record.on_top_of if other not in lm.weights.edits]:
             warnings.warn(
                 f"edit {self.id} was made in a model that carried edit {' and '.join(missing)}, which {lm.name} does "
                 "not; its values and scores are those of both together, so apply that one first",
                 stacklevel=2,
             )
-        for index, updates in enumerate(self.rounds):
-            for matrix, update in updates.items():
-                lm.weights.add(self.owner(index), matrix, update)
+        for index, changes in enumerate(self.rounds):
+            for place, change in changes.items():
+                lm.weights.add(self.owner(index), place, change)
 
     def revert(self, lm: LanguageModel) -> None:
         """Undo the edit; without other edits the weights are the unedited ones bit for bit.
@@ -104,23 +118,14 @@ class Edit:
             raise EditError(f"edit {self.id} is not applied to {lm.name}, so there is nothing to revert")
         lm.weights.remove({self.owner(index) for index in range(len(self.rounds))})
 
-    def save(
-        self,
-        folder: str | Path,
-        overwrite: bool = False,
-        before: Evaluation | None = None,
-        after: Evaluation | None = None,
-    ) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `edit.safetensors` and `edit.json` into `folder`, which appears whole or not at all.
 
-        `lightedit report` also reads what is kept beside them: the tables as retention.csv and health.csv, and the
-        evaluations.
+        Beside them go the evaluations, as before.json and after.json, and the tables, as retention.csv and health.csv.
 
         Args:
             folder: a new one.
             overwrite: replace the whole folder of an earlier edit.
-            before: scores of the unedited model, kept as before.json.
-            after: scores of the edited model, kept as after.json.
 
         Raises:
             EditError: the folder exists and `overwrite` is not given.
@@ -129,34 +134,34 @@ class Edit:
         check_free(folder, overwrite)
         tensors = save_tensors(
             {
-                f"round.{index}.layer.{matrix.key}.{name}": getattr(update, name).cpu().contiguous()
-                for index, updates in enumerate(self.rounds)
-                for matrix, update in updates.items()
-                for name in ("left", "right")
+                f"round.{index}.layer.{place.key}.{name}": tensor.cpu().contiguous()
+                for index, changes in enumerate(self.rounds)
+                for place, change in changes.items()
+                for name, tensor in change.tensors().items()
             }
         )
-        record = {
+        content = {
             "format": _FORMAT,
             "id": self.id,
             "model": self.model,
             "fingerprint": self.fingerprint,
             "layers": self.layers,
             "facts_in_round": self.facts_in_round,
-            "scores": self.scores,
-            "provenance": self.provenance,
+            "rounds": [{place.key: change.settings() for place, change in changes.items()} for changes in self.rounds],
+            "record": self.record.to_dict(),
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
             "facts": [fact.to_dict() for fact in self.facts],
         }
         with whole_folder(folder) as unfinished:
             (unfinished / "edit.safetensors").write_bytes(tensors)
             (unfinished / "edit.json").write_text(
-                json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
             for name, rows in self.tables.items():
                 if rows:
                     write_table(unfinished / f"{name}.csv", rows)
-            for name, evaluation in (("before", before), ("after", after)):
-                if evaluation is not None:
+            for name in _EVALUATIONS:
+                if (evaluation := getattr(self, name)) is not None:
                     evaluation.save(unfinished / f"{name}.json")
         return folder
 
@@ -171,37 +176,45 @@ class Edit:
         folder = Path(folder)
         path = folder / "edit.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no edit in {folder}: {path} does not exist")
+            raise MissingFileError(f"no edit in {folder}: {path} does not exist")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] != _FORMAT:
-                raise EditError(f"{path} has format {record['format']}, this version reads {_FORMAT}")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise EditError(f"{path} has format {content['format']}, this version reads {_FORMAT}")
             data = (folder / "edit.safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+            if hashlib.sha256(data).hexdigest() != content["tensors_sha256"]:
                 raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
-            rounds: list[dict[Place, LowRankUpdate]] = [{} for _ in record["facts_in_round"]]
-            tensors = load_tensors(data)
-            for name in sorted(tensors):
-                if name.endswith(".left"):
-                    _, index, _, key, _ = name.split(".")
-                    right = tensors[name.removesuffix("left") + "right"]
-                    # copies, because views into the file's buffer may be unaligned, which changes sums' order
-                    update = LowRankUpdate(tensors[name].clone(), right.clone())
-                    rounds[int(index)][Place.from_key(key)] = update
+            # copies, because views into the file's buffer may be unaligned, which changes sums' order
+            tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
+            evaluations = {
+                name: Evaluation.load(folder / f"{name}.json")
+                for name in _EVALUATIONS
+                if (folder / f"{name}.json").is_file()
+            }
             return cls(
-                model=record["model"],
-                fingerprint=record["fingerprint"],
-                provenance=record["provenance"],
-                facts=[Fact.from_dict(fact) for fact in record["facts"]],
-                rounds=[dict(sorted(updates.items())) for updates in rounds],
-                facts_in_round=record["facts_in_round"],
-                scores=record["scores"],
-                id=record["id"],
+                model=content["model"],
+                fingerprint=content["fingerprint"],
+                record=RunRecord.from_dict(content["record"]),
+                facts=[Fact.from_dict(fact) for fact in content["facts"]],
+                rounds=[_changes(index, settings, tensors) for index, settings in enumerate(content["rounds"])],
+                facts_in_round=content["facts_in_round"],
+                id=content["id"],
+                **evaluations,
             )
         except EditError:
             raise
-        except (ValueError, LookupError, TypeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise EditError(f"{folder} does not hold a whole edit: {type(error).__name__}: {error}") from error
+
+
+def _changes(round_: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[Place, Change]:
+    """The changes of one round from a file's tensors, in the order in which they were written."""
+    changes = {}
+    for key, of_change in settings.items():
+        start = f"round.{round_}.layer.{key}."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        changes[Place.from_key(key)] = change_from(own, of_change)
+    return changes
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:

@@ -3,22 +3,28 @@
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
-from lightedit.data.modules import FactsDataModule
+from lightedit.digests import digest
+from lightedit.editing.journal import Round, RoundCallback
 from lightedit.editing.module import EditModule
+from lightedit.files import whole_file
+from lightedit.lm import Place
+from lightedit.lm.changes import Change, change_from
 from lightedit.ops import implementations
-from lightedit.runs.folder import Round, check_run, kept_rounds, locked, start_run
-from lightedit.runs.provenance import determining
+from lightedit.runs.folder import ResumeError, check_run, kept_rounds, locked, round_file, start_run
 
 
-class RoundCheckpoint(Checkpoint):
+class RoundCheckpoint(RoundCallback, Checkpoint):
     """Keeps every round of an `EditModule`'s fit in a folder, and starts a fit after the rounds that are there.
 
     A fit that goes on ends with the bits of one that was never stopped, given the same machine and the CPU; on a GPU
@@ -39,75 +45,54 @@ class RoundCheckpoint(Checkpoint):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._lock = ExitStack()
-        self._kept = 0
+        self._last: KeptRound | None = None
 
-    # By now the module has read contexts and keys from the unedited model, and other callbacks what they need of it:
-    # checkpoint callbacks come last
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(EditModule, pl_module)
+    def kept_rounds(self, trainer: Trainer, module: LightningModule) -> list[Round]:
+        """Lock the folder, check that it holds this run, and read its rounds; a new folder starts a run."""
+        module = cast(EditModule, module)
         assert module.edit is not None
-        data = cast(FactsDataModule, getattr(trainer, "datamodule"))  # noqa: B009
+        settings = _settings(module)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.close()
         self._lock.enter_context(locked(self.folder))
-        settings, files = _settings(module, data), kept_rounds(self.folder)
-        self._kept = len(files)
+        self._last = None
+        files = kept_rounds(self.folder)
         if not files:
             start_run(self.folder, module.edit.id, settings)
-            return
+            return []
         module.edit.id = check_run(self.folder, settings)
-        try:
-            for number, file in enumerate(files, 1):
-                round_ = Round.load(file, module.edit.id, number)
-                module.restore_round(round_.updates, round_.facts, round_.keys)
-                for name, rows in round_.tables.items():
-                    module.edit.tables.setdefault(name, []).extend(rows)
-        except BaseException:
-            if module.edit.is_applied(module.lm):
-                module.edit.revert(module.lm)
-            raise
-        torch.set_rng_state(round_.random)
-        if round_.stopped is not None:
-            module.edit.provenance["stopped"] = round_.stopped
-        module.seconds.update(round_.seconds)
-        module.edit.provenance["seconds"] = dict(module.seconds)
-        for name, count in round_.tokens.items():
-            setattr(module.tokens, name, count)
-        loop = trainer.fit_loop
-        loop.epoch_progress.increment_by(len(files))
-        # loggers count batches and users optimizer steps; both go on from where they were
-        loop.epoch_loop.on_load_checkpoint(round_.batches)
-        loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(round_.steps)
-        if round_.last:
-            trainer.should_stop = True
-        ended = "" if round_.stopped is None else f", where the run ended: {round_.stopped}"
-        print(f"continuing after round {len(files)} of {len(data.rounds)}{ended}", file=sys.stderr)
+        kept = [KeptRound.load(file, module.edit.id, number) for number, file in enumerate(files, 1)]
+        self._last = kept[-1]
+        return [one.round for one in kept]
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(EditModule, pl_module)
-        assert module.edit is not None
-        if len(module.edit.rounds) == self._kept:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the trainer count from where the earlier process was."""
+        if (last := self._last) is None:
             return
-        self._kept += 1
-        round_ = Round(
-            run=module.edit.id,
-            number=self._kept,
-            facts=module.edit.facts_in_round[-1],
-            last=trainer.should_stop,
-            seconds=dict(module.seconds),
-            tokens=asdict(module.tokens),
+        torch.set_rng_state(last.random)
+        number, loop = last.round.number, trainer.fit_loop
+        loop.epoch_progress.increment_by(number)
+        # loggers count batches and users optimizer steps; both go on from where they were
+        loop.epoch_loop.on_load_checkpoint(last.batches)
+        loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(last.steps)
+        if last.ended:
+            trainer.should_stop = True
+        stopped = last.round.stopped
+        ended = "" if stopped is None else f", where the run ended: {stopped}"
+        rounds = len(cast(EditModule, pl_module).data().rounds)
+        print(f"continuing after round {number} of {rounds}{ended}", file=sys.stderr)
+
+    def on_round_end(self, trainer: Trainer, module: LightningModule, round_: Round) -> None:
+        edit = cast(EditModule, module).edit
+        assert edit is not None
+        KeptRound(
+            round_,
+            run=edit.id,
+            ended=trainer.should_stop,
             steps=trainer.global_step,
             batches=trainer.fit_loop.epoch_loop.on_save_checkpoint(),
-            stopped=module.edit.provenance.get("stopped"),
-            tables={
-                name: [row for row in rows if row["round"] == self._kept] for name, rows in module.edit.tables.items()
-            },
-            updates=module.edit.rounds[-1],
-            keys=module.round_keys if module.method.keeps_past_keys else {},  # the larger part of a file
             random=torch.get_rng_state(),
-        )
-        round_.save(self.folder)
+        ).save(self.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
@@ -116,19 +101,99 @@ class RoundCheckpoint(Checkpoint):
         self._lock.close()
 
 
-def _settings(module: EditModule, data: FactsDataModule) -> dict[str, Any]:
-    """All that determines a run, under names that its user knows, as JSON gives it back."""
-    assert module.edit is not None
+def _settings(module: EditModule) -> dict[str, Any]:
+    """All that determines the run, under names that its user knows, as JSON gives it back."""
+    data, editor = module.data(), module.editor
     settings = {
         # not the names of edits that the model carries: its weights count
-        **{name: value for name, value in module.edit.provenance.items() if name not in ("seconds", "on_top_of")},
-        **determining(module.lm, module.method, module.covariance, data.facts),
+        **editor.run_inputs(),
+        **vars(editor.settings),
         "facts_per_round": data.facts_per_round,
         "facts_per_chunk": data.facts_per_chunk,
-        "on_collision": module.on_collision,
-        "collision_similarity": module.collision_similarity,
-        "max_tokens": module.max_tokens,
         "threads": torch.get_num_threads(),
         "ops": implementations(),
     }
+    for name in ("progress_bar", "validate_every"):  # of no effect on what is written
+        settings.pop(name, None)
     return cast(dict[str, Any], json.loads(json.dumps(settings)))
+
+
+@dataclass(frozen=True)
+class KeptRound:
+    """A finished round as its file holds it, and what a process needs to go on after it.
+
+    Attributes:
+        round: the round.
+        run: id of the run's edit.
+        ended: whether the fit ended with it.
+        steps: optimizer steps of the run so far.
+        batches: the trainer's count of batches.
+        random: state of torch's random numbers on the CPU after the round.
+    """
+
+    round: Round
+    run: str
+    ended: bool
+    steps: int
+    batches: dict[str, int]
+    random: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write the round's file into `folder`."""
+        round_ = self.round
+        tensors = {"random": self.random, **{f"state.{name}": tensor for name, tensor in round_.state.items()}}
+        for place, change in round_.changes.items():
+            tensors |= {f"change.{place.key}.{name}": tensor for name, tensor in change.tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        record = {
+            "number": round_.number,
+            "facts": round_.facts,
+            "seconds": round_.seconds,
+            "stopped": round_.stopped,
+            "tables": round_.tables,
+            "changes": {place.key: change.settings() for place, change in round_.changes.items()},
+            "run": self.run,
+            "ended": self.ended,
+            "steps": self.steps,
+            "batches": self.batches,
+        }
+        text = json.dumps(record)
+        content = save_tensors(tensors, {"record": text, "sha256": digest(text, tensors)})
+        with whole_file(round_file(folder, round_.number)) as unfinished:
+            unfinished.write_bytes(content)
+
+    @classmethod
+    def load(cls, file: Path, run: str, number: int) -> Self:
+        """Read round `number` of `run` and check that it is whole.
+
+        Raises:
+            ResumeError: it is damaged, or of another run.
+        """
+        way_out = "delete it and the rounds after it to repeat them"
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                # copies, because views into the file may be unaligned, which changes sums' order
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            if metadata["sha256"] != digest(metadata["record"], tensors):
+                raise ValueError("its checksum is wrong")
+            record = json.loads(metadata["record"])
+            own = {name: record.pop(name) for name in ("run", "ended", "steps", "batches")}
+            changes = _changes(record.pop("changes"), tensors)
+        except (SafetensorError, ValueError, LookupError) as error:
+            raise ResumeError(f"{file} is truncated or was altered ({error}); {way_out}") from error
+        if (own["run"], record["number"]) != (run, number):
+            raise ResumeError(
+                f"{file} is round {record['number']} of run {own['run']}, not round {number} of {run}; {way_out}"
+            )
+        state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+        return cls(Round(**record, changes=changes, state=state), **own, random=tensors["random"])
+
+
+def _changes(settings: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> dict[Place, Change]:
+    changes = {}
+    for key, of_change in settings.items():
+        start = f"change.{key}."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        changes[Place.from_key(key)] = change_from(own, of_change)
+    return changes

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.files import whole_folder
-from lightedit.lm import LanguageModel
+from lightedit.errors import ArgumentError
+from lightedit.lm import LanguageModel, Place
 from lightedit.lm.loading import save_pretrained
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import Change, DenseUpdate, LowRankUpdate
 
 
 def export_model(lm: LanguageModel, folder: str | Path) -> Path:
@@ -25,7 +26,7 @@ def export_model(lm: LanguageModel, folder: str | Path) -> Path:
         folder: a new one.
 
     Raises:
-        ValueError: the folder exists, or the model carries no edit.
+        ArgumentError: the folder exists, or the model carries no edit.
     """
     folder = Path(folder)
     record = _record(lm, folder)
@@ -48,11 +49,11 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
         folder: a new one.
 
     Raises:
-        ValueError: the folder exists, or the model carries no edit.
+        ArgumentError: the folder exists, the model carries no edit, or one that changes more than matrices.
     """
     folder = Path(folder)
     record = _record(lm, folder)
-    changes = {matrix: _fewest_columns(lm.weights.change(matrix)) for matrix in lm.weights.places}
+    changes = {place: _factors(place, lm.weights.change(place)) for place in lm.weights.places}
     tensors = {
         f"base_model.model.{lm.module_name(matrix)}.lora_{factor}.weight": tensor.float().contiguous()
         for matrix, change in changes.items()
@@ -84,29 +85,41 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
 
 
 def check_export(folder: Path) -> None:
-    """Raise ValueError if `folder` cannot be the new folder of an export."""
+    """Raise ArgumentError if `folder` cannot be the new folder of an export."""
     if folder.exists():
-        raise ValueError(f"{folder} exists already; name a new folder for the export")
+        raise ArgumentError(f"{folder} exists already; name a new folder for the export")
 
 
 def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
     check_export(folder)
-    if not lm.weights.owners:
-        raise ValueError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
+    if not lm.weights.edits:
+        raise ArgumentError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint,
-        "edits": list(dict.fromkeys(owner.partition(":")[0] for owner in lm.weights.owners)),
+        "edits": lm.weights.edits,
         "versions": {name: version(name) for name in ("lightedit", "torch", "transformers")},
     }
 
 
-def _fewest_columns(change: LowRankUpdate) -> LowRankUpdate:
-    """The same product in factors of no more columns than the matrix has rows or columns."""
-    d_out, d_in = change.left.shape[0], change.right.shape[0]
-    if change.rank <= min(d_out, d_in):
-        return change
-    dense = change.to("cpu", torch.float64).dense()
+def _factors(place: Place, change: Change) -> LowRankUpdate:
+    """The same change as factors of no more columns than the matrix has rows or columns.
+
+    Raises:
+        ArgumentError: it changes something else than a matrix.
+    """
+    if isinstance(change, LowRankUpdate):
+        d_out, d_in = change.left.shape[0], change.right.shape[0]
+        if change.rank <= min(d_out, d_in):
+            return change
+        dense = change.to("cpu", torch.float64).dense()
+    elif isinstance(change, DenseUpdate) and change.weight is not None and change.bias is None:
+        dense = change.weight.to("cpu", torch.float64)
+        d_out, d_in = dense.shape
+    else:
+        raise ArgumentError(
+            f"the edit changes more than the matrix of {place}, which a LoRA adapter cannot hold; export the model"
+        )
     eye = torch.eye(min(d_out, d_in), dtype=dense.dtype)
     return LowRankUpdate(eye, dense.T) if d_out <= d_in else LowRankUpdate(dense, eye)
 

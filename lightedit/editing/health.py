@@ -2,15 +2,19 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
 from lightedit.data.texts import read_texts
+from lightedit.editing.journal import RoundCallback
 from lightedit.editing.module import EditModule
+from lightedit.errors import ArgumentError
 from lightedit.evaluation.held_out_text import HeldOutText, held_out_windows
+from lightedit.lm import LanguageModel, Place
 from lightedit.runs.tables import log_folder, write_table
 
 OnLimit = Literal["stop", "roll_back"]
@@ -18,104 +22,111 @@ OnLimit = Literal["stop", "roll_back"]
 _FILE = "health.csv"
 
 
-class Health(Callback):
+@dataclass(frozen=True)
+class HealthLimits:
+    """Limits of how far rounds of edits may take a model.
+
+    Attributes:
+        max_kl: limit of KL(edited || unedited) of the next token on text, in nats per token.
+        max_perplexity_ratio: limit of the perplexity on the text over that of the unedited model.
+        max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited matrix.
+        on_limit: once a limit is passed, stop ends the run after this round and keeps it; roll_back takes it back too,
+            so that the weights are bit for bit those before the round.
+        every: rounds between looks at the model; the last round is always looked at.
+
+    Raises:
+        ArgumentError: a limit that is not positive, `every` below 1, an unknown `on_limit`.
+    """
+
+    max_kl: float | None = None
+    max_perplexity_ratio: float | None = None
+    max_update_norm: float | None = None
+    on_limit: OnLimit = "stop"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits().items():
+            if not limit > 0:
+                raise ArgumentError(f"{name} must be positive, or None for no limit, got {limit}")
+        if self.on_limit not in ("stop", "roll_back"):
+            raise ArgumentError(f"on_limit is 'stop' or 'roll_back', got {self.on_limit!r}")
+        if self.every < 1:
+            raise ArgumentError(f"every must be at least 1 round, got {self.every}")
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if name.startswith("max_") and value is not None}
+
+    def passed(self, record: dict[str, Any]) -> str | None:
+        """Which limit a record of `Health` passes, if any."""
+        for name, limit in self.limits().items():
+            measured = name.removeprefix("max_")
+            for key, value in record.items():
+                # not "value > limit", because a ruined model's NaN is past any limit
+                if key.split("/")[0] == measured and not value <= limit:
+                    return f"{key} is {value:.4g}, past {name}={limit:g}"
+        return None
+
+
+class Health(RoundCallback):
     """Watches a model while rounds of facts are written into it, and ends the fit when a limit is passed.
 
-        health = Health("wiki.txt", max_kl=0.1, on_limit="roll_back")
-        edit = lightedit.edit(lm, facts, method, covariance, facts_per_round=100, callbacks=[health])
+        health = Health("wiki.txt", limits=HealthLimits(max_kl=0.1, on_limit="roll_back"))
+        edit = lightedit.edit(lm, facts, method, covariance=covariance, callbacks=[health])
 
     Args:
         texts: held-out text: token windows, a `.txt` file, or a data set (see `read_texts`), of which 2048 tokens are
             taken; None lets the unedited model write them.
-        max_kl: limit of KL(edited || unedited) of the next token, in nats per token.
-        max_perplexity_ratio: limit of the perplexity on the text over that of the unedited model.
-        max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited matrix.
-        on_limit: once a limit is passed, "stop" ends the fit after this round and keeps it; "roll_back" takes it back
-            too, so that the weights are bit for bit those before the round.
-        every: rounds between looks at the model; the last round is always looked at.
+        limits: when to end the fit; by default never.
         folder: where health.csv goes; default: the folder of the trainer's first logger, if there is one.
 
     Attributes:
         records: one for each look: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
             "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited matrices; and of each
-            "weight_norm/layer_i" and "update_norm/layer_i" of this round, with "layer_i_attention" for an attention's.
-            A round that is rolled back has a record too.
+            "weight_norm/layer_i" and "update_norm/layer_i" of this round, with "layer_i_attention_out" for an
+            attention's. A round that is rolled back has a record too.
         reason: which limit was passed, by what value and in which round; None while all is well.
 
     Raises:
-        ValueError: a limit that is not positive, `every` below 1, an unknown `on_limit`.
         FileNotFoundError: there is no such text file.
     """
 
     def __init__(
         self,
         texts: Sequence[Sequence[int]] | str | Path | None = None,
-        max_kl: float | None = None,
-        max_perplexity_ratio: float | None = None,
-        max_update_norm: float | None = None,
-        on_limit: OnLimit = "stop",
-        every: int = 1,
+        *,
+        limits: HealthLimits | None = None,
         folder: str | Path | None = None,
     ) -> None:
-        self._limits = {
-            "max_kl": max_kl,
-            "max_perplexity_ratio": max_perplexity_ratio,
-            "max_update_norm": max_update_norm,
-        }
-        for name, limit in self._limits.items():
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, or None for no limit, got {limit}")
-        if on_limit not in ("stop", "roll_back"):
-            raise ValueError(f"on_limit is 'stop' or 'roll_back', got {on_limit!r}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1 round, got {every}")
         if isinstance(texts, str | Path):
             read_texts(texts)  # what is missing is found out now, not when a model is loaded and facts are scored
-        self.texts, self.on_limit, self.every = texts, on_limit, every
+        self.texts, self.limits = texts, limits or HealthLimits()
         self.folder = None if folder is None else Path(folder)
         self.records: list[dict[str, Any]] = []
         self.reason: str | None = None
         self._text: HeldOutText | None = None
-        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Read the text with the unedited model; go on with the records of rounds that an earlier process finished."""
         if not isinstance(module, EditModule):
             raise TypeError(f"Health watches an EditModule, got {type(module).__name__}")
-        self._resumed, self.records, self.reason = False, [], None
+        assert module.edit is not None
         with module.lm.weights.unedited():
             self._text = HeldOutText(module.lm, held_out_windows(module.lm, self.texts))
+        self.records = module.edit.tables.setdefault("health", [])
+        self.reason = module.edit.record.stopped
 
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._resumed:
-            self._resume(module)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._resumed:  # no epoch was left to do
-            self._resume(module)
-
-    def _resume(self, module: LightningModule) -> None:
-        # after a checkpoint's hook: what an earlier process found of the rounds that it kept
+    def on_round_written(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, EditModule) and module.edit is not None
-        self.records = list(module.edit.tables.get("health", []))
-        module.edit.tables["health"] = self.records
-        self.reason = module.edit.provenance.get("stopped")
-        self._resumed = True
-
-    def _folder(self, trainer: Trainer) -> Path | None:
-        return self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        # before the module's own hook, which then validates what stays
-        assert isinstance(module, EditModule) and module.edit is not None
-        if len(module.edit.rounds) % self.every and not module.in_last_round:
+        if len(module.edit.rounds) % self.limits.every and not module.in_last_round:
             return
         record = self._look(module)
         self.records.append(record)
         module.log_dict({f"health/{name}": float(value) for name, value in record.items() if name != "round"})
-        folder = self._folder(trainer)
+        folder = self.folder if self.folder is not None and trainer.is_global_zero else log_folder(trainer)
         if folder is not None:
             write_table(folder / _FILE, self.records)
-        if passed := self._passed(record):
+        if passed := self.limits.passed(record):
             self._end(trainer, module, passed)
 
     @torch.no_grad()
@@ -123,11 +134,8 @@ class Health(Callback):
         assert module.edit is not None and self._text is not None
         lm = module.lm
         nll, kl = self._text.measure()
-        dtype = torch.promote_types(lm.dtype, torch.float32)
-        drift = [
-            (lm.weight(matrix).to(dtype) - lm.weights.base(matrix).to(dtype)).norm().item()
-            for matrix in module.method.places
-        ]
+        changes = module.edit.rounds[-1]
+        drift = [_norm(lm, place, lm.weights.base(place)) for place in module.method.places]
         return {
             "round": len(module.edit.rounds),
             "facts": len(module.edit.facts),
@@ -135,31 +143,29 @@ class Health(Callback):
             "perplexity": _exp(nll),
             "perplexity_ratio": _exp(nll - self._text.nll),
             "drift": sum(norm**2 for norm in drift) ** 0.5,
-            **{f"weight_norm/layer_{m.key}": lm.weight(m).to(dtype).norm().item() for m in module.method.places},
-            **{f"update_norm/layer_{m.key}": update.norm() for m, update in module.edit.rounds[-1].items()},
+            **{f"weight_norm/layer_{place.key}": _norm(lm, place) for place in module.method.places},
+            **{f"update_norm/layer_{place.key}": change.norm() for place, change in changes.items()},
         }
-
-    def _passed(self, record: dict[str, Any]) -> str | None:
-        """Which limit `record` passes, if any."""
-        for name, limit in self._limits.items():
-            measured = name.removeprefix("max_")
-            for key, value in record.items():
-                # not "value > limit", because a ruined model's NaN is past any limit
-                if limit is not None and key.split("/")[0] == measured and not value <= limit:
-                    return f"{key} is {value:.4g}, past {name}={limit:g}"
-        return None
 
     def _end(self, trainer: Trainer, module: EditModule, passed: str) -> None:
         assert module.edit is not None
         round_ = len(module.edit.rounds)
-        if self.on_limit == "roll_back":
+        rolled_back = self.limits.on_limit == "roll_back"
+        if rolled_back:
             # past keys that the method keeps still hold this round's, which is of no effect: none is written after it
             module.roll_back()
         trainer.should_stop = True
-        kept = "was rolled back" if self.on_limit == "roll_back" else "is kept"
+        kept = "was rolled back" if rolled_back else "is kept"
         self.reason = f"stopped in round {round_}, which {kept}: {passed}; {len(module.edit.facts)} facts are written"
-        module.edit.provenance["stopped"] = self.reason
+        module.edit.record.stopped = self.reason
         warnings.warn(self.reason, stacklevel=1)
+
+
+def _norm(lm: LanguageModel, place: Place, base: torch.Tensor | None = None) -> float:
+    """Frobenius norm of a weight, or of its difference to `base`, in float32 or better."""
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    weight = lm.weight(place).to(dtype)
+    return float((weight if base is None else weight - base.to(dtype)).norm())
 
 
 def _exp(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torchmetrics import MetricCollection
@@ -55,11 +54,3 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for metric, value in row.items()
         if metric not in ("round", "origin", "facts")
     }
-
-
-def check_validation(validate_every: int | None, log: Path | None) -> None:
-    """Raise ValueError unless rounds can be validated every `validate_every` and figures written to `log`."""
-    if validate_every is not None and validate_every < 1:
-        raise ValueError(f"validate_every must be at least 1 round, or None for no validation, got {validate_every}")
-    if log is not None and log.exists() and not log.is_dir():
-        raise ValueError(f"log {log} is a file; give a folder")

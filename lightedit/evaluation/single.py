@@ -2,32 +2,27 @@
 
 The protocol of most published tables edits one fact, scores it, undoes it, and goes on to the next. Here values are
 optimised for many facts at a time, one factor of each preservation term serves all solves, and in the passes that score
-every row carries the edit of its own fact.
+every row carries the edit of its own fact. Editors that cannot do so write each fact, and take it back.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import chunks_by_suffix
-from lightedit.data.prompts import tokenize_facts
+from lightedit.errors import ArgumentError
 from lightedit.evaluation.evaluate import check_comparison, score_facts, summarize
 from lightedit.evaluation.kept_scores import KeptScores, kept_scores
 from lightedit.evaluation.references import References
 from lightedit.evaluation.result import Evaluation
-from lightedit.lm import LanguageModel, Place
-from lightedit.methods import Method
-from lightedit.methods.closed_form.values import optimize_values
-from lightedit.methods.closed_form.writing import separate_updates
+from lightedit.evaluation.settings import EvaluationSettings
+from lightedit.lm import LanguageModel
+from lightedit.methods.needs import covariance_for
+from lightedit.methods.protocol import Editor, EditorSettings, Method, check_model_and_method, search
 from lightedit.metrics import RecordScores
-from lightedit.progress import part, progress
-from lightedit.runs.folder import checksum
-from lightedit.runs.provenance import determining, provenance
+from lightedit.progress import Report, progress, subprogress
 from lightedit.statistics.covariance import Covariance
 
 _SEARCH = 0.8  # share of the time that finding values takes, without generation; it only serves the progress bar
@@ -37,15 +32,14 @@ def evaluate_single(
     lm: LanguageModel,
     facts: Sequence[Fact],
     method: Method,
-    covariance: Covariance,
-    batch_size: int = 64,
+    *,
+    covariance: Covariance | None = None,
+    settings: EvaluationSettings | None = None,
     facts_per_chunk: int = 32,
-    progress_bar: bool = True,
-    generate: bool = False,
-    targets: Mapping[int, Tensor] | None = None,
     before: Evaluation | None = None,
     references: References | None = None,
     checkpoint: str | Path | None = None,
+    prepared: Editor | None = None,
 ) -> Evaluation:
     """Score each fact right after it alone is edited into `lm`, which stays as it is.
 
@@ -56,71 +50,80 @@ def evaluate_single(
         lm: the model that every edit starts from.
         facts: at least one.
         method: such as `ROME(layers=[5])`.
-        covariance: second moments at the method's matrices, from `estimate_covariance`.
-        batch_size: texts of one forward pass at most, when scoring; bounds memory.
+        covariance: second moments at the method's `covariance_places`; by default they are estimated from text that
+            the model writes itself, and kept in the cache.
+        settings: of the scoring; see `EvaluationSettings`.
         facts_per_chunk: facts whose values are optimised together, and whose edits are held in memory.
-        progress_bar: show progress and the time left on standard error.
-        generate: let the edited models write, too; see `evaluate`.
-        targets: fact's index -> value at the method's site, [d], or [2 d] for two sites, where it is known.
         before: `lm`'s evaluation of the same facts, for KnowledgeEditor's metrics; see `evaluate`.
-        references: texts for RS; needs `generate`.
+        references: texts for RS; needs `settings.generate`.
         checkpoint: a folder of this run alone, in which the scores of finished chunks are kept: after the process was
             killed, the same call goes on after them. Delete it once the evaluation is saved.
+        prepared: an editor that was prepared for these facts, each alone; its work is not done again.
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
-        ValueError: a size is below 1, `before` is of other facts, or `references` come without `generate`.
-        CovarianceError: a covariance of another model or other matrices, or one that cannot be solved with.
-        FloatingPointError: the value optimisation, an update or a score gave NaN or infinity.
+        ArgumentError: a size is below 1, `before` is of other facts, or `references` come without texts.
+        CovarianceError: a covariance of another model or other places, or one that cannot be solved with.
+        NumericalError: the search, an update or a score gave NaN or infinity.
         ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
     """
-    check_single(lm, facts, method, batch_size, facts_per_chunk)
-    check_comparison(facts, generate, before, references)
-    preservation = method.factors(lm, covariance)
-    contexts = method.contexts.sample(lm)
-    prompts = tokenize_facts(lm.tokenizer, facts, contexts)
+    check_single(lm, facts, method, facts_per_chunk)
+    settings = settings or EvaluationSettings()
+    check_comparison(facts, settings.generate, before, references)
+    if covariance is None and prepared is None:
+        covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
+    editor = prepared or method.editor(lm, covariance=covariance, settings=EditorSettings())
+    if not editor.prepared:
+        editor.prepare(facts, None)
     with ExitStack() as stack:
         kept: KeptScores | None = None
         if checkpoint is not None:
-            settings = provenance(lm, method, contexts, covariance) | determining(lm, method, covariance, facts)
-            settings |= {"generate": generate}
-            settings["targets"] = checksum("", {str(index): value for index, value in (targets or {}).items()})
-            kept = stack.enter_context(kept_scores(Path(checkpoint), settings))
+            inputs = editor.run_inputs() | {"generate": settings.generate}
+            kept = stack.enter_context(kept_scores(Path(checkpoint), inputs))
         records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
-        report = stack.enter_context(progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar))
+        title = f"editing and scoring {len(facts)} facts, each alone"
+        report = stack.enter_context(progress(title, settings.progress_bar))
+        optimizer = editor.make_optimizer()
         unscored = [index for index in range(len(facts)) if index not in records]
         done = 0
         for chunk in chunks_by_suffix(facts, unscored, facts_per_chunk):
             started = time.perf_counter()
-            known = {} if targets is None else {index: targets[index] for index in chunk if index in targets}
-            missing = [index for index in chunk if index not in known]
-            searching = _SEARCH * len(missing)
-            if missing:
-                chosen = [prompts[index] for index in missing]
-                reported = part(report, done, searching, len(unscored))
-                found = optimize_values(
-                    lm, chosen, method.value_layer, method.site, method.values, report=reported
-                ).targets
-                known.update(zip(missing, found, strict=True))
-            device = lm.weight(Place(method.value_layer)).device
-            values = torch.stack([known[index].to(device, torch.float64) for index in chunk]).T
-            edits = separate_updates(lm, method, preservation, [prompts[index] for index in chunk], values)
-            rest = part(report, done + searching, len(chunk) - searching, len(unscored))
-            scored = score_facts(lm, [facts[index] for index in chunk], batch_size, rest, generate, edits)
-            records.update(zip(chunk, scored, strict=True))
+            searching = _SEARCH * len(chunk)
+            search(editor, chunk, optimizer, subprogress(report, done, searching, len(unscored)))
+            rest = subprogress(report, done + searching, len(chunk) - searching, len(unscored))
+            scored = dict(zip(chunk, _score_alone(editor, chunk, settings, rest), strict=True))
+            records |= scored
             done += len(chunk)
             if kept is not None:
-                kept.add({index: records[index] for index in chunk}, time.perf_counter() - started)
+                kept.add(scored, time.perf_counter() - started)
     return summarize(facts, [records[index] for index in range(len(facts))], before, references)
 
 
-def check_single(
-    lm: LanguageModel, facts: Sequence[Fact], method: Method, batch_size: int = 64, facts_per_chunk: int = 32
-) -> None:
+def _score_alone(
+    editor: Editor, indices: Sequence[int], settings: EvaluationSettings, report: Report
+) -> list[RecordScores]:
+    """Scores of each fact under its own edit alone, whose search is over."""
+    facts = [editor.facts[index] for index in indices]
+    edits = editor.separate(indices)
+    if edits is not None:
+        return score_facts(editor.lm, facts, settings=settings, report=report, edits=edits)
+    scored = []
+    for number, (index, fact) in enumerate(zip(indices, facts, strict=True)):
+        owner = ("alone", index)
+        try:
+            editor.write([index], owner)
+            scored += score_facts(editor.lm, [fact], settings=settings)
+        finally:
+            editor.lm.weights.remove([owner])
+        report(number + 1, len(indices))
+    return scored
+
+
+def check_single(lm: LanguageModel, facts: Sequence[Fact], method: Method, facts_per_chunk: int = 32) -> None:
     """Raise what `evaluate_single` would raise for these arguments at once."""
+    check_model_and_method(lm, method)
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to edit")
-    for name, size in (("batch_size", batch_size), ("facts_per_chunk", facts_per_chunk)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    lm.check_layers(method.layers)
+    if facts_per_chunk < 1:
+        raise ArgumentError(f"facts_per_chunk must be at least 1, got {facts_per_chunk}")
+    method.check(lm)

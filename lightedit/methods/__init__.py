@@ -1,12 +1,12 @@
-"""The editing methods, one small file each; one engine runs them all."""
+"""The editing methods, one small file each, behind one protocol."""
 
 from lightedit.methods.closed_form.alphaedit import AlphaEdit
 from lightedit.methods.closed_form.emmet import EMMET
 from lightedit.methods.closed_form.encore import ENCORE
 from lightedit.methods.closed_form.memit import MEMIT
-from lightedit.methods.closed_form.method import Method
 from lightedit.methods.closed_form.pmet import PMET
 from lightedit.methods.closed_form.rome import ROME
+from lightedit.methods.protocol import Method
 
 METHODS: dict[str, type[Method]] = {method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE)}
 

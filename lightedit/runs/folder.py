@@ -12,23 +12,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from lightedit.lm import Place
-from lightedit.lm.weights import LowRankUpdate
-
-_FORMAT = 2
+_FORMAT = 3
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
-_TENSORS = ("updates", "keys", "random")
 _ANEW = (
     "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart true)"
 )
@@ -36,84 +29,6 @@ _ANEW = (
 
 class ResumeError(ValueError):
     """A run cannot go on from its folder; the message names the file or setting and the way out."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One finished round, and what a process needs to go on after it.
-
-    Attributes:
-        run: id of the run's edit.
-        number: of the round, from 1.
-        facts: facts in the round.
-        last: whether the fit ended with it.
-        seconds: of the run so far, by step.
-        tokens: of the run so far, by kind.
-        steps: optimizer steps of the run so far.
-        batches: the trainer's count of batches.
-        stopped: why a callback ended the fit with it, if one did.
-        tables: this round's rows of `Edit.tables`.
-        updates: matrix -> update.
-        keys: matrix -> keys, [d_in, B] float64, where the method keeps past keys.
-        random: state of torch's random numbers on the CPU after the round.
-    """
-
-    run: str
-    number: int
-    facts: int
-    last: bool
-    seconds: dict[str, float]
-    tokens: dict[str, int]
-    steps: int
-    batches: dict[str, int]
-    stopped: str | None
-    tables: dict[str, list[dict[str, Any]]]
-    updates: dict[Place, LowRankUpdate]
-    keys: dict[Place, Tensor]
-    random: Tensor
-
-    def save(self, folder: Path) -> None:
-        """Write the round's file into `folder`."""
-        tensors = {"random": self.random}
-        for matrix, update in self.updates.items():
-            tensors |= {f"{matrix.key}.left": update.left, f"{matrix.key}.right": update.right}
-        # as rows: a round reads its keys row by row, and another memory layout may change the order of sums
-        tensors |= {f"{matrix.key}.keys": keys.T for matrix, keys in self.keys.items()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        record = json.dumps({name: value for name, value in vars(self).items() if name not in _TENSORS})
-        content = save_tensors(tensors, {"record": record, "sha256": checksum(record, tensors)})
-        _write(_round_file(folder, self.number), content)
-
-    @classmethod
-    def load(cls, file: Path, run: str, number: int) -> Self:
-        """Read round `number` of `run` and check that it is whole.
-
-        Raises:
-            ResumeError: it is damaged, or of another run.
-        """
-        way_out = "delete it and the rounds after it to repeat them"
-        try:
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-                # copies, because views into the file may be unaligned, which changes sums' order
-                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            if metadata["sha256"] != checksum(metadata["record"], tensors):
-                raise ValueError("its checksum is wrong")
-            record = json.loads(metadata["record"])
-        except (SafetensorError, ValueError, LookupError) as error:
-            raise ResumeError(f"{file} is truncated or was altered ({error}); {way_out}") from error
-        if (record["run"], record["number"]) != (run, number):
-            raise ResumeError(
-                f"{file} is round {record['number']} of run {record['run']}, not round {number} of {run}; {way_out}"
-            )
-        names = (name.removesuffix(".left") for name in tensors if name.endswith(".left"))
-        matrices = {matrix: matrix.key for matrix in sorted(map(Place.from_key, names))}
-        return cls(
-            **record,
-            updates={m: LowRankUpdate(tensors[f"{key}.left"], tensors[f"{key}.right"]) for m, key in matrices.items()},
-            keys={m: tensors[f"{key}.keys"].T for m, key in matrices.items() if f"{key}.keys" in tensors},
-            random=tensors["random"],
-        )
 
 
 def kept_rounds(folder: Path) -> list[Path]:
@@ -124,9 +39,9 @@ def kept_rounds(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob(_ROUNDS), key=lambda file: (len(file.name), file.name))
     for number, file in enumerate(files, 1):
-        if file != _round_file(folder, number):
+        if file != round_file(folder, number):
             raise ResumeError(
-                f"{_round_file(folder, number)} is missing, but {file.name} is there; restore it, or delete the "
+                f"{round_file(folder, number)} is missing, but {file.name} is there; restore it, or delete the "
                 "rounds after it to repeat them"
             )
     return files
@@ -216,7 +131,8 @@ def _differences(known: Any, now: Any, name: str = "") -> list[str]:
     return [name + (values if len(values) < 60 else "")]
 
 
-def _round_file(folder: Path, number: int) -> Path:
+def round_file(folder: Path, number: int) -> Path:
+    """The file of a finished round, counted from 1."""
     return folder / _ROUNDS.replace("*", f"{number:04}")
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from lightedit.methods import Method
+from lightedit.errors import ArgumentError
+from lightedit.methods.protocol import Method
 
 LOG17 = (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 1000, 1778, 3162, 5623, 10000)
 """17 counts of facts, evenly spaced on a logarithmic scale (PMET, Li et al., 2024, arXiv 2308.08742)."""
@@ -84,30 +85,30 @@ def plan(
         grid: field -> values; a dot leads into a nested field, such as "values.lr".
 
     Raises:
-        ValueError: something is empty or out of range, no method has a field, or a method refuses a value.
+        ArgumentError: something is empty or out of range, no method has a field, or a method refuses a value.
     """
     grid = dict(grid or {})
     if available < 1:
-        raise ValueError("facts: there are none; give at least one")
+        raise ArgumentError("facts: there are none; give at least one")
     if not methods:
-        raise ValueError("methods: none given; give at least one")
+        raise ArgumentError("methods: none given; give at least one")
     for name, values in {
         "counts": [0] if counts is None else counts,
         "facts_per_round": facts_per_round,
         **grid,
     }.items():
         if not isinstance(values, Sequence) or not values:
-            raise ValueError(f"{name}: expected a list of at least one value, got {values!r}")
+            raise ArgumentError(f"{name}: expected a list of at least one value, got {values!r}")
     sizes = _counts(counts, available)
     for limit in facts_per_round:
         if limit not in (None, "single") and not (isinstance(limit, int) and limit >= 1):
-            raise ValueError(
+            raise ArgumentError(
                 f"facts_per_round: {limit!r} facts cannot be a round; give at least 1, null for all, or single"
             )
     known = list(dict.fromkeys(field for method in methods.values() for field in swept_fields(method)))
     for field in grid:
         if field not in known:
-            raise ValueError(f"grid: no method has a field {field!r}; known are {', '.join(known)}")
+            raise ArgumentError(f"grid: no method has a field {field!r}; known are {', '.join(known)}")
     return [
         Run(name, method, settings, count, _round_limit(method, limit))
         for name, base in methods.items()
@@ -131,11 +132,11 @@ def _counts(counts: Counts | None, available: int) -> list[int]:
         return [available]
     if isinstance(counts, str):
         if counts != "log17":
-            raise ValueError(f"counts: {counts!r} is unknown; give a list of counts, or log17")
+            raise ArgumentError(f"counts: {counts!r} is unknown; give a list of counts, or log17")
         return [count for count in LOG17 if count <= available]
     for count in counts:
         if not 1 <= count <= available:
-            raise ValueError(f"counts: {count} facts asked for, but there are {available}; give counts from 1 to that")
+            raise ArgumentError(f"counts: {count} facts asked for, but there are {available}; give counts from 1 to that")
     return sorted(set(counts))
 
 
@@ -156,7 +157,7 @@ def _combinations(
             try:
                 method = _with(method, field.split("."), value)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"grid: {name} cannot take {field}={value!r}: {error}") from error
+                raise ArgumentError(f"grid: {name} cannot take {field}={value!r}: {error}") from error
         yield method, settings
 
 

@@ -1,26 +1,30 @@
 """Doing a sweep: every run starts from the unedited model, is scored, and is taken back."""
 
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightedit.data.facts import Fact, FactError, check_facts
-from lightedit.editing.module import OnCollision
-from lightedit.editing.run import check_edit, edit
+from lightedit.digests import digest
+from lightedit.editing.run import edit, prepare, rounds_of
+from lightedit.editing.settings import RunSettings
+from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.evaluation.evaluate import evaluate, score_and_keep, summarize
 from lightedit.evaluation.kept_scores import KeptScores
+from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
-from lightedit.methods import Method
+from lightedit.methods.needs import covariance_for
+from lightedit.methods.protocol import Editor, Method, check_model_and_method
 from lightedit.progress import progress
-from lightedit.runs.folder import ResumeError, checksum, locked, remove_run
+from lightedit.runs.folder import ResumeError, locked, remove_run
 from lightedit.runs.provenance import computing
 from lightedit.statistics.covariance import Covariance, CovarianceError
 from lightedit.sweeps.figure import draw
@@ -33,19 +37,18 @@ def sweep(
     lm: LanguageModel,
     facts: Sequence[Fact],
     methods: Mapping[str, Method],
-    covariance: Covariance,
+    *,
     out: str | Path,
+    covariance: Covariance | None = None,
     counts: Counts | None = None,
     facts_per_round: Sequence[RoundLimit] = (None,),
     grid: Mapping[str, Sequence[Any]] | None = None,
-    facts_per_chunk: int = 32,
-    on_collision: OnCollision = "error",
-    progress_bar: bool = True,
-    generate: bool = False,
+    settings: RunSettings | None = None,
+    evaluation: EvaluationSettings | None = None,
 ) -> list[Row]:
     """Run every combination of methods and swept values, and write one table and one figure.
 
-        rows = sweep(lm, facts, {"MEMIT": MEMIT(layers=(4, 5, 6))}, covariance, "sweeps/first",
+        rows = sweep(lm, facts, {"MEMIT": MEMIT(layers=(4, 5, 6))}, covariance=covariance, out="sweeps/first",
                      counts="log17", grid={"lambda_": [100.0, 1000.0]})
 
     Each run writes the first facts of the list into the unedited model, scores them, and is reverted. Value vectors
@@ -57,133 +60,221 @@ def sweep(
         lm: the model, unedited; so it is left.
         facts: what to write; some must have a `target_true`, which the scores need.
         methods: name of your choice -> method.
-        covariance: second moments at all matrices that occur.
         out: the sweep's own folder.
+        covariance: second moments at all places that occur; by default they are estimated from the model's own text,
+            and kept in the cache.
         counts: numbers of facts to write; None for all of them, "log17" for PMET's (see `LOG17`).
         facts_per_round: numbers of facts written together; None for all of a run's, "single" to edit and score each
             fact alone (see `evaluate_single`).
         grid: field of a method -> values, such as {"lambda_": [100.0, 1000.0], "values.lr": [0.1, 0.5]}. Every
             combination is run; a method that lacks a field is run without it.
-        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        on_collision: see `EditModule`. The value of merged facts is found in every run.
-        progress_bar: show progress and the time left on standard error.
-        generate: let the models write texts, too, for a column of generation entropy (GE); see `evaluate`.
+        settings: of each run, but for the size of its rounds. The value of merged facts is found in every run.
+        evaluation: of the scoring; with `generate` there is a column of generation entropy (GE).
 
     Returns:
         The rows of the table.
 
     Raises:
-        ValueError: an argument is wrong, or `out` holds another sweep, or another process is at work there; raised
-            before work starts.
-        RuntimeError: some runs failed, or the figure cannot be drawn. The table holds all others, and starting again
-            tries no more than these.
+        ArgumentError: an argument is wrong, or `out` holds another sweep; raised before work starts.
+        ResumeError: another process is at work in `out`.
+        RunFailedError: some runs failed. The table holds all others, and starting again tries no more than these.
     """
     out, grid = Path(out), dict(grid or {})
+    settings, evaluation = settings or RunSettings(), evaluation or EvaluationSettings()
     runs = plan(methods, len(facts), counts, facts_per_round, grid)
     facts = list(facts[: max(run.facts for run in runs)])
-    _check(lm, facts, covariance, runs)
-    matrices = sorted({matrix for run in runs for matrix in run.method.places})
+    if covariance is None:
+        covariance = covariance_for(lm, [run.method for run in runs], progress_bar=settings.progress_bar)
+    sweep_ = _Sweep(lm, facts, runs, covariance, out, settings, evaluation, list(grid))
+    sweep_.check()
     record = {
-        "model": f"{lm.name} {lm.fingerprint}",
-        **computing(lm),
-        "device": lm.device.type,
-        "facts": _digest([fact.to_dict() for fact in facts]),
+        **sweep_.inputs(),
         "methods": {name: repr(method) for name, method in methods.items()},
         "counts": sorted({run.facts for run in runs}),
         "facts_per_round": list(facts_per_round),
         "grid": {field: list(values) for field, values in grid.items()},
-        "covariance": asdict(covariance.provenance),
-        "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in matrices}),
-        "on_collision": on_collision,
-        **({"generate": True} if generate else {}),
     }
     _check_folder(out, record)
-    pending = _unfinished(runs, Table(out / "runs.csv", list(grid), generate))
-    if progress_bar:
+    pending = _unfinished(runs, sweep_.table())
+    if settings.progress_bar:
         _announce(methods, grid, runs, pending)
-    _check_collisions(lm, facts, pending, covariance, on_collision)
+    first = sweep_.check_collisions(pending)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        table = Table(out / "runs.csv", list(grid), generate)  # from now on, no other process writes it
+        table = sweep_.table()  # from now on, no other process writes it
         with whole_file(out / "sweep.json") as unfinished:
             unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        _score_unedited(lm, facts, runs, table, out / "unedited", progress_bar, generate)
-        failed = _run_all(lm, facts, runs, covariance, table, facts_per_chunk, on_collision, progress_bar, generate)
-        if progress_bar:
+        sweep_.score_unedited(table)
+        failed = sweep_.run_all(table, first)
+        if settings.progress_bar:
             print(*best(table.rows), sep="\n", file=sys.stderr)
         draw(out / "sweep.svg", runs, table, list(grid))
     if failed:
         reasons = "\n".join(f"  {run}: {error}" for run, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(pending)} runs failed; the others are in {table.path}\n{reasons}")
+        raise RunFailedError(f"{len(failed)} of {len(pending)} runs failed; the others are in {table.path}\n{reasons}")
     return table.rows
 
 
-def _run_all(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    runs: Sequence[Run],
-    covariance: Covariance,
-    table: Table,
-    facts_per_chunk: int,
-    on_collision: OnCollision,
-    progress_bar: bool,
-    generate: bool,
-) -> dict[str, Exception]:
-    """Do all runs without a row in the table, and add it; returns why some failed, run -> error."""
-    out, pending = table.path.parent, _unfinished(runs, table)
-    store = TargetStore(out / "values", lm, facts, runs)
-    failed: dict[str, Exception] = {}
-    seconds = done = 0.0
-    for number, run in enumerate(pending):
-        if progress_bar:
-            left = sum(other.facts for other in pending[number:])
-            time_left = f"; about {seconds * left / done / 60:.1f} min left, values still to find aside" if done else ""
-            print(f"run {number + 1} of {len(pending)}: {run}{time_left}", file=sys.stderr, flush=True)
-        kept = out / f"single-{_digest(run.row)}"
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep at work: its arguments, checked."""
+
+    lm: LanguageModel
+    facts: list[Fact]
+    runs: list[Run]
+    covariance: Covariance | None
+    out: Path
+    settings: RunSettings
+    evaluation: EvaluationSettings
+    fields: list[str]
+
+    def table(self) -> Table:
+        """The table as it is on disk."""
+        return Table(self.out / "runs.csv", self.fields, self.evaluation.generate)
+
+    def inputs(self) -> dict[str, Any]:
+        """What determines its results beside methods and sizes, as JSON holds it."""
+        places = sorted({place for run in self.runs for place in run.method.covariance_places})
+        moments = {} if self.covariance is None else {place.key: self.covariance[place] for place in places}
+        return {
+            "model": f"{self.lm.name} {self.lm.fingerprint}",
+            **computing(self.lm),
+            "device": self.lm.device.type,
+            "facts": digest(json.dumps([fact.to_dict() for fact in self.facts]), {}),
+            "covariance": None if self.covariance is None else asdict(self.covariance.provenance),
+            "covariance tensors": digest("", moments),
+            "on_collision": self.settings.on_collision,
+            "collision_similarity": self.settings.collision_similarity,
+            "generate": self.evaluation.generate,
+        }
+
+    def check(self) -> None:
+        """Refuse what no run could do."""
+        check_facts(self.facts)
+        if self.lm.weights.edits:
+            raise ArgumentError(f"{self.lm.name} carries edits ({', '.join(self.lm.weights.edits)}); revert them first")
+        if self.settings.facts_per_round is not None or self.settings.validate_every is not None:
+            raise ArgumentError("settings: a sweep has its own facts_per_round and validates nothing; leave both out")
+        if all(fact.target_true is None for fact in self.facts):
+            raise FactError("target_true: no fact has one, so there is no ES, PS, NS or S to compare runs by")
+        if any(run.name == UNEDITED for run in self.runs):
+            raise ArgumentError(f"methods: {UNEDITED!r} names the rows of the unedited model; choose another name")
+        for run in self.runs:
+            check_model_and_method(self.lm, run.method)
+            run.method.check(self.lm)
+        places = sorted({place for run in self.runs for place in run.method.covariance_places})
+        if places and self.covariance is not None:
+            self.covariance.check(self.lm, places)
+
+    def covariance_of(self, method: Method) -> Covariance | None:
+        """The covariance, for a method that needs it."""
+        return self.covariance if method.covariance_places else None
+
+    def check_collisions(self, pending: Sequence[Run]) -> Editor | None:
+        """Refuse now what a run would refuse when its turn comes: most of all, facts whose keys collide.
+
+        Rounds of fewer facts are parts of the rounds of all, and swept fields other than the layers hardly move keys.
+
+        Returns:
+            What was prepared for the first run, for it to go on with.
+        """
+        first: Editor | None = None
+        groups: dict[Any, Run] = {}
+        for run in pending:
+            if run.round_limit != "single":
+                groups.setdefault((run.name, run.method.places, run.round_limit), run)
+        for run in groups.values():
+            with suppress(CovarianceError):  # which may well do with the group's other settings
+                editor = prepare(
+                    self.lm,
+                    self.facts,
+                    run.method,
+                    covariance=self.covariance_of(run.method),
+                    settings=self._settings(run),
+                    like=first,
+                )
+                first = first or editor
+        return first
+
+    def _settings(self, run: Run) -> RunSettings:
+        limit = run.round_limit
+        return replace(self.settings, facts_per_round=limit if isinstance(limit, int) else None)
+
+    def score_unedited(self, table: Table) -> None:
+        """Score the unedited model once, and average the first records for every count of facts."""
+        missing = sorted({run.facts for run in self.runs if table.unedited(run.facts) is None}, reverse=True)
+        if not missing:
+            return
+        folder, facts = self.out / "unedited", self.facts
+        # all facts, whatever is missing: what an earlier process kept is of all
+        with progress(f"scoring {len(facts)} facts before", self.settings.progress_bar) as report:
+            records = score_and_keep(self.lm, facts, folder, settings=self.evaluation, report=report)
+        seconds = KeptScores(folder).seconds
+        for count in missing:
+            scores = summarize(facts[:count], records[:count])
+            table.add(None, scores, scoring=seconds if count == len(facts) else 0.0)
+        remove_run(folder)
+
+    def run_all(self, table: Table, like: Editor | None) -> dict[str, Exception]:
+        """Do all runs without a row in the table, and add it; returns why some failed, run -> error."""
+        pending = _unfinished(self.runs, table)
+        store = TargetStore(self.out / "values", self.lm, self.facts, self.runs, self.settings)
+        failed: dict[str, Exception] = {}
+        seconds = done = 0.0
+        for number, run in enumerate(pending):
+            if self.settings.progress_bar:
+                left = sum(other.facts for other in pending[number:])
+                time_left = f"; about {seconds * left / done / 60:.1f} min left, values still to find aside" if done else ""
+                print(f"run {number + 1} of {len(pending)}: {run}{time_left}", file=sys.stderr, flush=True)
+            try:
+                editor = self._prepare(run, like)
+                results, seconds_shared = store.find(run, editor)
+                editor.give(results)
+                started = time.perf_counter()
+                scores, spent, scoring = self._run(run, editor)
+            except ResumeError:
+                raise
+            except LightEditError as error:  # other settings may well do
+                failed[str(run)] = error
+                if self.settings.progress_bar:
+                    print(f"failed: {error}", file=sys.stderr)
+                continue
+            like = editor
+            seconds, done = seconds + time.perf_counter() - started, done + run.facts
+            table.add(run, scores, spent["values"] + seconds_shared, spent["update"], scoring)
+            remove_run(self._kept(run))
+        return failed
+
+    def _prepare(self, run: Run, like: Editor | None) -> Editor:
+        chosen, settings = self.facts[: run.facts], self._settings(run)
+        editor = run.method.editor(self.lm, covariance=self.covariance_of(run.method), settings=settings)
+        rounds = None if run.round_limit == "single" else rounds_of(chosen, run.method, settings).rounds
+        editor.prepare(chosen, rounds, like)
+        return editor
+
+    def _run(self, run: Run, editor: Editor) -> tuple[Evaluation, dict[str, float], float]:
+        """Edit and score, and take the edit back; returns scores, seconds of the edit by step, and of the scoring."""
+        if run.round_limit == "single":
+            scores = evaluate_single(
+                self.lm,
+                editor.facts,
+                run.method,
+                settings=self.evaluation,
+                facts_per_chunk=self.settings.facts_per_chunk,
+                checkpoint=self._kept(run),
+                prepared=editor,
+            )
+            return scores, {"values": 0.0, "update": 0.0}, KeptScores(self._kept(run)).seconds
+        written = edit(self.lm, editor.facts, run.method, settings=self._settings(run), prepared=editor)
+        started = time.perf_counter()
         try:
-            targets, seconds_shared = store.find(run, facts_per_chunk, progress_bar)
-            started = time.perf_counter()
-            chosen = facts[: run.facts]
-            spent = {"values": 0.0, "update": 0.0}
-            if run.round_limit == "single":
-                scores = evaluate_single(lm, chosen, run.method, covariance, facts_per_chunk=facts_per_chunk,
-                                         progress_bar=progress_bar, generate=generate, targets=targets,
-                                         checkpoint=kept)  # fmt: skip
-                scoring = KeptScores(kept).seconds
-            else:
-                written = edit(lm, chosen, run.method, covariance, run.facts_per_round, facts_per_chunk, on_collision,
-                               progress_bar, targets=targets)  # fmt: skip
-                spent = written.provenance["seconds"]
-                before = time.perf_counter()
-                try:
-                    scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
-                finally:
-                    written.revert(lm)
-                scoring = time.perf_counter() - before
-        except ResumeError:
-            raise
-        except (FloatingPointError, ValueError) as error:  # other settings may well do
-            failed[str(run)] = error
-            if progress_bar:
-                print(f"failed: {error}", file=sys.stderr)
-            continue
-        seconds, done = seconds + time.perf_counter() - started, done + run.facts
-        table.add(run, scores, spent["values"] + seconds_shared, spent["update"], scoring)
-        remove_run(kept)
-    return failed
+            scores = evaluate(self.lm, editor.facts, settings=self.evaluation)
+        finally:
+            written.revert(self.lm)
+        return scores, written.record.seconds, time.perf_counter() - started
 
-
-def _check(lm: LanguageModel, facts: Sequence[Fact], covariance: Covariance, runs: Sequence[Run]) -> None:
-    check_facts(facts)
-    if lm.weights.owners:
-        raise ValueError(f"{lm.name} carries edits ({', '.join(lm.weights.owners)}); revert them first")
-    if all(fact.target_true is None for fact in facts):
-        raise FactError("target_true: no fact has one, so there is no ES, PS, NS or S to compare runs by")
-    if any(run.name == UNEDITED for run in runs):
-        raise ValueError(f"methods: {UNEDITED!r} names the rows of the unedited model; choose another name")
-    for run in runs:
-        lm.check_layers(run.method.layers)
-    covariance.check(lm, sorted({matrix for run in runs for matrix in run.method.places}))
+    def _kept(self, run: Run) -> Path:
+        return self.out / f"single-{digest(json.dumps(run.row, sort_keys=True), {})[:16]}"
 
 
 def _check_folder(out: Path, record: dict[str, Any]) -> None:
@@ -193,7 +284,7 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(record))
         if other := [name for name in earlier | now if earlier.get(name) != now.get(name)]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{out} holds a sweep with other {', '.join(other)} "
                 f"({', '.join(f'{name}: {earlier.get(name)} there, {now.get(name)} here' for name in other)}); "
                 "choose another folder, or delete that one"
@@ -202,13 +293,9 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
 
 
 def check_sweep_folder(out: Path) -> None:
-    """Raise ValueError if `out` holds something else than a sweep."""
+    """Raise ArgumentError if `out` holds something else than a sweep."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "sweep.json").is_file())):
-        raise ValueError(f"{out} exists and holds no sweep; choose another folder")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        raise ArgumentError(f"{out} exists and holds no sweep; choose another folder")
 
 
 def _unfinished(runs: Iterable[Run], table: Table) -> list[Run]:
@@ -232,40 +319,3 @@ def _announce(
     finished = len({json.dumps(run.row) for run in runs}) - len(pending)
     if finished:
         print(f"{finished} runs are finished already", file=sys.stderr)
-
-
-def _check_collisions(
-    lm: LanguageModel, facts: Sequence[Fact], runs: Sequence[Run], covariance: Covariance, on_collision: OnCollision
-) -> None:
-    """Refuse now what a run would refuse when its turn comes: most of all, facts whose keys collide.
-
-    Rounds of fewer facts are parts of the rounds of all, and swept fields other than the layers hardly move keys.
-    """
-    checked = {(run.name, run.method.layers, run.round_limit): run.method for run in runs}
-    for (_, _, limit), method in checked.items():
-        if limit == "single":
-            continue
-        with suppress(CovarianceError):  # which may well do with the group's other settings
-            check_edit(lm, facts, method, covariance, limit, on_collision=on_collision)
-
-
-def _score_unedited(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    runs: Sequence[Run],
-    table: Table,
-    folder: Path,
-    progress_bar: bool,
-    generate: bool,
-) -> None:
-    """Score the unedited model once, and average the first records for every count of facts."""
-    missing = sorted({run.facts for run in runs if table.unedited(run.facts) is None}, reverse=True)
-    if not missing:
-        return
-    # all facts, whatever is missing: what an earlier process kept is of all
-    with progress(f"scoring {len(facts)} facts before", progress_bar) as report:
-        records = score_and_keep(lm, facts, folder, report=report, generate=generate)
-    seconds = KeptScores(folder).seconds
-    for count in missing:
-        table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == len(facts) else 0.0)
-    remove_run(folder)

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class AlphaEdit(Method):
+class AlphaEdit(ClosedForm):
     """Null-space constrained editing (Fang et al., 2025, arXiv 2410.02355).
 
     Attributes:
@@ -27,12 +30,13 @@ class AlphaEdit(Method):
     ridge: float = 10.0
     published_history: bool = False
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
     keeps_past_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.threshold > 0 and self.ridge > 0):
-            raise ValueError(f"threshold and ridge must be positive, got {self.threshold} and {self.ridge}")
+            raise ArgumentError(f"threshold and ridge must be positive, got {self.threshold} and {self.ridge}")
 
     @property
     def reads_keys_after_writing(self) -> bool:

@@ -1,15 +1,19 @@
 """EMMET: equality-constrained mass editing."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class EMMET(Method):
+class EMMET(ClosedForm):
     """Equality-constrained Mass Model Editing (Gupta et al., 2024, arXiv 2403.14236).
 
     ROME's objective for many facts at once: among the changes that write every residual exactly, the one that disturbs
@@ -24,10 +28,12 @@ class EMMET(Method):
     lambda_: float = 1.0
     mu: float = 0.0
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.lambda_ > 0 and self.mu >= 0):
-            raise ValueError(f"lambda_ must be positive and mu not negative, got {self.lambda_} and {self.mu}")
+            raise ArgumentError(f"lambda_ must be positive and mu not negative, got {self.lambda_} and {self.mu}")
 
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A = λ C0."""

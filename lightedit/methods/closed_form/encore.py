@@ -3,16 +3,19 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.stopping import MostProbable
 from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class ENCORE(Method):
+class ENCORE(ClosedForm):
     """Early stopping and Norm-Constrained Robust knowledge Editing (Gupta et al., 2025, arXiv 2502.01636).
 
     Attributes:
@@ -24,12 +27,13 @@ class ENCORE(Method):
     lambda_: float = 15_000.0
     norm_weight: float = 20.0
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
     keeps_past_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.lambda_ > 0 and self.norm_weight >= 0):
-            raise ValueError(
+            raise ArgumentError(
                 f"lambda_ must be positive and norm_weight not negative, got {self.lambda_} and {self.norm_weight}"
             )
 

@@ -1,15 +1,19 @@
 """MEMIT: mass editing by least squares over several layers."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class MEMIT(Method):
+class MEMIT(ClosedForm):
     """Mass-Editing Memory in a Transformer (Meng et al., 2023, arXiv 2210.07229).
 
     Attributes:
@@ -19,10 +23,12 @@ class MEMIT(Method):
 
     lambda_: float = 15_000.0
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lambda_ > 0:
-            raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
+            raise ArgumentError(f"lambda_ must be positive, got {self.lambda_}")
 
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A = λ C0."""

@@ -1,25 +1,27 @@
 """What a locate-then-edit method has to say: where values are found, what is preserved, how residuals are spread."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightedit.data.prompts import ContextSettings
+from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.preservation import Preservation, low_rank_update
 from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.methods.protocol import Method
 from lightedit.statistics.covariance import Covariance, CovarianceError
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Base of the methods: a frozen description that the engine reads.
+class ClosedForm(Method):
+    """Base of the locate-then-edit methods: a frozen description that one editor reads.
 
     Attributes:
         layers: the edited layers, ascending; values are found at the last of them.
@@ -27,7 +29,6 @@ class Method(ABC):
         contexts: how the contexts of keys and values are sampled.
         site: where δ is added.
         keeps_past_keys: whether the keys of a run's earlier rounds are preserved by its later ones.
-        facts_per_solve: the most facts that one solve takes; None for any number.
     """
 
     layers: tuple[int, ...]
@@ -35,7 +36,6 @@ class Method(ABC):
     contexts: ContextSettings = field(default_factory=ContextSettings)
 
     keeps_past_keys: ClassVar[bool] = False
-    facts_per_solve: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _as_layers(self.layers))
@@ -46,9 +46,35 @@ class Method(ABC):
         return self.layers[-1]
 
     @property
+    def value_place(self) -> Place:
+        """The MLP's matrix of the value layer."""
+        return Place(self.value_layer)
+
+    @property
     def places(self) -> tuple[Place, ...]:
         """The matrices that are written, in this order."""
         return tuple(Place(layer) for layer in self.layers)
+
+    @property
+    def covariance_places(self) -> tuple[Place, ...]:
+        return self.places
+
+    def check(self, lm: LanguageModel) -> None:
+        lm.check_layers(self.layers)
+
+    def search_inputs(self) -> dict[str, Any]:
+        return {
+            "site": self.site,
+            "layer": self.value_layer,
+            "values": repr(self.values),  # names the classes of nested settings too
+            "contexts": repr(self.contexts),
+        }
+
+    def same_preservation(self, other: Method) -> bool:
+        """Whether the preservation terms of `other` are those of this method as a run starts."""
+        if type(other) is not type(self):
+            return False
+        return replace(other, values=self.values, contexts=self.contexts) == self
 
     @property
     def site(self) -> Site:
@@ -100,8 +126,8 @@ class Method(ABC):
             targets: v at the site, [d, B]; [2 d, B] for two sites.
         """
         if self.site == "block":
-            return _before_norm(walk, targets - walk.present(self.value_layer))
-        return targets - walk.present(self.value_layer, walk.place.name)
+            return _before_norm(walk, targets - walk.outputs(self.value_layer))
+        return targets - walk.outputs(self.value_layer, walk.place.name)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         """The change of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
@@ -109,10 +135,10 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Name and settings, for provenance."""
-        settings = asdict(self)
+        settings = super().to_dict()
         if (stopping := self.values.stopping) is not None:
             settings["values"]["stopping"] = {"name": type(stopping).__name__, **asdict(stopping)}
-        return {"name": type(self).__name__, **settings}
+        return settings
 
 
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
@@ -123,7 +149,7 @@ def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals
-    rms = walk.present(walk.layer, "mlp").square().mean(0).sqrt()
+    rms = walk.outputs(walk.layer, "mlp").square().mean(0).sqrt()
     residuals = residuals.to(rms.device)  # the value layer may lie elsewhere
     gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
     return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
@@ -132,5 +158,5 @@ def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
 def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:
     result = (layers,) if isinstance(layers, int) else tuple(int(layer) for layer in layers)
     if not result or list(result) != sorted(set(result)) or result[0] < 0:
-        raise ValueError(f"layers must be ascending, distinct and not negative, got {layers!r}")
+        raise ArgumentError(f"layers must be ascending, distinct and not negative, got {layers!r}")
     return result

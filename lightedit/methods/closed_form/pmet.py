@@ -1,20 +1,24 @@
 """PMET: values for attention and MLP together, of which the MLP's are written."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
 from lightedit.methods.closed_form.keys import KeyWalk
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.stopping import KLBelow
 from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class PMET(Method):
+class PMET(ClosedForm):
     """Precise Model Editing in a Transformer (Li et al., 2024, arXiv 2308.08742).
 
     One δ is found for the attention's output and one for the MLP's at the same time, so that the MLP need not carry
@@ -37,12 +41,14 @@ class PMET(Method):
     write_attention: bool = False
     even_spread: bool = False
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lambda_ > 0:
-            raise ValueError(f"lambda_ must be positive, got {self.lambda_}")
+            raise ArgumentError(f"lambda_ must be positive, got {self.lambda_}")
         if self.write_attention and not self.attention_delta:
-            raise ValueError(
+            raise ArgumentError(
                 "write_attention=True writes the attention's δ, which attention_delta=False does not find; change one"
             )
 

@@ -14,7 +14,8 @@ et al., 2024, arXiv 2403.14236). The d x d system becomes a B x B one; no invers
 import torch
 from torch import Tensor
 
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.errors import ArgumentError
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.ops import preservation_memorization_solve
 
 _FOLD = 1 / 3  # past keys beyond this share of the matrix's size are folded into its factor
@@ -29,7 +30,7 @@ class Preservation:
         basis: U [d_in, r], orthonormal: changes stay within its span, A⁻¹ = U matrix⁻¹ Uᵀ. None is the whole space.
 
     Raises:
-        ValueError: A is not positive definite.
+        ArgumentError: A is not positive definite.
     """
 
     def __init__(self, matrix: Tensor, basis: Tensor | None = None) -> None:
@@ -52,11 +53,11 @@ class Preservation:
         """A⁻¹ = P / ridge, P projecting on the eigenvectors [d_in, d_in] whose eigenvalue [d_in] is below `threshold`.
 
         Raises:
-            ValueError: no eigenvalue is below the threshold.
+            ArgumentError: no eigenvalue is below the threshold.
         """
         basis = eigenvectors[:, eigenvalues < threshold].double()
         if not basis.shape[1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"no eigenvalue of the covariance is below {threshold:g}: they go from {float(eigenvalues.min()):.2g} "
                 f"to {float(eigenvalues.max()):.2g}; raise the threshold, or make it relative"
             )
@@ -114,7 +115,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     else:
         factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
-        raise ValueError(
+        raise ArgumentError(
             f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "
             "estimate the covariance from more tokens, at least 10 per input dimension"
         )
@@ -138,14 +139,14 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
         ΔW as factors R [..., d_out, B] and right [..., d_in, B], float64.
 
     Raises:
-        ValueError: γ = 0 and the keys are linearly dependent, so that no ΔW can meet every residual.
+        ArgumentError: γ = 0 and the keys are linearly dependent, so that no ΔW can meet every residual.
     """
     solved = preservation.solve(keys)
     keys = keys.to(solved)
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
     # What a key has beyond those before it; rounding may leave a trace of nothing
     if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
-        raise ValueError(
+        raise ArgumentError(
             f"the keys of {keys.shape[-1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
             "write them in separate rounds"
         )

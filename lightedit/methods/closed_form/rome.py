@@ -6,17 +6,20 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightedit.data.prompts import ContextSettings
+from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.keys import KeyWalk
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 
 
 @dataclass(frozen=True)
-class ROME(Method):
+class ROME(ClosedForm):
     """Rank-One Model Editing (Meng et al., 2022, arXiv 2202.05262), by default as r-ROME.
 
     Attributes:
@@ -32,12 +35,13 @@ class ROME(Method):
     )
     key: Literal["averaged", "bare", "published"] = "averaged"
 
+    editor_type: ClassVar[type[Editor]] = ClosedFormEditor
     facts_per_solve: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.key not in ("averaged", "bare", "published"):
-            raise ValueError(f"key is 'averaged', 'bare' or 'published', got {self.key!r}")
+            raise ArgumentError(f"key is 'averaged', 'bare' or 'published', got {self.key!r}")
 
     @property
     def site(self) -> Site:

@@ -6,23 +6,25 @@ import torch
 from torch import Tensor
 
 from lightedit.data.prompts import FactPrompts
+from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.rowwise import RowwiseEdits
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import Change, LowRankUpdate
+from lightedit.lm.weights import Owner
 from lightedit.methods.closed_form.keys import KeyWalk
-from lightedit.methods.closed_form.method import Method
+from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 
 
 @torch.no_grad()
 def write_facts(
     lm: LanguageModel,
-    method: Method,
+    method: ClosedForm,
     preservation: Mapping[Place, Preservation],
     prompts: Sequence[FactPrompts],
     targets: Tensor,
-    owner: str,
-) -> Iterator[tuple[Place, LowRankUpdate, Tensor]]:
+    owner: Owner,
+) -> Iterator[tuple[Place, Change, Tensor]]:
     """Step 2 for the facts of one round: solve and write, matrix after matrix.
 
     Keys and residuals of each are read when its turn has come, so those of a layer's MLP after its attention, where
@@ -37,24 +39,25 @@ def write_facts(
         owner: name of the round's updates in the model's weights.
 
     Yields:
-        (matrix, update, keys [d_in, B] float64) right after the update was written.
+        (place, change, keys [d_in, B] float64) right after the change was written.
 
     Raises:
-        FloatingPointError: an update holds NaN or infinity; it is not written.
+        NumericalError: an update holds NaN or infinity; it is not written.
     """
     walk = KeyWalk(lm, prompts, method.places[0])
     for matrix in method.places:
         walk.advance(matrix)
         keys, residuals = _keys_and_residuals(method, walk, targets)
-        update = _solve(method, preservation[matrix], keys, residuals, walk)
-        lm.weights.add(owner, matrix, update)
-        yield matrix, update, keys
+        # of more facts than pay as factors: dense
+        change = _solve(method, preservation[matrix], keys, residuals, walk).compact()
+        lm.weights.add(owner, matrix, change)
+        yield matrix, change, keys
 
 
 @torch.no_grad()
 def separate_updates(
     lm: LanguageModel,
-    method: Method,
+    method: ClosedForm,
     preservation: Mapping[Place, Preservation],
     prompts: Sequence[FactPrompts],
     targets: Tensor,
@@ -74,7 +77,7 @@ def separate_updates(
         B edits, one a fact.
 
     Raises:
-        FloatingPointError: an update holds NaN or infinity.
+        NumericalError: an update holds NaN or infinity.
     """
     walk = KeyWalk(lm, prompts, method.places[0])
     for matrix in method.places:
@@ -85,7 +88,7 @@ def separate_updates(
     return walk.edits
 
 
-def _keys_and_residuals(method: Method, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
     """K [d_in, B] and the share of R [d_out, B] that the walk's matrix takes, both float64."""
     keys = method.keys(walk)
     residuals = method.spread(walk.layer) * method.residuals(walk, keys, targets)
@@ -93,7 +96,7 @@ def _keys_and_residuals(method: Method, walk: KeyWalk, targets: Tensor) -> tuple
     return keys, residuals
 
 
-def _solve(method: Method, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+def _solve(method: ClosedForm, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
     """The update of the walk's matrix, as precise as the model's sum of updates."""
     update = method.update(preservation, keys, residuals, walk)
     _check_finite(walk.place, update.left, update.right)
@@ -101,7 +104,7 @@ def _solve(method: Method, preservation: Preservation, keys: Tensor, residuals: 
 
 
 @torch.no_grad()
-def read_keys(lm: LanguageModel, method: Method, prompts: Sequence[FactPrompts]) -> dict[Place, Tensor]:
+def read_keys(lm: LanguageModel, method: ClosedForm, prompts: Sequence[FactPrompts]) -> dict[Place, Tensor]:
     """The keys [d_in, B] of every edited matrix under the weights of the moment."""
     walk = KeyWalk(lm, prompts, method.places[0])
     keys = {}
@@ -113,4 +116,4 @@ def read_keys(lm: LanguageModel, method: Method, prompts: Sequence[FactPrompts])
 
 def _check_finite(matrix: Place, *tensors: Tensor) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise FloatingPointError(f"the update of {matrix} holds NaN or infinity; load the model in float32")
+        raise NumericalError(f"the update of {matrix} holds NaN or infinity; load the model in float32")

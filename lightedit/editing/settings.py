@@ -1,0 +1,38 @@
+"""Settings of a run, the same in Python and on the command line."""
+
+from dataclasses import dataclass
+
+from lightedit.errors import ArgumentError
+from lightedit.methods.protocol import EditorSettings
+
+
+@dataclass(frozen=True)
+class RunSettings(EditorSettings):
+    """Settings of a run that writes facts.
+
+    Attributes:
+        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
+            are written each by itself (keep).
+        collision_similarity: cosine, in the metric of what is preserved, from which two keys collide.
+        max_tokens: tokens of one forward and backward pass at most; bounds memory.
+        facts_per_round: facts written together; by default all, or as many as the method takes.
+        facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
+        validate_every: rounds between validations, which score the facts of all rounds so far, the last round always;
+            by default none.
+        progress_bar: show progress and the time left on standard error.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    facts_per_round: int | None = None
+    facts_per_chunk: int = 32
+    validate_every: int | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("facts_per_round", "facts_per_chunk", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,313 @@
+"""The one editor behind all locate-then-edit methods: values by gradient descent, then a closed-form update."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightedit.data.facts import Fact, FactError
+from lightedit.data.prompts import Contexts, FactPrompts, merge_prompts, tokenize_facts
+from lightedit.digests import digest
+from lightedit.errors import ArgumentError, NumericalError
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.changes import Change
+from lightedit.lm.rowwise import RowwiseEdits
+from lightedit.lm.weights import Owner
+from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.method import ClosedForm
+from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
+from lightedit.methods.closed_form.values import ValueOptimization
+from lightedit.methods.closed_form.writing import read_keys, separate_updates, write_facts
+from lightedit.methods.protocol import Editor, EditorSettings, Method
+from lightedit.statistics.covariance import Covariance
+
+_KEYS_AT_ONCE = 256  # facts whose hidden states are in memory while keys are compared
+
+
+@dataclass
+class _Shared:
+    """What depends on the unedited model, the facts and the contexts alone.
+
+    Attributes:
+        contexts: the contexts' texts.
+        prompts: each fact's token rows.
+        first_keys: keys at the first edited matrix, [d_in, facts] float64, by that matrix; filled when they are needed.
+    """
+
+    contexts: Contexts
+    prompts: list[FactPrompts]
+    first_keys: dict[Place, Tensor] = field(default_factory=dict)
+
+
+class ClosedFormEditor(Editor):
+    """A locate-then-edit method at work: step 1 finds a value for each fact, step 2 writes a round of them.
+
+    Attributes:
+        preservation: the preservation term of each written matrix, factored; once prepared.
+        contexts: the contexts of keys and values; once prepared.
+        prompts: each fact's token rows; None for a fact that was merged into an earlier one; once prepared.
+        round_keys: place -> the keys of the round written last, [d_in, B].
+    """
+
+    method: ClosedForm
+    covariance: Covariance
+
+    def __init__(
+        self, lm: LanguageModel, method: Method, covariance: Covariance | None, settings: EditorSettings
+    ) -> None:
+        super().__init__(lm, method, covariance, settings)
+        self.preservation: dict[Place, Preservation] = {}
+        self.prompts: list[FactPrompts | None] = []
+        self.round_keys: dict[Place, Tensor] = {}
+        self._given: dict[int, Tensor] = {}
+        self._rounds_written = 0
+        # Stands in for the δ of the chunk at work, which is exchanged in the optimizer's parameter group
+        self._placeholder = nn.Parameter(torch.zeros(1))
+        self._search: ValueOptimization | None = None
+        self._searched: list[int] = []
+
+    # Before work starts
+
+    def prepare(
+        self, facts: Sequence[Fact], rounds: Sequence[Sequence[int]] | None, like: Editor | None = None
+    ) -> None:
+        """See `Editor.prepare`.
+
+        Raises:
+            CovarianceError: a covariance of another model or other places, or one that cannot be solved with.
+            FactError: facts that cannot be tokenised, that collide, or that no update can write exactly.
+            NumericalError: keys hold NaN or infinity.
+        """
+        super().prepare(facts, rounds, like)
+        self._check_given()
+        alike = like if isinstance(like, ClosedFormEditor) and len(like._shared.prompts) >= len(facts) else None
+        if alike is not None and alike.lends(self):
+            self.preservation = alike.preservation
+            if self.method.keeps_past_keys:  # it will grow by them
+                alike.release()
+        else:
+            self.preservation = self.method.factors(self.lm, self.covariance)
+        if alike is not None and alike.method.contexts == self.method.contexts:
+            self._shared = alike._shared
+        else:
+            contexts = self.method.contexts.sample(self.lm)
+            self._shared = _Shared(contexts, tokenize_facts(self.lm.tokenizer, facts, contexts))
+        self.contexts = self._shared.contexts
+        self.prompts = list(self._shared.prompts[: len(facts)])
+        if rounds is not None:
+            self._resolve_collisions(rounds)
+            self._check_independence(rounds)
+
+    def lends(self, other: "ClosedFormEditor") -> bool:
+        """Whether `other` can take over the factors, which must be as they were made."""
+        grown = self.method.keeps_past_keys and self._rounds_written > 0
+        same = self.covariance is other.covariance and self.method.same_preservation(other.method)
+        return bool(self.preservation) and same and not grown
+
+    def give(self, results: Mapping[int, Tensor]) -> None:
+        """Take values found before, [d], or [2 d] for two sites; facts that are merged are searched all the same."""
+        self._given = dict(results)
+        if self.prepared:
+            self._check_given()
+
+    def _check_given(self) -> None:
+        size = self.lm.d_model * (2 if self.method.site == "attention+mlp" else 1)
+        for index, value in self._given.items():
+            if value.shape != (size,):
+                raise ArgumentError(
+                    f"targets: the value of fact {index} is {tuple(value.shape)}, but {self.method.site!r} takes "
+                    f"{(size,)}; find it at that site"
+                )
+
+    def _resolve_collisions(self, rounds: Sequence[Sequence[int]]) -> None:
+        # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;
+        # where its attention is written too, they move a little
+        first = Place(self.method.layers[0])
+        keys = self._first_keys(first)
+        if not torch.isfinite(keys).all():
+            raise NumericalError(f"keys at {first} hold NaN or infinity; load the model in float32")
+        if self.settings.on_collision == "keep":
+            return
+        for round_ in rounds:
+            similarity = key_similarity(self.preservation[first], keys[:, round_]).triu(1)
+            if (highest := float(similarity.max())) < self.settings.collision_similarity:
+                continue
+            if self.settings.on_collision == "merge":
+                self._merge(round_, similarity)
+                continue
+            one, other = (round_[place] for place in divmod(int(similarity.argmax()), len(round_)))
+            self._refuse(one, other, highest)
+
+    def _merge(self, round_: Sequence[int], similarity: Tensor) -> None:
+        """Let the colliding facts of a round share one key and one value."""
+        for group in _groups(similarity >= self.settings.collision_similarity):
+            members = [round_[i] for i in group]
+            merged = merge_prompts([self._shared.prompts[member] for member in members])
+            for member in members:
+                self.prompts[member] = merged if member == members[0] else None
+                self._given.pop(member, None)
+
+    def _refuse(self, one: int, other: int, cosine: float) -> None:
+        first, second = self.facts[one], self.facts[other]
+        raise FactError(
+            f"the keys of {first.text!r} -> {first.target_new!r} (fact {one}) and {second.text!r} -> "
+            f"{second.target_new!r} (fact {other}) collide: their cosine is {cosine:.3f} at layer "
+            f"{self.method.layers[0]}, so one solve cannot give both their own value. Write them in different rounds "
+            "(facts_per_round), leave one out, or pass on_collision='merge' or 'keep'"
+        )
+
+    def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
+        """Refuse rounds that no update can write exactly, where the method demands that."""
+        first = Place(self.method.layers[0])
+        for number, round_ in enumerate(rounds):
+            prompts = [prompt for index in round_ if (prompt := self.prompts[index]) is not None]
+            if len(prompts) < 2 or self.method.gamma(len(prompts)) > 0:
+                continue
+            keys = self._keys_of(prompts, first)
+            try:
+                low_rank_update(self.preservation[first], keys, keys[:1], 0.0)
+            except ArgumentError as error:
+                raise FactError(
+                    f"round {number + 1} of {len(rounds)}: {error}, fewer at a time (facts_per_round), or give "
+                    "up exactness (EMMET: mu above 0)"
+                ) from error
+
+    def _first_keys(self, first: Place) -> Tensor:
+        """The keys of the run's facts at the first edited matrix, [d_in, facts] float64, before any are merged."""
+        if first not in self._shared.first_keys:
+            self._shared.first_keys[first] = self._keys_of(self._shared.prompts, first)
+        return self._shared.first_keys[first][:, : len(self.facts)]
+
+    def _keys_of(self, prompts: Sequence[FactPrompts], place: Place) -> Tensor:
+        """Keys at `place`, [d_in, B] float64, read a few facts at a time to save memory."""
+        groups = [prompts[start : start + _KEYS_AT_ONCE] for start in range(0, len(prompts), _KEYS_AT_ONCE)]
+        return torch.cat([KeyWalk(self.lm, group, place).keys() for group in groups], dim=1)
+
+    # Step 1
+
+    def make_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam([self._placeholder], lr=self.method.values.lr)
+
+    def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
+        """Begin the search for the values of these facts, but for those that are known or merged into others."""
+        assert optimizer is not None
+        prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
+        if not self._rounds_written:  # later rounds start from another model
+            device = self.lm.weight(self.method.value_place).device
+            for index in prompts.keys() & self._given.keys():
+                self.results[index] = self._given[index].to(device, torch.float64)
+                del prompts[index]
+        self._searched = list(prompts)
+        self._search = None
+        if prompts:
+            self._search = ValueOptimization(
+                self.lm,
+                list(prompts.values()),
+                self.method.value_layer,
+                self.method.site,
+                self.method.values,
+                self.settings.max_tokens,
+            )
+            optimizer.param_groups[0]["params"] = [self._search.delta]
+            optimizer.state.clear()
+            self._collect()
+
+    @property
+    def done(self) -> bool:
+        return self._search is None
+
+    def step(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+        """One step of Adam on the δ of the chunk at work.
+
+        Returns:
+            "loss", the mean over its facts, and "active_facts", those not finished.
+        """
+        search = self._search
+        assert search is not None and optimizer is not None
+        losses = search.backward()
+        optimizer.step()
+        search.after_step()
+        self._collect()
+        return {"loss": losses.mean(), "active_facts": search.active.sum().float()}
+
+    def _collect(self) -> None:
+        """Keep the values of the chunk at work if its search is over."""
+        if self._search is not None and self._search.done:
+            targets = self._search.values().targets.double()
+            self.results.update(zip(self._searched, targets, strict=True))
+            self._search = None
+
+    @property
+    def facts_found(self) -> float:
+        at_work = 0.0 if self._search is None else float(self._search.progress.sum())
+        return len(self.results) + at_work
+
+    # Step 2
+
+    def write(self, indices: Sequence[int], owner: Owner) -> dict[Place, Change]:
+        prompts, targets = self._found(indices)
+        changes: dict[Place, Change] = {}
+        self.round_keys = {}
+        for place, change, keys in write_facts(self.lm, self.method, self.preservation, prompts, targets, owner):
+            changes[place], self.round_keys[place] = change, keys
+        if self.method.reads_keys_after_writing:
+            self.round_keys = read_keys(self.lm, self.method, prompts)
+        self._remember()
+        self._rounds_written += 1
+        return changes
+
+    def separate(self, indices: Sequence[int]) -> RowwiseEdits:
+        prompts, targets = self._found(indices)
+        return separate_updates(self.lm, self.method, self.preservation, prompts, targets)
+
+    def _found(self, indices: Sequence[int]) -> tuple[list[FactPrompts], Tensor]:
+        """Prompts of the facts, merged ones once, and their values [d, B], which are taken out of the results."""
+        prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
+        return list(prompts.values()), torch.stack([self.results.pop(index) for index in prompts]).T
+
+    def _remember(self) -> None:
+        if self.method.keeps_past_keys:
+            for place, keys in self.round_keys.items():
+                self.preservation[place].remember(keys)
+
+    # What outlives a process
+
+    def state(self) -> dict[str, Tensor]:
+        """The keys of the last round, [B, d_in] by place, where the method keeps them.
+
+        As rows, because a round reads its keys row by row, and another memory layout may change the order of sums.
+        """
+        return {place.key: keys.T for place, keys in self.round_keys.items()} if self.method.keeps_past_keys else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.round_keys = {Place.from_key(name): keys.T for name, keys in state.items()}
+        self._remember()
+        self._rounds_written += 1
+
+    def record(self) -> dict[str, Any]:
+        return {"contexts": asdict(self.contexts), **super().record()}
+
+    def checksums(self) -> dict[str, Any]:
+        given = {str(index): value for index, value in self._given.items()}
+        return {**super().checksums(), "targets": digest("", given)}
+
+    def release(self) -> None:
+        self.preservation = {}
+
+
+def _groups(linked: Tensor) -> list[list[int]]:
+    """Connected components of more than one member in a [n, n] relation, each ascending."""
+    linked = linked | linked.T
+    left = set(linked.any(1).nonzero().flatten().tolist())
+    groups = []
+    while left:
+        group: set[int] = set()
+        border = {min(left)}
+        while border:
+            group |= border
+            border = {j for i in border for j in linked[i].nonzero().flatten().tolist()} - group
+        left -= group
+        groups.append(sorted(group))
+    return groups
