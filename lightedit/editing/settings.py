@@ -11,10 +11,6 @@ class RunSettings(EditorSettings):
     """Settings of a run that writes facts.
 
     Attributes:
-        on_collision: whether facts of one round with nearly equal keys are refused (error), share one value (merge) or
-            are written each by itself (keep).
-        collision_similarity: cosine, in the metric of what is preserved, from which two keys collide.
-        max_tokens: tokens of one forward and backward pass at most; bounds memory.
         facts_per_round: facts written together; by default all, or as many as the method takes.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         validate_every: rounds between validations, which score the facts of all rounds so far, the last round always;
