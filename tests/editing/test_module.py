@@ -118,7 +118,7 @@ def test_a_trainer_of_the_users_own_gives_the_same_bits_and_retention_curves(lm:
     assert sum(bool(row["ES"]) for row in rows) == 3
     assert sum(bool(row["loss"]) for row in rows) >= 3 * (VALUES.steps - 1)
     assert [float(row["update_norm/layer_1"]) for row in rows if row["update_norm/layer_1"]] == pytest.approx(
-        [updates[1].norm() for updates in edit.rounds], rel=1e-5
+        [updates[Place(1)].norm() for updates in edit.rounds], rel=1e-5
     )
     for step, total in module.seconds.items():
         by_round = [float(row[f"seconds/{step}"]) for row in rows if row[f"seconds/{step}"]]

@@ -18,8 +18,7 @@ from lightedit.evaluation.kept_scores import KeptScores
 from lightedit.lm import Place
 from lightedit.runs.folder import locked
 from lightedit.sweeps import run, targets
-from lightedit.sweeps.plan import LOG17
-from lightedit.sweeps.plan import plan, shown
+from lightedit.sweeps.plan import LOG17, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
 from tests.editing.test_module import assert_unedited, covariance_of, state
@@ -308,7 +307,7 @@ def test_a_sweep_does_not_go_on_with_other_tensors_or_versions(
 ) -> None:
     sweep(lm, tmp_path / "s")
     known = covariance_of(lm)
-    other = le.Covariance({Place(matrix): 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
+    other = le.Covariance({matrix: 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
     with pytest.raises(ValueError, match="a sweep with other covariance tensors"):
         sweep(lm, tmp_path / "s", covariance=other)
     monkeypatch.setattr(run, "computing", lambda lm: {"dtype": "float32", "versions": {"torch": "1.0"}})
@@ -594,7 +593,7 @@ def test_the_command_refuses_wrong_settings(place: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((Path(__file__).parents[2] / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_configurations_are_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
