@@ -13,8 +13,8 @@ import lightedit as le
 from lightedit.__main__ import main
 from lightedit.evaluation import single
 from lightedit.lm import Place
-from tests.editing.test_module import covariance_of
 from tests.models import tiny_model, tiny_tokenizer
+from tests.runs import covariance_of
 
 evaluation_module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
 FACTS = [

@@ -13,7 +13,6 @@ import yaml
 
 import lightedit as le
 from lightedit.__main__ import main
-from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation.kept_scores import KeptScores
 from lightedit.lm import Place
 from lightedit.runs.folder import locked
@@ -21,40 +20,16 @@ from lightedit.sweeps import run, targets
 from lightedit.sweeps.plan import LOG17, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
-from tests.editing.test_module import assert_unedited, covariance_of, state
 from tests.models import tiny_model, tiny_tokenizer
+from tests.runs import assert_unedited, covariance_of, state
+from tests.sweeps.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, of, sweep
 
-CONTEXTS = ContextSettings(prefixes=(("The", 1, 5),))
-VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)
-MEMIT = le.MEMIT(layers=(1, 2), values=VALUES, contexts=CONTEXTS, lambda_=5.0)
-ROME = le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS)
-SUBJECTS = [("France", "Rome", "Paris"), ("Peru", "Spain", "England"), ("the old Rhine", "Paris", "Bonn"),
-            ("Mozart", "loud", "quiet"), ("New York", "small", "steel")]  # fmt: skip
-FACTS = [
-    le.Fact(
-        "The capital of {}", subject, new, target_true=true,
-        paraphrase_prompts=(f"It is said that {subject}", f"{subject} is"),
-        neighborhood_prompts=("The river of London", f"The city by the sea {number}"),
-    )
-    for number, (subject, new, true) in enumerate(SUBJECTS)
-]  # fmt: skip
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
 
 
 @pytest.fixture
 def lm() -> le.LanguageModel:
     return le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
-
-
-def sweep(lm: le.LanguageModel, out: Path, methods: Any = None, **changes: Any) -> list[dict[str, Any]]:
-    facts = changes.pop("facts", FACTS)
-    covariance = changes.pop("covariance", None) or covariance_of(lm)
-    return le.sweep(lm, facts, methods or {"MEMIT": MEMIT}, covariance, out, **{"progress_bar": False, **changes})
-
-
-def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-    (row,) = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return row
 
 
 def assert_scores(row: dict[str, Any], evaluation: le.Evaluation) -> None:
