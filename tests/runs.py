@@ -1,5 +1,8 @@
 """Quick runs of a tiny model that several test modules start from: settings, facts, statistics and checks."""
 
+from collections.abc import Sequence
+from dataclasses import fields
+
 import torch
 
 import lightedit as le
@@ -24,11 +27,12 @@ FACTS = [
 ]
 
 
-def covariance_of(lm: le.LanguageModel, layers: tuple[int, ...] = LAYERS) -> le.Covariance:
+def covariance_of(lm: le.LanguageModel, places: Sequence[int | Place] = LAYERS) -> le.Covariance:
     moments = {}
-    for layer in layers:
-        keys = torch.randn(500, lm.weight(Place(layer)).shape[1], generator=torch.Generator().manual_seed(layer))
-        moments[Place(layer)] = keys.T @ keys / 500
+    for place in (Place(place) if isinstance(place, int) else place for place in places):
+        generator = torch.Generator().manual_seed(place.layer)
+        keys = torch.randn(500, lm.weight(place).shape[1], generator=generator)
+        moments[place] = keys.T @ keys / 500
     return le.Covariance(moments, Provenance(lm.name, lm.fingerprint, "noise", 500, 8, "float32"))
 
 
@@ -42,6 +46,18 @@ def assert_unedited(lm: le.LanguageModel, before: dict[str, torch.Tensor]) -> No
         assert torch.equal(parameter, before[name]), name
 
 
-def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, **kwargs) -> le.Edit:
-    covariance = kwargs.pop("covariance", None) or covariance_of(lm)
-    return le.edit(lm, facts, method, covariance, progress_bar=False, **kwargs)
+def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, *, covariance=None, **arguments) -> le.Edit:
+    """Edit quietly; settings of a run stand beside the other arguments."""
+    names = {field.name for field in fields(le.RunSettings)}
+    settings = {name: arguments.pop(name) for name in names & arguments.keys()}
+    covariance = covariance or covariance_of(lm, method.covariance_places)
+    settings = le.RunSettings(**{"progress_bar": False, **settings})
+    return le.edit(lm, facts, method, covariance=covariance, settings=settings, **arguments)
+
+
+def scored(lm: le.LanguageModel, facts, *, before=None, held_out=(), references=None, checkpoint=None, **settings):
+    """Evaluate quietly; settings of the evaluation stand beside the other arguments."""
+    chosen = le.EvaluationSettings(**{"progress_bar": False, **settings})
+    return le.evaluate(
+        lm, facts, settings=chosen, before=before, held_out=held_out, references=references, checkpoint=checkpoint
+    )

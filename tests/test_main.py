@@ -14,7 +14,7 @@ from lightedit.__main__ import main
 from lightedit.evaluation import single
 from lightedit.lm import Place
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import covariance_of
+from tests.runs import covariance_of, scored
 
 evaluation_module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
 FACTS = [
@@ -103,7 +103,7 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
     assert "before" in printed and "after" in printed
     lm = le.LanguageModel.load("model")
     method = le.MEMIT(layers=(1, 2), lambda_=10.0, values=le.ValueSettings(steps=3))
-    stats, before = le.Covariance.load("stats"), le.evaluate(lm, FACTS, progress_bar=False)
+    stats, before = le.Covariance.load("stats"), scored(lm, FACTS)
     expected = le.evaluate_single(lm, FACTS, method, stats, progress_bar=False, before=before)
     assert "retain_accuracy" in expected.scores
     assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
@@ -255,9 +255,9 @@ def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: py
     lm = le.LanguageModel.load("model")
     references = le.write_references(lm, facts[:2], progress_bar=False)
     more = {"held_out": facts[2:], "text": "text.txt", "references": references, "generate": True}
-    before = le.evaluate(lm, facts[:2], progress_bar=False, **more)
+    before = scored(lm, facts[:2], **more)
     le.Edit.load("edits/first").apply(lm)
-    expected = le.evaluate(lm, facts[:2], progress_bar=False, before=before, **more)
+    expected = scored(lm, facts[:2], before=before, **more)
     names = {"success_rate", "retain_accuracy", "equivalence_accuracy", "ERR", "TRR", "RS_own", "perplexity", "kl"}
     assert names <= set(expected.scores) and expected.scores["kl"] > 0 == before.scores["kl"]
     kept, kept_before = le.Evaluation.load_with_before("scores.json")
@@ -378,9 +378,9 @@ def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path
     saved = le.Edit.load("edits/x")
     assert saved.facts == FACTS[:2]
     lm = le.LanguageModel.load("model")
-    assert saved.scores["before"] == pytest.approx(le.evaluate(lm, FACTS[:2], progress_bar=False).scores)
+    assert saved.scores["before"] == pytest.approx(scored(lm, FACTS[:2]).scores)
     saved.apply(lm)
-    assert saved.scores["after"] == pytest.approx(le.evaluate(lm, FACTS[:2], progress_bar=False).scores)
+    assert saved.scores["after"] == pytest.approx(scored(lm, FACTS[:2]).scores)
     assert {"metrics.csv", "retention.csv", "health.csv"} <= {path.name for path in Path("log").iterdir()}
 
 

@@ -116,7 +116,7 @@ def assert_same_edit(edit: le.Edit, expected: le.Edit) -> None:
             assert torch.equal(update.left, others[layer].left) and torch.equal(update.right, others[layer].right)
     seconds = {"seconds": None}
     assert edit.provenance | seconds == expected.provenance | seconds
-    assert edit.provenance["seconds"].keys() == expected.provenance["seconds"].keys()
+    assert edit.record.seconds.keys() == expected.record.seconds.keys()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lightedit.evaluation.held_out_text import POSITIONS
 from lightedit.lm import Place
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS, distributions, perplexity
-from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state
+from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state, scored
 
 TEXT = "The river is long and the city is old. Paris is the capital of France. " * 40
 
@@ -144,7 +144,7 @@ def test_a_limit_ends_the_run_with_or_without_the_round_bit_for_bit(dtype, on_li
     assert not torch.equal(snapshots.states[0]["model.layers.1.mlp.down_proj.weight"], lm.weights.base(Place(1)))
     for name, parameter in lm.model.named_parameters():
         assert torch.equal(parameter, snapshots.states[kept - 1][name]), name
-    assert edit.provenance["stopped"] == health.reason and ("rolled back" in health.reason) == (kept == 1)
+    assert edit.record.stopped == health.reason and ("rolled back" in health.reason) == (kept == 1)
     with (tmp_path / "retention.csv").open() as file:
         assert [int(row["round"]) for row in csv.DictReader(file)] == [1, 2, 2][: 2 * kept - 1]
     assert (tmp_path / "health.csv").read_text().count("\n") == 3
@@ -172,7 +172,7 @@ def test_a_run_that_a_limit_ended_still_says_so_without_a_log(
     first.revert(lm)
     health = le.Health(WINDOWS)
     again = run(lm, callbacks=[health], **kept)
-    assert again.provenance["stopped"] == health.reason == first.provenance["stopped"]
+    assert again.record.stopped == health.reason == first.record.stopped
     assert again.tables == first.tables and len(first.tables["health"]) == 2
     assert [(row["round"], row["origin"]) for row in first.tables["retention"]] == [(1, 1), (2, 1), (2, 2)]
     assert "where the run ended: stopped in round 2" in capsys.readouterr().err
@@ -214,7 +214,7 @@ def test_the_round_that_stays_is_validated_even_between_validations(lm: le.Langu
     with (tmp_path / "retention.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["round"], row["origin"]) for row in rows] == [("1", "1")]
-    after = le.evaluate(lm, FACTS[:2], progress_bar=False).scores
+    after = scored(lm, FACTS[:2]).scores
     assert {name: float(rows[0][name]) for name in after} == pytest.approx(after)
 
 
@@ -234,7 +234,7 @@ def test_every_limit_is_obeyed_and_a_ruined_model_passes_it(lm: le.LanguageModel
 
 def test_a_trainer_of_the_users_own_can_be_watched(lm: le.LanguageModel, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    module = le.EditModule(lm, MEMIT, covariance_of(lm))
+    module = le.EditModule(lm, MEMIT, covariance=covariance_of(lm))
     health = le.Health(WINDOWS, max_update_norm=1e-6)
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[health], **QUIET)
     with pytest.warns(UserWarning, match="update_norm/layer_1"):

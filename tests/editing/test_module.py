@@ -20,7 +20,7 @@ from lightedit.editing.run import check_edit
 from lightedit.lm import Place
 from lightedit.methods.closed_form.preservation import Preservation
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import CONTEXTS, FACTS, LAYERS, MEMIT, QUIET, ROME, VALUES, assert_unedited, covariance_of, run, state
+from tests.runs import CONTEXTS, FACTS, LAYERS, MEMIT, QUIET, ROME, VALUES, assert_unedited, covariance_of, run, state, scored
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_trainer_of_the_users_own_gives_the_same_bits_and_retention_curves(lm:
     edit = run(lm, facts_per_round=2)
     expected = state(lm)
     edit.revert(lm)
-    module = le.EditModule(lm, MEMIT, covariance_of(lm))
+    module = le.EditModule(lm, MEMIT, covariance=covariance_of(lm))
     trainer = Trainer(
         accelerator="cpu", logger=CSVLogger(tmp_path), enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=1,
@@ -97,7 +97,7 @@ def test_validation_scores_this_round_and_earlier_ones(lm: le.LanguageModel) -> 
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
-    trainer.fit(Watch(lm, MEMIT, covariance_of(lm)), datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=2))
+    trainer.fit(Watch(lm, MEMIT, covariance=covariance_of(lm)), datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=2))
     first, second = [["France", "Old London Town"], ["Rhine", "Mozart"]]
     assert seen == [first, first, second]
 
@@ -115,10 +115,10 @@ def test_retention_by_origin_equals_scoring_each_rounds_facts_under_the_weights_
     class Score(Callback):
         def on_validation_end(self, trainer, module):
             for origin in range(0 if trainer.sanity_checking else trainer.current_epoch + 1):
-                scores = le.evaluate(lm, FACTS[2 * origin : 2 * origin + 2], progress_bar=False).scores
+                scores = scored(lm, FACTS[2 * origin : 2 * origin + 2]).scores
                 expected.append((trainer.current_epoch + 1, origin + 1, scores))
 
-    module = le.EditModule(lm, MEMIT, covariance_of(lm))
+    module = le.EditModule(lm, MEMIT, covariance=covariance_of(lm))
     trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, None, ""), callbacks=[Score()],
                       num_sanity_val_steps=2, log_every_n_steps=1, **QUIET)  # fmt: skip
     trainer.fit(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2))
@@ -145,7 +145,7 @@ def test_every_second_of_five_rounds_is_validated_and_the_last_one(lm: le.Langua
     assert [(int(row["round"]), int(row["origin"])) for row in rows] == [
         (round_, origin) for round_ in (2, 4, 5) for origin in range(1, round_ + 1)
     ]
-    after = le.evaluate(lm, FACTS[:1], progress_bar=False).scores
+    after = scored(lm, FACTS[:1]).scores
     assert {name: float(rows[6][name]) for name in after} == pytest.approx(after)
     with (tmp_path / "log" / "metrics.csv").open() as file:
         assert sum(bool(row["ES"]) for row in csv.DictReader(file)) == 3
@@ -160,9 +160,9 @@ def test_of_many_rounds_the_first_and_the_latest_have_curves() -> None:
 
 
 def test_validation_outside_of_a_fit_leaves_retention_alone(lm: le.LanguageModel) -> None:
-    module, trainer = le.EditModule(lm, MEMIT, covariance_of(lm)), Trainer(accelerator="cpu", logger=False, **QUIET)
+    module, trainer = le.EditModule(lm, MEMIT, covariance=covariance_of(lm)), Trainer(accelerator="cpu", logger=False, **QUIET)
     scores = trainer.validate(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2), verbose=False)[0]
-    assert scores == pytest.approx(le.evaluate(lm, FACTS, progress_bar=False).scores)
+    assert scores == pytest.approx(scored(lm, FACTS).scores)
     assert module.retention == []
 
 
@@ -174,7 +174,7 @@ def test_arguments_of_validation_are_checked(lm: le.LanguageModel, arguments) ->
 
 def test_rolling_back_needs_a_round(lm: le.LanguageModel) -> None:
     with pytest.raises(le.EditError, match="none to roll back"):
-        le.EditModule(lm, MEMIT, covariance_of(lm)).roll_back()
+        le.EditModule(lm, MEMIT, covariance=covariance_of(lm)).roll_back()
 
 
 @pytest.mark.parametrize("facts_per_chunk", [1, 2, 100])
@@ -188,7 +188,7 @@ def test_chunks_do_not_matter(lm: le.LanguageModel, facts_per_chunk: int) -> Non
 
 
 def test_rome_writes_one_fact_a_round_and_exactly(lm: le.LanguageModel) -> None:
-    module = le.EditModule(lm, ROME, covariance_of(lm, (1,)))
+    module = le.EditModule(lm, ROME, covariance=covariance_of(lm, (1,)))
     targets: list[torch.Tensor] = []
     finish = module._finish
     module._finish = lambda chunk, search: (targets.append(search.values().targets), finish(chunk, search))  # type: ignore
@@ -290,7 +290,7 @@ def test_colliding_keys_are_found_a_few_facts_at_a_time(lm: le.LanguageModel, mo
     monkeypatch.setattr(module_, "_KEYS_AT_ONCE", 2)
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
     with pytest.raises(le.FactError, match=r"fact 0\).*fact 5\) collide"):
-        le.edit(lm, facts, MEMIT, covariance_of(lm), progress_bar=False)
+        run(lm, facts, MEMIT, covariance=covariance_of(lm))
 
 
 def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found(lm: le.LanguageModel) -> None:
@@ -304,9 +304,9 @@ def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found
 
 
 def test_an_edit_names_those_that_it_was_made_on_top_of(lm: le.LanguageModel) -> None:
-    first = le.edit(lm, FACTS[:1], MEMIT, covariance_of(lm), progress_bar=False)
-    second = le.edit(lm, FACTS[1:2], MEMIT, covariance_of(lm), progress_bar=False)
-    assert "on_top_of" not in first.provenance and second.provenance["on_top_of"] == [first.id]
+    first = run(lm, FACTS[:1], MEMIT, covariance=covariance_of(lm))
+    second = run(lm, FACTS[1:2], MEMIT, covariance=covariance_of(lm))
+    assert "on_top_of" not in first.provenance and second.record.on_top_of == [first.id]
     for edit in (first, second):
         edit.revert(lm)
     with pytest.warns(UserWarning, match=f"edit {second.id} was made in a model that carried edit {first.id}"):
@@ -336,7 +336,7 @@ def test_covariance_that_is_not_positive_definite(lm: le.LanguageModel) -> None:
 def test_facts_must_come_from_a_facts_data_module(lm: le.LanguageModel) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(TypeError, match="FactsDataModule"):
-        trainer.fit(le.EditModule(lm, MEMIT, covariance_of(lm)), [FACTS])
+        trainer.fit(le.EditModule(lm, MEMIT, covariance=covariance_of(lm)), [FACTS])
 
 
 @pytest.mark.parametrize("size", [{"facts_per_round": 0}, {"facts_per_chunk": 0}])

@@ -12,7 +12,7 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation import single
 from lightedit.runs.folder import kept_chunks, locked, remove_run
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, state
+from tests.runs import assert_unedited, covariance_of, state, scored
 from tests.sweeps.runs import FACTS, MEMIT, of, sweep
 
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
@@ -54,8 +54,8 @@ def assert_same_record(found: dict, expected: dict) -> None:
 def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.Evaluation, **kwargs) -> None:
     assert [record["subject"] for record in found.records] == [fact.subject for fact in FACTS]
     for fact, record in zip(FACTS, found.records, strict=True):
-        edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
-        (expected,) = le.evaluate(lm, [fact], progress_bar=False, **kwargs).records
+        edit = run(lm, [fact], method, covariance=covariance_of(lm))
+        (expected,) = scored(lm, [fact], **kwargs).records
         edit.revert(lm)
         assert_same_record(record, expected)
 
@@ -63,7 +63,7 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.Method) -> None:
     before = state(lm)
-    unedited = le.evaluate(lm, FACTS, progress_bar=False)
+    unedited = scored(lm, FACTS)
     found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), 7, facts_per_chunk=3, progress_bar=False)
     assert_unedited(lm, before)
     assert_equal_to_the_loop(lm, method, found)
@@ -73,13 +73,13 @@ def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.
 
 def test_each_edit_is_compared_with_the_model_that_it_starts_from(lm: le.LanguageModel) -> None:
     facts = [replace(fact, neighborhood_prompts=(*fact.neighborhood_prompts, "The king is in")) for fact in FACTS]
-    method, before = METHODS["MEMIT"], le.evaluate(lm, facts, progress_bar=False)
+    method, before = METHODS["MEMIT"], scored(lm, facts)
     found = le.evaluate_single(lm, facts, method, covariance_of(lm), progress_bar=False, before=before)
     expected = []
     for index, fact in enumerate(facts):
-        edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
+        edit = run(lm, [fact], method, covariance=covariance_of(lm))
         alone = replace(before, records=before.records[index : index + 1])
-        expected.append(le.evaluate(lm, [fact], progress_bar=False, before=alone).scores["retain_accuracy"])
+        expected.append(scored(lm, [fact], before=alone).scores["retain_accuracy"])
         edit.revert(lm)
     assert [record["retain_accuracy"] for record in found.records] == expected
     assert 0 < found.scores["retain_accuracy"] < 100 and "success_rate" in found.scores

@@ -363,7 +363,7 @@ def test_settings_of_several_runs_say_where_they_differ(run, tmp_path):
 
 def test_a_run_that_was_stopped_says_so(folder):
     edit = le.Edit.load(folder)
-    edit.provenance["stopped"] = "stopped in round 4, which is kept: kl is 2, past max_kl=1"
+    edit.record.stopped = "stopped in round 4, which is kept: kl is 2, past max_kl=1"
     assert "past max_kl=1" in _Reader(page([Run("x", edit)])).text
 
 

@@ -21,7 +21,7 @@ from lightedit.sweeps.plan import LOG17, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, state
+from tests.runs import assert_unedited, covariance_of, state, scored
 from tests.sweeps.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, of, sweep
 
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
@@ -51,13 +51,13 @@ def test_rows_equal_separate_runs(lm: le.LanguageModel, tmp_path: Path) -> None:
     for row in rows:
         chosen, method = FACTS[: row["facts"]], ROME if row["method"] == "ROME" else MEMIT
         if row["method"] == "unedited":
-            assert_scores(row, le.evaluate(lm, chosen, progress_bar=False))
+            assert_scores(row, scored(lm, chosen))
             continue
         if row["lambda_"] is not None:
             method = replace(method, lambda_=row["lambda_"])
         covariance = covariance_of(lm)
         edit = le.edit(lm, chosen, method, covariance, row["facts_per_round"], progress_bar=False)
-        assert_scores(row, le.evaluate(lm, chosen, progress_bar=False))
+        assert_scores(row, scored(lm, chosen))
         edit.revert(lm)
     assert of(rows, method="ROME", facts=5)["facts_per_round"] == 1
     seen = {tuple(row[name] for name in SCORES) for row in rows}
@@ -75,12 +75,12 @@ def test_known_targets_give_the_same_bits_as_a_run_of_its_own(
     for _ in range(2):  # found, then read
         known, seconds = TargetStore(tmp_path, lm, FACTS, runs).find(runs[0], progress_bar=False)
         assert sorted(known) == [0, 1, 2, 3, 4] and seconds > 0
-        edit = le.edit(lm, FACTS, method, covariance_of(lm), progress_bar=False, targets=known)
+        edit = run(lm, FACTS, method, covariance=covariance_of(lm), targets=known)
         weights = {layer: lm.weight(Place(layer)).clone() for layer in (1, 2)}
-        assert edit.provenance["seconds"]["values"] == 0
+        assert edit.record.seconds["values"] == 0
         edit.revert(lm)
-        own = le.edit(lm, FACTS, method, covariance_of(lm), progress_bar=False)
-        assert own.provenance["seconds"]["values"] > 0
+        own = run(lm, FACTS, method, covariance=covariance_of(lm))
+        assert own.record.seconds["values"] > 0
         for layer, weight in weights.items():
             assert torch.equal(lm.weight(Place(layer)), weight) and not torch.equal(
                 weight, lm.weights.base(Place(layer))
@@ -93,7 +93,7 @@ def test_targets_serve_the_first_round_only(lm: le.LanguageModel) -> None:
     known = {index: torch.zeros(lm.d_model) for index in range(4)}
     expected.revert(lm)
     edit = le.edit(lm, FACTS[:4], MEMIT, covariance_of(lm), 2, progress_bar=False, targets=known)
-    assert edit.provenance["seconds"]["values"] > 0  # the second round searched
+    assert edit.record.seconds["values"] > 0  # the second round searched
     first, second = (edit.rounds[index][Place(2)].left for index in range(2))
     assert not torch.allclose(first, expected.rounds[0][Place(2)].left)  # the zeros were written
     assert (second.norm() / expected.rounds[1][Place(2)].left.norm()).log().abs() < 2  # but not in the second round
@@ -165,9 +165,9 @@ def test_generation_adds_columns_for_the_unedited_model_and_every_run(lm: le.Lan
     assert columns[columns.index("S") + 1] == "GE" and columns[columns.index("S_half_width") + 1] == "GE_half_width"
     for row, other in zip(rows, plain, strict=True):
         assert {name: row[name] for name in SCORES} == {name: other[name] for name in SCORES}
-    expected = le.evaluate(lm, FACTS[:2], progress_bar=False, generate=True)
-    edit = le.edit(lm, FACTS[:2], MEMIT, covariance_of(lm), progress_bar=False)
-    after = le.evaluate(lm, FACTS[:2], progress_bar=False, generate=True)
+    expected = scored(lm, FACTS[:2], generate=True)
+    edit = run(lm, FACTS[:2], MEMIT, covariance=covariance_of(lm))
+    after = scored(lm, FACTS[:2], generate=True)
     edit.revert(lm)
     for name in ("GE", "generation_success"):
         assert [row[name] for row in rows] == [expected.scores[name], after.scores[name]]
@@ -428,7 +428,7 @@ def test_wrong_arguments_are_refused_before_any_run(
 
 
 def test_an_edited_model_is_refused(lm: le.LanguageModel, tmp_path: Path) -> None:
-    edit = le.edit(lm, FACTS[:1], MEMIT, covariance_of(lm), progress_bar=False)
+    edit = run(lm, FACTS[:1], MEMIT, covariance=covariance_of(lm))
     with pytest.raises(ValueError, match="carries edits"):
         sweep(lm, tmp_path / "s")
     assert edit.is_applied(lm)

@@ -230,7 +230,7 @@ def test_known_targets_hold_the_attentions_first() -> None:
     for half, module in enumerate((lm.module(Place(2, "attention_out")), lm.module(Place(2)))):
         torch.testing.assert_close(found.initial.chunk(2, dim=1)[half].T, plain(lm, module)[1], rtol=1e-4, atol=1e-4)
     targets = 2 * found.targets  # other ones than a search would find
-    edit = le.edit(lm, FACTS, METHOD, covariance_of(lm), progress_bar=False, targets=dict(enumerate(targets)))
+    edit = run(lm, FACTS, METHOD, covariance=covariance_of(lm), targets=dict(enumerate(targets)))
     preservation = {matrix: METHOD.preservation(covariance_of(lm), matrix) for matrix in BOTH}
     written = write_facts(expected, METHOD, preservation, prompts, targets.T.double(), "round")
     for matrix, update, _ in written:
