@@ -1,9 +1,19 @@
-"""Where each architecture keeps its blocks and the matrices that are edited: one row a `model_type`."""
+"""Where each architecture keeps what a `Place` names: one row a `model_type`."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lightedit.lm.place import Name
+
+Features = slice | Tensor
+"""Which output features of a module: a slice, or an index [n]; the same rows of its weight W [d_out, d_in]."""
+
+Layout = Literal["stacked", "grouped"]
 
 
 class UnsupportedModelError(ValueError):
@@ -15,41 +25,84 @@ class Architecture:
     """Module paths of one architecture.
 
     Attributes:
+        embedding: path from the causal language model to its token embeddings.
         blocks: path from the causal language model to the list of transformer blocks.
-        mlp_output: path inside a block to the MLP's second matrix, the one that is edited.
-        attention_output: path inside a block to the attention's output matrix.
+        paths: name of a place -> path inside a block to the module of its matrix. Names of one path share a matrix.
+        layout: how such a matrix orders its output features: "stacked" has all of q, then k, then v (or the gate, then
+            mlp_in); "grouped" has, for every group of query heads, these heads, one head of k and one of v.
         mlp_norm: path inside a block to a norm between the MLP's output and the residual stream, if any.
         takes_position_ids: whether the model's forward accepts `position_ids`.
         packs: whether its attention can be exchanged (transformers' attention interface, no soft-capping), so that rows
             can be packed without padding.
     """
 
+    embedding: str
     blocks: str
-    mlp_output: str
-    attention_output: str
+    paths: Mapping[Name, str] = field(hash=False)
+    layout: Layout = "stacked"
     mlp_norm: str | None = None
     takes_position_ids: bool = True
     packs: bool = True
 
+    @property
+    def names(self) -> tuple[Name, ...]:
+        """The names that a place can have in this architecture."""
+        return ("embedding", *self.paths, "attention", "block")
 
-_LLAMA = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj")
-_POST_NORM = Architecture("model.layers", "mlp.down_proj", "self_attn.o_proj", mlp_norm="post_feedforward_layernorm")
+
+def _paths(attention: str, qkv: str, out: str, mlp_in: str, mlp: str, gate: str | None = None) -> dict[Name, str]:
+    """Paths inside a block; `qkv` is one name for all three or a name each, separated by spaces."""
+    q, *kv = [f"{attention}.{name}" for name in qkv.split()]
+    k, v = kv or (q, q)
+    paths: dict[Name, str] = {"q": q, "k": k, "v": v, "attention_out": f"{attention}.{out}"}
+    return paths | ({"mlp_gate": gate} if gate else {}) | {"mlp_in": mlp_in, "mlp": mlp}
+
+
+_QKV = "q_proj k_proj v_proj"
+_LLAMA = Architecture(
+    "model.embed_tokens",
+    "model.layers",
+    _paths("self_attn", _QKV, "o_proj", "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj"),
+)
+_POST_NORM = replace(_LLAMA, mlp_norm="post_feedforward_layernorm")
+_BLOOM = Architecture(
+    "transformer.word_embeddings",
+    "transformer.h",
+    _paths("self_attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    layout="grouped",
+    packs=False,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bloom": Architecture(
-        "transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", takes_position_ids=False, packs=False
-    ),
-    "falcon": Architecture("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense", packs=False),
+    "bloom": replace(_BLOOM, takes_position_ids=False),
+    "falcon": _BLOOM,
     "gemma2": replace(_POST_NORM, packs=False),
     "gemma3_text": _POST_NORM,
-    "gpt2": Architecture("transformer.h", "mlp.c_proj", "attn.c_proj"),
-    "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h", "attention.dense"),
-    "gptj": Architecture("transformer.h", "mlp.fc_out", "attn.out_proj", packs=False),
+    "gpt2": Architecture(
+        "transformer.wte", "transformer.h", _paths("attn", "c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj")
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox.embed_in",
+        "gpt_neox.layers",
+        _paths("attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        layout="grouped",
+    ),
+    "gptj": Architecture(
+        "transformer.wte",
+        "transformer.h",
+        _paths("attn", _QKV, "out_proj", "mlp.fc_in", "mlp.fc_out"),
+        packs=False,
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo2": _POST_NORM,
-    "opt": Architecture("model.decoder.layers", "fc2", "self_attn.out_proj"),
-    "phi3": _LLAMA,
+    "opt": Architecture(
+        "model.decoder.embed_tokens", "model.decoder.layers", _paths("self_attn", _QKV, "out_proj", "fc1", "fc2")
+    ),
+    "phi3": replace(
+        _LLAMA,
+        paths=_paths("self_attn", "qkv_proj", "o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
+    ),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }
@@ -80,3 +133,36 @@ def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleLi
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def features_of(architecture: Architecture, config: Any, name: Name, d_out: int) -> Features | None:
+    """The output features that `name` has of its module, which has `d_out`; None for all of them.
+
+    Features come in the order in which the model counts them: head by head.
+
+    Args:
+        config: the text model's.
+    """
+    path = architecture.paths.get(name)
+    if path is None or list(architecture.paths.values()).count(path) == 1:
+        return None
+    if name in ("mlp_gate", "mlp_in"):
+        return slice(0, d_out // 2) if name == "mlp_gate" else slice(d_out // 2, d_out)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if architecture.layout == "stacked":
+        queries = heads * head_dim
+        others = (d_out - queries) // 2
+        start, size = {"q": (0, queries), "k": (queries, others), "v": (queries + others, others)}[name]
+        return slice(start, start + size)
+    groups = _groups(config)
+    rows = torch.arange(d_out).view(groups, heads // groups + 2, head_dim)
+    chosen = {"q": rows[:, :-2], "k": rows[:, -2], "v": rows[:, -1]}[name].flatten()
+    return slice(int(chosen[0]), int(chosen[-1]) + 1) if groups == 1 else chosen
+
+
+def _groups(config: Any) -> int:
+    """The groups of query heads, which have one head of keys and values each: every head alone, but in Falcon."""
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)

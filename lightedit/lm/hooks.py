@@ -1,16 +1,45 @@
-"""Hooks on transformer blocks, safe for blocks that return a tensor and for those that return a tuple."""
+"""Hooks on modules: all that the package registers.
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+They serve modules that return a tensor and those that return a tuple, and modules that see all rows as one list (OPT's
+MLP). Hooks run in the order in which their contexts were entered, so that a later one sees what an earlier one changed.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from lightedit.lm.architectures import Features
+
 _Key = TypeVar("_Key", bound=Hashable)
+At = tuple[Tensor, Tensor]
+"""(rows, positions) of chosen tokens, two integer tensors of shape [n]."""
+OutputChange = Callable[[Tensor, Tensor], Tensor]
+"""What enters a place and what leaves it, both [rows, tokens, features] -> what is to leave it instead."""
 
 
 class _StopForward(Exception):
     """Raised by a hook to end a forward pass whose remaining blocks are not needed."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """The modules of one place.
+
+    Attributes:
+        entry: the module whose first input enters the place.
+        exit: the module whose output leaves it; mostly the same.
+        block: the block around them, whose input tells how many rows and tokens there are; None outside of blocks.
+        features: which output features of `exit` are the place's; None for all.
+    """
+
+    entry: nn.Module
+    exit: nn.Module
+    block: nn.Module | None = None
+    features: Features | None = None
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -38,16 +67,32 @@ def stop_after(module: nn.Module, before: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def returned_by(module: nn.Module) -> Iterator[list[Any]]:
+    """Yield a list that fills with what `module` returns at each call, as it is."""
+    returned: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, output: returned.append(output))
+    try:
+        yield returned
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def capture(
-    modules: Mapping[_Key, nn.Module], rows: int, at: tuple[Tensor, Tensor] | None = None, inputs: bool = False
+    modules: Mapping[_Key, nn.Module],
+    rows: int,
+    at: At | None = None,
+    inputs: bool = False,
+    features: Mapping[_Key, Features] | None = None,
 ) -> Iterator[dict[_Key, Tensor]]:
     """Collect what enters or leaves each module.
 
     Args:
         modules: modules to watch, by a key of the caller's choice, such as the layer.
         rows: number of rows in the batch; some modules (OPT's MLP) see all rows' tokens as one list.
-        at: (rows, positions), integer tensors of shape [n]; only these states are kept, as [n, d]. None keeps all.
+        at: only these states are kept, as [n, d]. None keeps all.
         inputs: keep the module's first input instead of its output.
+        features: for keys in it, the features to keep; all for others.
 
     Yields:
         A dictionary that fills during the forward pass: key -> [n, d] or [rows, positions, d]. Tensors are copies.
@@ -56,6 +101,9 @@ def capture(
 
     def keep(key: _Key, value: Tensor) -> None:
         value = value.reshape(rows, -1, value.shape[-1])
+        part = (features or {}).get(key)
+        if part is not None:
+            value = value[..., _on(value.device, part)]
         captured[key] = value.clone() if at is None else value[at[0].to(value.device), at[1].to(value.device)]
 
     with ExitStack() as stack:
@@ -66,6 +114,132 @@ def capture(
                 handle = module.register_forward_hook(lambda _, __, output, key=key: keep(key, hidden_of(output)))
             stack.callback(handle.remove)
         yield captured
+
+
+def install(port: Port, change: OutputChange) -> Callable[[], None]:
+    """Let `change` decide what leaves `port` in every forward pass. Returns what takes it away again.
+
+    The place's input is handed on with its token ids [rows, tokens] where it is the embedding.
+    """
+    seen: dict[str, Any] = {}
+    handles = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], returned: Any) -> Any:
+        whole = hidden_of(returned)
+        lead = whole.shape[:2] if port.block is None else seen["lead"]
+        entered = args[0] if port.entry is port.exit else seen["entered"]
+        if entered.is_floating_point():
+            entered = entered.reshape(*lead, -1)
+        output = whole.reshape(*lead, -1)
+        if port.features is None:
+            changed = change(entered, output)
+        else:
+            part = _on(output.device, port.features)
+            changed = output.clone()
+            changed[..., part] = change(entered, output[..., part])
+        changed = changed.view_as(whole)
+        return (changed, *returned[1:]) if isinstance(returned, tuple) else changed
+
+    if port.block is not None:
+        handles.append(port.block.register_forward_pre_hook(lambda _, a: seen.update(lead=a[0].shape[:2])))
+    if port.entry is not port.exit:
+        handles.append(port.entry.register_forward_pre_hook(lambda _, a: seen.update(entered=a[0])))
+    handles.append(port.exit.register_forward_hook(hook))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+@contextmanager
+def changed(port: Port, change: OutputChange) -> Iterator[None]:
+    """`install` within the context."""
+    remove = install(port, change)
+    try:
+        yield
+    finally:
+        remove()
+
+
+@contextmanager
+def add_at(port: Port, shift: Tensor, at: At) -> Iterator[None]:
+    """Add `shift` [n, d] to what leaves `port` at `at`, in the wider of both dtypes. Gradients flow into it."""
+
+    def change(_: Tensor, output: Tensor) -> Tensor:
+        wide = output.to(torch.promote_types(shift.dtype, output.dtype))
+        return wide.index_put(_on_device(at, output), shift.to(wide), accumulate=True).to(output.dtype)
+
+    with changed(port, change):
+        yield
+
+
+@contextmanager
+def replace_at(port: Port, states: Tensor, at: At) -> Iterator[None]:
+    """Put `states` [n, d] in place of what leaves `port` at `at`, all distinct. Gradients flow into them."""
+
+    def change(_: Tensor, output: Tensor) -> Tensor:
+        return output.index_put(_on_device(at, output), states.to(output))
+
+    with changed(port, change):
+        yield
+
+
+@dataclass
+class Probe:
+    """What one forward and backward pass says of a place: the token factors of its weight's gradient.
+
+    For a place with a matrix W, dL/dW [d_out, d_in] is the sum over tokens of the outer products of `grads` and
+    `inputs`, and dL/db the sum of `grads` alone.
+    """
+
+    _seen: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def inputs(self) -> Tensor:
+        """What entered the place, [rows, tokens, d_in].
+
+        Raises:
+            RuntimeError: no forward pass has reached the place.
+        """
+        if "inputs" not in self._seen:
+            raise RuntimeError("the probe has seen nothing: no forward pass reached its place within the context")
+        return self._seen["inputs"]
+
+    @property
+    def grads(self) -> Tensor:
+        """The loss's gradient with respect to what left the place, [rows, tokens, d_out].
+
+        Raises:
+            RuntimeError: no backward pass has reached the place.
+        """
+        grad = self._seen["zero"].grad if "zero" in self._seen else None
+        if grad is None:
+            raise RuntimeError(
+                "the probe has no gradient: no backward pass reached its place. The forward pass must run with "
+                "gradients enabled, and the loss must depend on the place"
+            )
+        return grad
+
+
+@contextmanager
+def probe(ports: Mapping[_Key, Port]) -> Iterator[dict[_Key, Probe]]:
+    """Add a zero that requires a gradient to what leaves each port; each probe holds the last forward pass's."""
+    probes = {key: Probe() for key in ports}
+
+    def watch(into: Probe) -> OutputChange:
+        def change(inputs: Tensor, output: Tensor) -> Tensor:
+            zero = torch.zeros_like(output, requires_grad=True)
+            into._seen.update(inputs=inputs.detach().clone(), zero=zero)
+            return output + zero
+
+        return change
+
+    with ExitStack() as stack:
+        for key, port in ports.items():
+            stack.enter_context(changed(port, watch(probes[key])))
+        yield probes
 
 
 @contextmanager
@@ -90,3 +264,11 @@ def skip_blocks(blocks: Iterable[nn.Module], hidden: Tensor, as_tuple: bool) -> 
             else:
                 stack.callback(block.__dict__.__setitem__, "forward", previous)
         yield
+
+
+def _on(device: torch.device, features: Features) -> Features:
+    return features if isinstance(features, slice) else features.to(device)
+
+
+def _on_device(at: At, output: Tensor) -> At:
+    return at[0].to(output.device), at[1].to(output.device)

@@ -1,21 +1,22 @@
 """The language model that is edited: a plain object around a transformers model and its tokenizer."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from lightedit.lm.architectures import UnsupportedModelError, architecture_of, blocks_of
+from lightedit.lm import hooks
+from lightedit.lm.anatomy import Anatomy
+from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import Batch, pad
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
-from lightedit.lm.hooks import capture, skip_blocks, stop_after
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
@@ -25,7 +26,7 @@ from lightedit.ops import Head
 
 
 class LanguageModel:
-    """A causal language model with access to the matrices that locate-then-edit methods write.
+    """A causal language model whose places (see `Place`) can be read, changed for a while, and edited.
 
     It is not an `nn.Module` on purpose: a trainer then neither moves, wraps nor checkpoints the model, and models
     spread over devices stay intact.
@@ -40,12 +41,15 @@ class LanguageModel:
         tokenizer: its tokenizer.
         name: its name or path.
         fingerprint: short hash of the unedited weights.
-        weights: the edited matrices and what was written to them.
+        anatomy: the modules and matrices of its places.
+        blocks: its transformer blocks, first to last.
+        weights: the edited places and what was written to them.
         returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
-        self.architecture = architecture_of(model)
+        self.anatomy = Anatomy(model)
+        self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         if not tokenizer.is_fast:
             raise UnsupportedModelError(
                 f"{type(tokenizer).__name__} gives no character offsets, which finding the subject needs; "
@@ -54,9 +58,8 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.blocks = blocks_of(model, self.architecture)
         self.fingerprint = fingerprint(model)
-        self.weights = EditedWeights(self.weight)
+        self.weights = EditedWeights(self.anatomy)
         self.returns_tuple = self._returns_tuple()
 
     @classmethod
@@ -121,17 +124,13 @@ class LanguageModel:
                 return int(token)
         return self.pad_id
 
+    @torch.no_grad()
     def _returns_tuple(self) -> bool:
-        seen: list[bool] = []
-        handle = self.blocks[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
-        try:
-            with torch.no_grad(), stop_after(self.blocks[0]):
-                self.forward(pad([[self.pad_id]], self.pad_id))
-        finally:
-            handle.remove()
-        return seen[0]
+        with hooks.returned_by(self.blocks[0]) as returned, hooks.stop_after(self.blocks[0]):
+            self.forward(pad([[self.pad_id]], self.pad_id))
+        return isinstance(returned[0], tuple)
 
-    # The matrices
+    # Its parts
 
     @property
     def head(self) -> Head:
@@ -147,35 +146,31 @@ class LanguageModel:
         if layers[0] < 0 or layers[-1] >= self.n_layers:
             raise ValueError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
-    def module(self, matrix: Place) -> nn.Linear | Conv1D:
-        """The module that holds `matrix`."""
-        return cast(nn.Linear | Conv1D, self.model.get_submodule(self.module_name(matrix)))
+    def module(self, place: Place) -> nn.Module:
+        """The module whose output leaves `place`; see `Anatomy.module`."""
+        return self.anatomy.module(place)
 
-    def module_name(self, matrix: Place) -> str:
+    def module_name(self, place: Place) -> str:
         """That module's name in the model, such as "model.layers.5.mlp.down_proj"."""
-        paths = {"mlp": self.architecture.mlp_output, "attention_out": self.architecture.attention_output}
-        return f"{self.architecture.blocks}.{matrix.layer}.{paths[matrix.name]}"
+        return self.anatomy.module_name(place)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
         path = self.architecture.mlp_norm
         return self.blocks[layer].get_submodule(path) if path else None
 
-    def weight(self, matrix: Place) -> Tensor:
-        """A matrix, such as `Place(5)` or `Place(5, "attention_out")`, as a writable [d_out, d_in] view."""
-        module = self.module(matrix)
-        weight = module.weight
-        if not weight.is_floating_point() or weight.device.type == "meta":
-            state = "offloaded" if weight.device.type == "meta" else f"stored as {weight.dtype}"
-            raise UnsupportedModelError(
-                f"the matrix of {matrix} is {state}; load it in a floating-point dtype on a device"
-            )
-        return weight.data.T if isinstance(module, Conv1D) else weight.data
+    def weight(self, place: Place) -> Tensor:
+        """The matrix of `place` as a writable [d_out, d_in] view; see `Anatomy.weight`."""
+        return self.anatomy.weight(place)
+
+    def bias(self, place: Place) -> Tensor | None:
+        """The bias of `place` as a writable [d_out] view, None where it has none; see `Anatomy.bias`."""
+        return self.anatomy.bias(place)
 
     def mlp_values(self, layer: int, keys: Tensor) -> Tensor:
         """W k + b of block `layer` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
-        values = self.weight(Place(layer)).double() @ keys.to(self.weight(Place(layer)).device, torch.float64)
-        bias = self.module(Place(layer)).bias
+        weight, bias = self.weight(Place(layer)), self.bias(Place(layer))
+        values = weight.double() @ keys.to(weight.device, torch.float64)
         return values if bias is None else values + bias.double()[:, None]
 
     # Running it
@@ -218,8 +213,58 @@ class LanguageModel:
                 packed=spans,
             )
 
+    # Reading and changing a forward pass
+
     @contextmanager
-    def before_head(self, rows: int, at: tuple[Tensor, Tensor]) -> Iterator[dict[int, Tensor]]:
+    def capture(
+        self, places: Iterable[Place], rows: int, at: hooks.At | None = None, inputs: bool = False
+    ) -> Iterator[dict[Place, Tensor]]:
+        """Within the context, forward passes are read at `places`.
+
+        Args:
+            places: where.
+            rows: rows of the batch; 1 for a packed pass.
+            at: (rows, positions), integer tensors [n], of the tokens to keep; None keeps all.
+            inputs: keep what enters the places instead of what leaves them; the embedding has no such states.
+
+        Yields:
+            A dictionary that fills during the pass: place -> [n, d] or [rows, tokens, d], copies.
+        """
+        ports = {place: self.anatomy.port(place) for place in places}
+        if inputs and any(place.name == "embedding" for place in ports):
+            raise UnsupportedModelError("token ids enter the embedding, not states; capture what leaves it")
+        modules = {place: port.entry if inputs else port.exit for place, port in ports.items()}
+        features = {} if inputs else {place: p.features for place, p in ports.items() if p.features is not None}
+        with hooks.capture(modules, rows, at, inputs, features) as states:
+            yield states
+
+    def add_at(self, place: Place, shift: Tensor, at: hooks.At) -> AbstractContextManager[None]:
+        """Within the context, `shift` [n, d] is added to what leaves `place` at the tokens `at`.
+
+        Contexts of this kind compose in one pass and apply in the order in which they were entered. The sum is in the
+        wider of both dtypes; gradients flow into `shift`.
+
+        Args:
+            place: where.
+            shift: what to add, [n, d].
+            at: (rows, positions), integer tensors [n]; a token named twice gets both.
+        """
+        return hooks.add_at(self.anatomy.port(place), shift, at)
+
+    def replace_at(self, place: Place, states: Tensor, at: hooks.At) -> AbstractContextManager[None]:
+        """Within the context, `states` [n, d] leave `place` at the tokens `at`, all distinct; see `add_at`."""
+        return hooks.replace_at(self.anatomy.port(place), states, at)
+
+    def probe(self, places: Iterable[Place]) -> AbstractContextManager[dict[Place, hooks.Probe]]:
+        """Within the context, forward passes are prepared for gradients of what leaves each of `places`.
+
+        After the backward pass, which may come after the context, each probe holds the token factors of the gradient of
+        its place's matrix (see `Probe`), without a gradient of any weight.
+        """
+        return hooks.probe({place: self.anatomy.port(place) for place in places})
+
+    @contextmanager
+    def before_head(self, rows: int, at: hooks.At) -> Iterator[dict[int, Tensor]]:
         """Within the context, the forward pass ends before the LM head.
 
         Args:
@@ -230,14 +275,20 @@ class LanguageModel:
             A dictionary that will hold, under 0, the states that the head would read at `at`, [n, d].
         """
         head = self.model.get_output_embeddings()
-        with capture({0: head}, rows, at, inputs=True) as states, stop_after(head, before=True):
+        with hooks.capture({0: head}, rows, at, inputs=True) as states, hooks.stop_after(head, before=True):
             yield states
 
-    @contextmanager
-    def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
-        """Within the context, forward passes begin with `hidden` at the input of block `layer`; earlier blocks rest."""
-        with skip_blocks(self.blocks[:layer], hidden, self.returns_tuple):
-            yield
+    def starting_at(self, layer: int, hidden: Tensor) -> AbstractContextManager[None]:
+        """Within the context, forward passes begin with `hidden` at the input of block `layer`; earlier blocks rest.
+
+        With `forward(batch, cache)`, whose `PrefixCache` holds keys and values of what stands before, only the tokens
+        of `batch` in blocks from `layer` on are computed. Places in earlier blocks are then not reached.
+
+        Args:
+            layer: the first block that runs.
+            hidden: its input, [rows, tokens, d], of the batch's tokens without the cached ones; gradients flow into it.
+        """
+        return hooks.skip_blocks(self.blocks[:layer], hidden, self.returns_tuple)
 
     @contextmanager
     def with_edits(self, edits: RowwiseEdits, rectangles: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
@@ -247,12 +298,13 @@ class LanguageModel:
             edits: which edit each row sees.
             rectangles: (rows, length) of each span of a packed pass; by default the rows are one rectangle.
         """
+
+        def adding(update: LowRankUpdate) -> hooks.OutputChange:
+            return lambda inputs, output: output + edits.added(inputs, update, rectangles)
+
         with ExitStack() as stack:
             for place, update in edits.updates.items():
-                handle = self.module(place).register_forward_hook(
-                    lambda _, inputs, output, update=update: output + edits.added(inputs[0], update, rectangles)
-                )
-                stack.callback(handle.remove)
+                stack.enter_context(hooks.changed(self.anatomy.port(place), adding(update)))
             yield
 
     # Text

@@ -17,7 +17,7 @@ class Place:
 
     | name | its matrix | what enters | what leaves |
     |---|---|---|---|
-    | embedding | token embeddings | - | the first block's input; its layer is 0 |
+    | embedding | token embeddings, W [d, vocabulary] | token ids | what the model looks up; its layer is 0 |
     | q, k, v | the attention's input matrices; slices where one matrix holds all three | what the attention reads | queries, keys, values |
     | attention_out | the attention's output matrix | the heads' outputs | what the attention adds |
     | attention | - | what the attention reads | what the attention adds |
@@ -57,7 +57,7 @@ class Place:
 
     @property
     def key(self) -> str:
-        """Its name in files and logs: "5" for the MLP's matrix, "5_attention_out" for the attention's."""
+        """Its name in files and logs: "5" for the MLP's second matrix, "5_attention_out" for the attention's last."""
         return str(self.layer) if self.name == "mlp" else f"{self.layer}_{self.name}"
 
     def __str__(self) -> str:

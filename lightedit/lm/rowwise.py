@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.place import Place
-from lightedit.lm.weights import LowRankUpdate
 from lightedit.ops import rowwise_low_rank
 
 

@@ -1,142 +1,208 @@
-"""Edited weight matrices, always materialised from a kept base, so that every edit can be undone exactly."""
+"""What edits wrote into one model, always materialised from a kept base, so that every edit can be undone exactly."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightedit.lm.anatomy import Anatomy
+from lightedit.lm.architectures import UnsupportedModelError
+from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate
+from lightedit.lm.hooks import install
 from lightedit.lm.place import Place
 from lightedit.ops import add_low_rank_
 from lightedit.ops.add_low_rank import sum_dtype
 
+Owner = tuple[str, int]
+"""Whose change it is: (id of the edit, index of its round)."""
 
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """A change of one weight matrix, ΔW = left @ right.T, of rank at most B; or several changes, batched.
 
-    Attributes:
-        left: [..., d_out, B].
-        right: [..., d_in, B].
+class _Materialised:
+    """One live tensor as cast(base + sum of its changes).
 
-    Raises:
-        ValueError: the factors are not matrices of equally many columns, or not equally many of them.
+    Args:
+        live: the tensor in the model.
     """
 
-    left: Tensor
-    right: Tensor
+    def __init__(self, live: Tensor) -> None:
+        self.base = live.clone()
+        self._sum: Tensor | None = None  # unrounded, where the live tensor's dtype rounds
 
-    def __post_init__(self) -> None:
-        left, right = tuple(self.left.shape), tuple(self.right.shape)
-        if min(len(left), len(right)) < 2 or (*left[:-2], left[-1]) != (*right[:-2], right[-1]):
-            raise ValueError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
+    def reset(self, live: Tensor) -> None:
+        """Make `live` the base again."""
+        live.copy_(self.base)
+        self._sum = None
 
-    @property
-    def rank(self) -> int:
-        """B, the number of columns of both factors: an upper bound of the rank."""
-        return self.left.shape[-1]
-
-    def dense(self) -> Tensor:
-        """ΔW, [..., d_out, d_in]."""
-        return self.left @ self.right.mT
-
-    def norm(self) -> float:
-        """Frobenius norm of ΔW, of all changes together, from the factors' Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
-        left, right = self.left.double(), self.right.double()
-        return float(((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0).sqrt())
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LowRankUpdate":
-        return LowRankUpdate(self.left.to(device, dtype), self.right.to(device, dtype))
+    def add(self, live: Tensor, update: LowRankUpdate | Tensor) -> None:
+        """Add a low-rank update, or a dense one of the live tensor's shape."""
+        if self._sum is None and live.dtype != sum_dtype(live):
+            self._sum = self.base.to(sum_dtype(live))
+        if isinstance(update, LowRankUpdate):
+            add_low_rank_(live, update.left.to(live.device), update.right.to(live.device), self._sum)
+        elif self._sum is None:
+            live.add_(update.to(live))
+        else:
+            self._sum.add_(update.to(self._sum))
+            live.copy_(self._sum)
 
 
 class EditedWeights:
-    """The weight matrices of one model, each as cast(base + sum of its active updates).
+    """The changed places of one model: matrices and biases as cast(base + sum of their updates), and adaptors.
 
     The base is kept in the model's own dtype and the sum in float32 (float64 for a float64 model), so a bfloat16
     model does not drift over many rounds, and a matrix without updates is the base bit for bit. The same updates in
-    the same order give the same bits, however they came about.
+    the same order give the same bits, however they came about. Adaptors of one place run in the order of their adding.
 
     Args:
-        weight: name -> the live weight, as a [d_out, d_in] view that can be written.
+        anatomy: the model's places.
     """
 
-    def __init__(self, weight: Callable[[Place], Tensor]) -> None:
-        self._weight = weight
-        self._base: dict[Place, Tensor] = {}
-        self._sum: dict[Place, Tensor] = {}
-        self._updates: dict[Place, list[tuple[str, LowRankUpdate]]] = {}
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
+        self._weights: dict[Place, _Materialised] = {}
+        self._biases: dict[Place, _Materialised] = {}
+        self._changes: dict[Place, list[tuple[Owner, Change]]] = {}
+        self._hooks: dict[Place, Callable[[], None]] = {}  # each takes the hook of a place's adaptors away
+        self._lifted = False
 
     @property
-    def owners(self) -> list[str]:
-        """Names of the edits that are active, oldest first."""
-        return list(dict.fromkeys(owner for updates in self._updates.values() for owner, _ in updates))
+    def owners(self) -> list[Owner]:
+        """The edits and rounds that are active, oldest first."""
+        return list(dict.fromkeys(owner for changes in self._changes.values() for owner, _ in changes))
+
+    @property
+    def edits(self) -> list[str]:
+        """Ids of the edits that are active, oldest first."""
+        return list(dict.fromkeys(edit for edit, _ in self.owners))
 
     @property
     def places(self) -> list[Place]:
-        """The matrices that carry updates."""
-        return sorted(self._updates)
+        """The places that carry changes."""
+        return sorted(self._changes)
 
-    def base(self, matrix: Place) -> Tensor:
-        """The unedited `matrix`, [d_out, d_in]."""
-        return self._base.get(matrix, self._weight(matrix))
+    def base(self, place: Place) -> Tensor:
+        """The unedited matrix of `place`, [d_out, d_in]."""
+        return self._weights[place].base if place in self._weights else self._anatomy.weight(place)
 
-    def change(self, matrix: Place) -> LowRankUpdate:
-        """All active updates of `matrix` as one, float32 or wider, on the CPU.
+    def adaptors(self, place: Place) -> list[Adaptor]:
+        """The active adaptors of `place`, in the order in which they run."""
+        return [change for _, change in self._changes.get(place, []) if isinstance(change, Adaptor)]
+
+    def change(self, place: Place) -> LowRankUpdate | DenseUpdate:
+        """All active changes of the matrix and bias of `place` as one, float32 or wider, on the CPU.
+
+        Low-rank where all are.
 
         Raises:
             KeyError: it carries none.
+            ValueError: it carries an adaptor, which no change of a matrix equals.
         """
-        updates = [update for _, update in self._updates[matrix]]
-        left, right = (
-            torch.cat([getattr(update, name).detach().to("cpu") for update in updates], dim=1)
-            for name in ("left", "right")
-        )
-        wide = torch.promote_types(left.dtype, torch.float32)
-        return LowRankUpdate(left.to(wide), right.to(wide))
+        changes = [change for _, change in self._changes[place]]
+        if self.adaptors(place):
+            raise ValueError(f"{place} carries an adaptor, which no change of its matrix equals")
+        low_rank = [change for change in changes if isinstance(change, LowRankUpdate)]
+        if len(low_rank) == len(changes):
+            left = torch.cat([update.left.detach().to("cpu") for update in low_rank], dim=1)
+            right = torch.cat([update.right.detach().to("cpu") for update in low_rank], dim=1)
+            wide = torch.promote_types(left.dtype, torch.float32)
+            return LowRankUpdate(left.to(wide), right.to(wide))
+        parts: dict[str, Tensor] = {}
+        for change in changes:
+            for name, part in _dense(change).tensors().items():
+                parts[name] = parts[name] + part if name in parts else part
+        return DenseUpdate(**parts)
 
     @torch.no_grad()
-    def add(self, owner: str, matrix: Place, update: LowRankUpdate) -> None:
-        """Write `update` into `matrix` on behalf of the edit `owner`."""
-        weight = self._weight(matrix)
-        shape = (*update.left.shape[:-1], update.right.shape[-2])
-        if shape != tuple(weight.shape):
-            raise ValueError(f"{matrix}: an update of shape {shape} does not fit a weight of {tuple(weight.shape)}")
-        if matrix not in self._base:
-            self._base[matrix] = weight.clone()
-        self._updates.setdefault(matrix, []).append((owner, update))
-        self._accumulate(matrix, update)
+    def add(self, owner: Owner, place: Place, change: Change) -> None:
+        """Apply `change` to `place` on behalf of `owner`; nothing is changed when it is refused.
+
+        Raises:
+            ValueError: it does not fit the place.
+            UnsupportedModelError: the place has no matrix or bias that can be written.
+        """
+        change.check(place, self._anatomy.shape(place))
+        live = [self._live(place, name) for name in ("weight", "bias") if _writes(change, name)]
+        for table, tensor in live:
+            if place not in table:
+                table[place] = _Materialised(tensor)
+        self._changes.setdefault(place, []).append((owner, change))
+        self._apply(place, change)
 
     @torch.no_grad()
-    def remove(self, owners: Collection[str]) -> None:
-        """Undo the edits `owners`; other edits stay, in their order."""
-        for matrix, updates in list(self._updates.items()):
-            kept = [(owner, update) for owner, update in updates if owner not in owners]
-            if len(kept) == len(updates):
+    def remove(self, owners: Collection[Owner]) -> None:
+        """Undo the changes of `owners`; those of others stay, in their order."""
+        for place, changes in list(self._changes.items()):
+            kept = [(owner, change) for owner, change in changes if owner not in owners]
+            if len(kept) == len(changes):
                 continue
-            self._weight(matrix).copy_(self._base[matrix])
-            self._sum.pop(matrix, None)
-            self._updates[matrix] = kept
-            for _, update in kept:
-                self._accumulate(matrix, update)
+            for name, table in (("weight", self._weights), ("bias", self._biases)):
+                if place in table:
+                    table[place].reset(self._live(place, name)[1])
+                    if not any(_writes(change, name) for _, change in kept):
+                        del table[place]
+            self._changes[place] = kept
+            for _, change in kept:
+                self._apply(place, change)
+            if not self.adaptors(place) and place in self._hooks:
+                self._hooks.pop(place)()
             if not kept:
-                del self._base[matrix], self._updates[matrix]
+                del self._changes[place]
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """Within the context, all matrices are the unedited ones; afterwards they are as before, bit for bit."""
-        edited = {matrix: self._weight(matrix).clone() for matrix in self._base}
-        for matrix, base in self._base.items():
-            self._weight(matrix).copy_(base)
+        """Within the context, the model is the unedited one; afterwards it is as before, bit for bit."""
+        tables = (("weight", self._weights), ("bias", self._biases))
+        lives = [(self._live(place, name)[1], kept.base) for name, table in tables for place, kept in table.items()]
+        edited = [live.clone() for live, _ in lives]
+        lifted, self._lifted = self._lifted, True
+        for live, base in lives:
+            live.copy_(base)
         try:
             yield
         finally:
-            for matrix, weight in edited.items():
-                self._weight(matrix).copy_(weight)
+            self._lifted = lifted
+            for (live, _), tensor in zip(lives, edited, strict=True):
+                live.copy_(tensor)
 
-    def _accumulate(self, matrix: Place, update: LowRankUpdate) -> None:
-        weight = self._weight(matrix)
-        if weight.dtype != sum_dtype(weight) and matrix not in self._sum:
-            self._sum[matrix] = self._base[matrix].to(sum_dtype(weight))
-        left, right = update.left.to(weight.device), update.right.to(weight.device)
-        add_low_rank_(weight, left, right, self._sum.get(matrix))
+    def _live(self, place: Place, name: str) -> tuple[dict[Place, _Materialised], Tensor]:
+        """The live weight or bias of `place`, and the table that keeps its base."""
+        if name == "weight":
+            return self._weights, self._anatomy.weight(place)
+        bias = self._anatomy.bias(place)
+        if bias is None:
+            raise UnsupportedModelError(f"{place} has no bias, so a change of it cannot be written; change the weight")
+        return self._biases, bias
+
+    def _apply(self, place: Place, change: Change) -> None:
+        if isinstance(change, Adaptor):
+            if place not in self._hooks:
+                self._hooks[place] = install(self._anatomy.port(place), lambda *states: self._adapted(place, *states))
+            return
+        for name in ("weight", "bias"):
+            if _writes(change, name):
+                table, live = self._live(place, name)
+                part = change if isinstance(change, LowRankUpdate) else getattr(change, name)
+                table[place].add(live, part)
+
+    def _adapted(self, place: Place, inputs: Tensor, output: Tensor) -> Tensor:
+        for adaptor in [] if self._lifted else self.adaptors(place):
+            output = adaptor(inputs, output)
+        return output
+
+
+def _writes(change: Change, name: str) -> bool:
+    """Whether `change` writes the place's "weight" or "bias"."""
+    if isinstance(change, DenseUpdate):
+        return getattr(change, name) is not None
+    return isinstance(change, LowRankUpdate) and name == "weight"
+
+
+def _dense(change: Change) -> DenseUpdate:
+    """A change of a matrix, of a bias or of both in dense form, float32 or wider, on the CPU."""
+    dtype = max((tensor.dtype for tensor in change.tensors().values()), key=lambda dtype: dtype.itemsize)
+    change = change.to("cpu", torch.promote_types(dtype, torch.float32))
+    if isinstance(change, LowRankUpdate):
+        return DenseUpdate(change.dense().detach())
+    assert isinstance(change, DenseUpdate)
+    return change

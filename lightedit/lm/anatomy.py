@@ -1,0 +1,156 @@
+"""The modules, matrices and biases that the places of one model name."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightedit.lm.architectures import (
+    Architecture,
+    Features,
+    UnsupportedModelError,
+    architecture_of,
+    blocks_of,
+    features_of,
+)
+from lightedit.lm.hooks import Port
+from lightedit.lm.place import Place
+
+
+class Anatomy:
+    """Finds what the places of a model name.
+
+    Args:
+        model: a causal language model of a known architecture.
+
+    Attributes:
+        architecture: the row of its architecture.
+        blocks: its transformer blocks, first to last.
+
+    Raises:
+        UnsupportedModelError: the architecture is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.architecture: Architecture = architecture_of(model)
+        self.blocks: nn.ModuleList = blocks_of(model, self.architecture)
+        self._model = model
+
+    def module_name(self, place: Place) -> str:
+        """The name in the model of the module whose output leaves `place`, such as "model.layers.5.mlp.down_proj".
+
+        Raises:
+            UnsupportedModelError: the architecture has no place of that name, or the model no such layer.
+        """
+        names = self.architecture.names
+        if place.name not in names:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type} has no {place.name}; the places of its blocks are {', '.join(names)}"
+            )
+        last = 0 if place.name == "embedding" else len(self.blocks) - 1
+        if not 0 <= place.layer <= last:
+            raise UnsupportedModelError(f"there is no {place}: layers of {place.name} are 0 to {last}")
+        if place.name == "embedding":
+            return self.architecture.embedding
+        block = f"{self.architecture.blocks}.{place.layer}"
+        if place.name == "block":
+            return block
+        return f"{block}.{self.architecture.paths['attention_out' if place.name == 'attention' else place.name]}"
+
+    def module(self, place: Place) -> nn.Module:
+        """The module whose output leaves `place`.
+
+        Raises:
+            UnsupportedModelError: see `module_name`.
+        """
+        return self._model.get_submodule(self.module_name(place))
+
+    def port(self, place: Place) -> Port:
+        """The modules where `place` is read and changed.
+
+        Raises:
+            UnsupportedModelError: see `module_name`.
+        """
+        leaves = self.module(place)
+        enters = self.module(Place(place.layer, "q")) if place.name == "attention" else leaves
+        block = None if place.name in ("embedding", "block") else self.blocks[place.layer]
+        return Port(enters, leaves, block, self.features(place))
+
+    def features(self, place: Place) -> Features | None:
+        """The output features of its module that are the place's, or None for all: a slice where they are in one piece.
+
+        They are the rows of the module's W [d_out, d_in].
+        """
+        if place.name not in self.architecture.paths:
+            return None
+        config = self._model.config.get_text_config()
+        return features_of(self.architecture, config, place.name, _shape(self.module(place))[0])
+
+    def shape(self, place: Place) -> tuple[int, int]:
+        """(d_out, d_in): the widths of what leaves `place` and of what enters it, the vocabulary at the embedding."""
+        if place.name == "block":
+            return (self.shape(Place(place.layer))[0],) * 2
+        if place.name == "attention":
+            return self.shape(Place(place.layer, "attention_out"))[0], self.shape(Place(place.layer, "q"))[1]
+        d_out, d_in = _shape(self.module(place))
+        features = self.features(place)
+        if features is None:
+            return d_out, d_in
+        return (features.stop - features.start if isinstance(features, slice) else len(features)), d_in
+
+    def weight(self, place: Place) -> Tensor:
+        """The matrix of `place`, as a writable [d_out, d_in] view.
+
+        Raises:
+            UnsupportedModelError: the place has no matrix, or its rows lie among those of others, or it is not stored
+                in floating point on a device; see also `module_name`.
+        """
+        module = self.module(place)
+        if place.name in ("attention", "block"):
+            raise UnsupportedModelError(f"{place} has no matrix; its states can be read and changed, not its weight")
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self._check(place, "matrix", weight)
+        return self._part(place, weight.data.T if isinstance(module, Conv1D | nn.Embedding) else weight.data)
+
+    def bias(self, place: Place) -> Tensor | None:
+        """The bias of `place`, as a writable [d_out] view; None where it has none.
+
+        Raises:
+            UnsupportedModelError: see `weight`.
+        """
+        module = self.module(place)
+        bias = None if place.name in ("attention", "block") else getattr(module, "bias", None)
+        if bias is None:
+            return None
+        self._check(place, "bias", bias)
+        return self._part(place, bias.data)
+
+    def _part(self, place: Place, whole: Tensor) -> Tensor:
+        """The rows of `whole` that are the place's, as a view."""
+        features = self.features(place)
+        if features is None:
+            return whole
+        if isinstance(features, Tensor):
+            raise UnsupportedModelError(
+                f"the rows of {place} lie head by head among those of q, k and v in {self.module_name(place)}, so they "
+                "cannot be written as one matrix; their states can be read and changed"
+            )
+        return whole[features]
+
+    def _check(self, place: Place, what: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            state = "offloaded" if tensor.device.type == "meta" else f"stored as {tensor.dtype}"
+            raise UnsupportedModelError(
+                f"the {what} of {place} is {state}; load it in a floating-point dtype on a device"
+            )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a module with a matrix, whatever the way its weight is stored."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]

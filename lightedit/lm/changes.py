@@ -1,0 +1,212 @@
+"""What an edit does to one place of a model: a low-rank or dense change of its matrix, or a small module behind it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lightedit.lm.place import Place
+
+_KINDS: dict[str, type["Change"]] = {}
+
+
+class Change(ABC):
+    """A change of one place. A subclass with a `kind` of its own is known to `change_from` by it.
+
+    Attributes:
+        kind: its name in files.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if (kind := cls.__dict__.get("kind")) is None:
+            return
+        known = _KINDS.setdefault(kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"kind {kind!r} is that of {known.__qualname__}; give {cls.__qualname__} another")
+        _KINDS[kind] = cls
+
+    @abstractmethod
+    def check(self, place: Place, shape: tuple[int, int]) -> None:
+        """Raise ValueError unless the change fits `place`, whose (d_out, d_in) is `shape`."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """How large the change is: the Frobenius norm of all that it adds to weight and bias, or of its parameters."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """The change on `device`, and in `dtype` if that is given."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What to save of it, by names that `from_tensors` knows."""
+
+    def settings(self) -> dict[str, Any]:
+        """What JSON is to keep of it beside its tensors, its "kind" included."""
+        return {"kind": self.kind}
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        """The change whose `tensors()` and `settings()` these are."""
+
+
+@dataclass(frozen=True)
+class LowRankUpdate(Change):
+    """A change of one weight matrix, ΔW = left @ right.T, of rank at most B; or several changes, batched.
+
+        >>> update = LowRankUpdate(torch.ones(2, 1), torch.tensor([[1.0], [0.0], [2.0]]))
+        >>> update.dense()
+        tensor([[1., 0., 2.],
+                [1., 0., 2.]])
+
+    Attributes:
+        left: [..., d_out, B].
+        right: [..., d_in, B].
+
+    Raises:
+        ValueError: the factors are not matrices of equally many columns, or not equally many of them.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    kind: ClassVar[str] = "low_rank"
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if min(len(left), len(right)) < 2 or (*left[:-2], left[-1]) != (*right[:-2], right[-1]):
+            raise ValueError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
+
+    @property
+    def rank(self) -> int:
+        """B, the number of columns of both factors: an upper bound of the rank."""
+        return self.left.shape[-1]
+
+    def check(self, place: Place, shape: tuple[int, int]) -> None:
+        own = (*self.left.shape[:-1], self.right.shape[-2])
+        if own != tuple(shape):
+            raise ValueError(f"{place}: an update of shape {own} does not fit a weight of {tuple(shape)}")
+
+    def dense(self) -> Tensor:
+        """ΔW, [..., d_out, d_in]."""
+        return self.left @ self.right.mT
+
+    def compact(self) -> "LowRankUpdate | DenseUpdate":
+        """The form that has fewer numbers: itself, or the same change dense, in float32 or wider."""
+        d_out, d_in = self.left.shape[-2], self.right.shape[-2]
+        if self.rank * (d_out + d_in) <= d_out * d_in:
+            return self
+        wide = torch.promote_types(torch.promote_types(self.left.dtype, self.right.dtype), torch.float32)
+        return DenseUpdate(self.left.to(wide) @ self.right.to(wide).mT)
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW, of all changes together, from the factors' Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0).sqrt())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LowRankUpdate":
+        return LowRankUpdate(self.left.to(device, dtype), self.right.to(device, dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "LowRankUpdate":
+        return LowRankUpdate(tensors["left"], tensors["right"])
+
+
+@dataclass(frozen=True)
+class DenseUpdate(Change):
+    """A change of any rank of one weight matrix, of its bias, or of both.
+
+    Attributes:
+        weight: ΔW [d_out, d_in], or None.
+        bias: Δb [d_out], or None.
+
+    Raises:
+        ValueError: both are None, or they are no matrix and vector of one d_out.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    kind: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        weight, bias = (None if part is None else tuple(part.shape) for part in (self.weight, self.bias))
+        if (
+            (weight is None and bias is None)
+            or (weight is not None and len(weight) != 2)
+            or (bias is not None and len(bias) != 1)
+            or (weight is not None and bias is not None and weight[0] != bias[0])
+        ):
+            raise ValueError(
+                f"a dense update needs weight [d_out, d_in] or bias [d_out] or both, got {weight} and {bias}"
+            )
+
+    def check(self, place: Place, shape: tuple[int, int]) -> None:
+        if self.weight is not None and tuple(self.weight.shape) != tuple(shape):
+            raise ValueError(
+                f"{place}: an update of shape {tuple(self.weight.shape)} does not fit a weight of {tuple(shape)}"
+            )
+        if self.bias is not None and len(self.bias) != shape[0]:
+            raise ValueError(f"{place}: an update of shape ({len(self.bias)},) does not fit a bias of ({shape[0]},)")
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW and Δb together."""
+        return float(sum(float(part.double().square().sum()) for part in self.tensors().values()) ** 0.5)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "DenseUpdate":
+        return DenseUpdate(**{name: part.to(device, dtype) for name, part in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: part for name, part in (("weight", self.weight), ("bias", self.bias)) if part is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "DenseUpdate":
+        return DenseUpdate(tensors.get("weight"), tensors.get("bias"))
+
+
+class Adaptor(Change):
+    """A small module behind a place: it changes what leaves it and writes no weight. Subclasses name their `kind`."""
+
+    @abstractmethod
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """What is to leave the place.
+
+        Args:
+            inputs: what entered it, [rows, tokens, d_in]; token ids [rows, tokens] at the embedding.
+            output: what left it, [rows, tokens, d_out].
+
+        Returns:
+            [rows, tokens, d_out] in the dtype of `output`.
+        """
+
+
+def change_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Change:
+    """The change whose `tensors()` and `settings()` these are.
+
+    >>> saved = LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))
+    >>> change_from(saved.tensors(), saved.settings()).rank
+    1
+
+    Raises:
+        ValueError: its kind is not known, or a tensor is missing.
+    """
+    kind = settings.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(
+            f"a change of kind {kind!r} is not known; known are {', '.join(sorted(_KINDS))}. "
+            "A kind is known once the module of its class is imported."
+        )
+    try:
+        return _KINDS[kind].from_tensors(tensors, settings)
+    except KeyError as error:
+        raise ValueError(f"a change of kind {kind!r} lacks the tensor {error.args[0]!r}") from error
