@@ -39,7 +39,5 @@ def covariance(
     if places is None or (layers is not None and method is not None):
         raise ArgumentError("give --layers, or --method with its layers: what the covariance is for")
     model = le.LanguageModel.load(lm, dtype, device)
-    found = le.estimate_covariance(
-        model, places, text=text, tokens=tokens, sequence_length=sequence_length, seed=seed
-    )
+    found = le.estimate_covariance(model, places, text=text, tokens=tokens, sequence_length=sequence_length, seed=seed)
     print(f"saved {found.save(out)} ({found.provenance.tokens} tokens of {found.provenance.corpus})")

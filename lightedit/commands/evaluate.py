@@ -129,9 +129,7 @@ def evaluate(
         print(f"saved the scores in {out}")
 
 
-def _check_protocol(
-    protocol: str, method: le.Method | None, compared: bool, evaluation: le.EvaluationSettings
-) -> None:
+def _check_protocol(protocol: str, method: le.Method | None, compared: bool, evaluation: le.EvaluationSettings) -> None:
     if (protocol == "single") != (method is not None):
         raise ArgumentError("--protocol single and --method go together: the method that edits each fact alone")
     if protocol == "single" and (compared or evaluation.text is not None or evaluation.harness):

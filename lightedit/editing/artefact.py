@@ -186,11 +186,8 @@ class Edit:
                 raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
             # copies, because views into the file's buffer may be unaligned, which changes sums' order
             tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
-            evaluations = {
-                name: Evaluation.load(folder / f"{name}.json")
-                for name in _EVALUATIONS
-                if (folder / f"{name}.json").is_file()
-            }
+            files = {name: folder / f"{name}.json" for name in _EVALUATIONS}
+            scores = {name: Evaluation.load(file) if file.is_file() else None for name, file in files.items()}
             return cls(
                 model=content["model"],
                 fingerprint=content["fingerprint"],
@@ -198,8 +195,9 @@ class Edit:
                 facts=[Fact.from_dict(fact) for fact in content["facts"]],
                 rounds=[_changes(index, settings, tensors) for index, settings in enumerate(content["rounds"])],
                 facts_in_round=content["facts_in_round"],
+                before=scores["before"],
+                after=scores["after"],
                 id=content["id"],
-                **evaluations,
             )
         except EditError:
             raise

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from lightedit.files import whole_folder
 from lightedit.errors import ArgumentError
+from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.loading import save_pretrained
 from lightedit.lm.changes import Change, DenseUpdate, LowRankUpdate
+from lightedit.lm.loading import save_pretrained
 
 
 def export_model(lm: LanguageModel, folder: str | Path) -> Path:

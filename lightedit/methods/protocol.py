@@ -165,6 +165,7 @@ class Editor(ABC):
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Begin the search for the facts of these indices."""
+        return None
 
     @property
     def done(self) -> bool:
@@ -200,6 +201,7 @@ class Editor(ABC):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take the `state` of an earlier process's round; called once a round, in their order."""
+        return None
 
     def record(self) -> dict[str, Any]:
         """What went into the run beside method and facts, by name, as JSON holds it."""
@@ -224,6 +226,7 @@ class Editor(ABC):
 
     def release(self) -> None:
         """Free what only the run needed; a trainer keeps itself and its module in memory longer than one thinks."""
+        return None
 
 
 def search(

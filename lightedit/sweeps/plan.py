@@ -136,7 +136,9 @@ def _counts(counts: Counts | None, available: int) -> list[int]:
         return [count for count in LOG17 if count <= available]
     for count in counts:
         if not 1 <= count <= available:
-            raise ArgumentError(f"counts: {count} facts asked for, but there are {available}; give counts from 1 to that")
+            raise ArgumentError(
+                f"counts: {count} facts asked for, but there are {available}; give counts from 1 to that"
+            )
     return sorted(set(counts))
 
 

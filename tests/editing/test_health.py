@@ -16,7 +16,7 @@ from lightedit.evaluation.held_out_text import POSITIONS
 from lightedit.lm import Place
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS, distributions, perplexity
-from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state, scored
+from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, scored, state
 
 TEXT = "The river is long and the city is old. Paris is the capital of France. " * 40
 

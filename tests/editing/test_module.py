@@ -20,7 +20,20 @@ from lightedit.editing.run import check_edit
 from lightedit.lm import Place
 from lightedit.methods.closed_form.preservation import Preservation
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import CONTEXTS, FACTS, LAYERS, MEMIT, QUIET, ROME, VALUES, assert_unedited, covariance_of, run, state, scored
+from tests.runs import (
+    CONTEXTS,
+    FACTS,
+    LAYERS,
+    MEMIT,
+    QUIET,
+    ROME,
+    VALUES,
+    assert_unedited,
+    covariance_of,
+    run,
+    scored,
+    state,
+)
 
 
 @pytest.fixture
@@ -97,7 +110,9 @@ def test_validation_scores_this_round_and_earlier_ones(lm: le.LanguageModel) -> 
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
-    trainer.fit(Watch(lm, MEMIT, covariance=covariance_of(lm)), datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=2))
+    trainer.fit(
+        Watch(lm, MEMIT, covariance=covariance_of(lm)), datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=2)
+    )
     first, second = [["France", "Old London Town"], ["Rhine", "Mozart"]]
     assert seen == [first, first, second]
 
@@ -160,7 +175,10 @@ def test_of_many_rounds_the_first_and_the_latest_have_curves() -> None:
 
 
 def test_validation_outside_of_a_fit_leaves_retention_alone(lm: le.LanguageModel) -> None:
-    module, trainer = le.EditModule(lm, MEMIT, covariance=covariance_of(lm)), Trainer(accelerator="cpu", logger=False, **QUIET)
+    module, trainer = (
+        le.EditModule(lm, MEMIT, covariance=covariance_of(lm)),
+        Trainer(accelerator="cpu", logger=False, **QUIET),
+    )
     scores = trainer.validate(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2), verbose=False)[0]
     assert scores == pytest.approx(scored(lm, FACTS).scores)
     assert module.retention == []

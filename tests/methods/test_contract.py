@@ -24,9 +24,7 @@ ALL: dict[str, le.Method] = {
     "MEMIT": le.MEMIT(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0),
     "EMMET": le.EMMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS, mu=0.1),
     "PMET": le.PMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0),
-    "PMET, attention too": le.PMET(
-        layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0, write_attention=True
-    ),
+    "PMET, attention too": le.PMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0, write_attention=True),
     "AlphaEdit": le.AlphaEdit(layers=LAYERS, values=VALUES, contexts=CONTEXTS, threshold=0.9, ridge=1.0),
     "ENCORE": le.ENCORE(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0, norm_weight=1.0),
     "gradient step": GradientStep(),
@@ -51,7 +49,9 @@ def rounds(method: le.Method, size: int = 2) -> int:
     return min(size, method.facts_per_solve or size)
 
 
-def run(lm: le.LanguageModel, method: le.Method, facts: list[le.Fact] = FACTS, size: int = 2, **arguments: Any) -> le.Edit:
+def run(
+    lm: le.LanguageModel, method: le.Method, facts: list[le.Fact] = FACTS, size: int = 2, **arguments: Any
+) -> le.Edit:
     settings = replace(QUIETLY, facts_per_round=rounds(method, size))
     return le.edit(lm, facts, method, covariance=needs(lm, method), settings=settings, **arguments)
 

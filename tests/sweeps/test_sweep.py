@@ -21,7 +21,7 @@ from lightedit.sweeps.plan import LOG17, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, state, scored
+from tests.runs import assert_unedited, covariance_of, scored, state
 from tests.sweeps.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, of, sweep
 
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")

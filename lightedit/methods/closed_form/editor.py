@@ -31,11 +31,13 @@ class _Shared:
     """What depends on the unedited model, the facts and the contexts alone.
 
     Attributes:
+        facts: the facts.
         contexts: the contexts' texts.
         prompts: each fact's token rows.
         first_keys: keys at the first edited matrix, [d_in, facts] float64, by that matrix; filled when they are needed.
     """
 
+    facts: list[Fact]
     contexts: Contexts
     prompts: list[FactPrompts]
     first_keys: dict[Place, Tensor] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class ClosedFormEditor(Editor):
         self.preservation: dict[Place, Preservation] = {}
         self.prompts: list[FactPrompts | None] = []
         self.round_keys: dict[Place, Tensor] = {}
+        self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
         self._rounds_written = 0
         # Stands in for the δ of the chunk at work, which is exchanged in the optimizer's parameter group
@@ -82,29 +85,33 @@ class ClosedFormEditor(Editor):
         """
         super().prepare(facts, rounds, like)
         self._check_given()
-        alike = like if isinstance(like, ClosedFormEditor) and len(like._shared.prompts) >= len(facts) else None
-        if alike is not None and alike.lends(self):
-            self.preservation = alike.preservation
-            if self.method.keeps_past_keys:  # it will grow by them
-                alike.release()
-        else:
-            self.preservation = self.method.factors(self.lm, self.covariance)
-        if alike is not None and alike.method.contexts == self.method.contexts:
-            self._shared = alike._shared
-        else:
+        other = like if isinstance(like, ClosedFormEditor) else None
+        self.preservation = (other and other.lend_factors(self)) or self.method.factors(self.lm, self.covariance)
+        self._shared = None if other is None else other.lend_prompts(self)
+        if self._shared is None:
             contexts = self.method.contexts.sample(self.lm)
-            self._shared = _Shared(contexts, tokenize_facts(self.lm.tokenizer, facts, contexts))
+            self._shared = _Shared(list(facts), contexts, tokenize_facts(self.lm.tokenizer, facts, contexts))
         self.contexts = self._shared.contexts
         self.prompts = list(self._shared.prompts[: len(facts)])
         if rounds is not None:
             self._resolve_collisions(rounds)
             self._check_independence(rounds)
 
-    def lends(self, other: "ClosedFormEditor") -> bool:
-        """Whether `other` can take over the factors, which must be as they were made."""
-        grown = self.method.keeps_past_keys and self._rounds_written > 0
+    def lend_factors(self, other: "ClosedFormEditor") -> dict[Place, Preservation] | None:
+        """The factors for an editor that needs the same, as they were made; given away if a run makes them grow."""
         same = self.covariance is other.covariance and self.method.same_preservation(other.method)
-        return bool(self.preservation) and same and not grown
+        if not same or (self.method.keeps_past_keys and self._rounds_written):
+            return None
+        lent = self.preservation
+        if self.method.keeps_past_keys:
+            self.preservation = {}
+        return lent or None
+
+    def lend_prompts(self, other: "ClosedFormEditor") -> _Shared | None:
+        """Contexts and prompts for an editor of the same contexts and facts, or the first of them."""
+        if self._shared is None or self.method.contexts != other.method.contexts:
+            return None
+        return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 
     def give(self, results: Mapping[int, Tensor]) -> None:
         """Take values found before, [d], or [2 d] for two sites; facts that are merged are searched all the same."""
@@ -144,6 +151,7 @@ class ClosedFormEditor(Editor):
         """Let the colliding facts of a round share one key and one value."""
         for group in _groups(similarity >= self.settings.collision_similarity):
             members = [round_[i] for i in group]
+            assert self._shared is not None
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
@@ -176,6 +184,7 @@ class ClosedFormEditor(Editor):
 
     def _first_keys(self, first: Place) -> Tensor:
         """The keys of the run's facts at the first edited matrix, [d_in, facts] float64, before any are merged."""
+        assert self._shared is not None
         if first not in self._shared.first_keys:
             self._shared.first_keys[first] = self._keys_of(self._shared.prompts, first)
         return self._shared.first_keys[first][:, : len(self.facts)]

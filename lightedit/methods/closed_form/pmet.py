@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightedit.errors import ArgumentError
 from lightedit.lm import Place
-from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.stopping import KLBelow

@@ -9,8 +9,8 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.errors import ArgumentError
 from lightedit.lm import Place
 from lightedit.lm.changes import LowRankUpdate
-from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.editor import ClosedFormEditor
+from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.values import Site, ValueSettings

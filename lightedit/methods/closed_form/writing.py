@@ -8,8 +8,8 @@ from torch import Tensor
 from lightedit.data.prompts import FactPrompts
 from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.changes import Change, LowRankUpdate
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
@@ -96,7 +96,9 @@ def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> t
     return keys, residuals
 
 
-def _solve(method: ClosedForm, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
+def _solve(
+    method: ClosedForm, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk
+) -> LowRankUpdate:
     """The update of the walk's matrix, as precise as the model's sum of updates."""
     update = method.update(preservation, keys, residuals, walk)
     _check_finite(walk.place, update.left, update.right)
