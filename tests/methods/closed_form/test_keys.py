@@ -10,7 +10,7 @@ from benchmarks.published import Request, published_keys
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, FactPrompts, tokenize_facts
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.keys import KeyWalk
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ from benchmarks.published import Request, published_memit, published_rome
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, FactPrompts, tokenize_facts
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
