@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightedit as le
+from lightedit.lm.place import Name, Place
 
 
 def covariance(
@@ -34,7 +35,7 @@ def covariance(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder for covariance.safetensors")
     model = le.LanguageModel.load(lm, dtype, device)
-    found = le.estimate_covariance(
-        model, layers, text, tokens, sequence_length=sequence_length, seed=seed, attention=attention
-    )
+    names: tuple[Name, ...] = ("mlp", "attention_out") if attention else ("mlp",)
+    places = [Place(layer, name) for layer in layers for name in names]
+    found = le.estimate_covariance(model, places, text=text, tokens=tokens, sequence_length=sequence_length, seed=seed)
     print(f"saved {found.save(out)} ({found.provenance.tokens} tokens of {found.provenance.corpus})")

@@ -34,7 +34,7 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
     check_free(out, overwrite=True)
     lm = LanguageModel.load("smollm2")
     chosen = known_facts(lm, facts)
-    covariance = estimate_covariance(lm, METHOD.layers, cache=True)
+    covariance = estimate_covariance(lm, METHOD.places, cache=True)
     shown = _examples(chosen)
     continuations = [_continue(lm, fact) for fact in shown]
     before = evaluate(lm, chosen)
@@ -68,7 +68,7 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
             lm,
             [fact.text for fact in facts],
             [fact.target_true or "" for fact in facts],
-            progress=report,
+            report=report,
         )
     known = [fact for fact, share in zip(facts, scores.token_accuracy.tolist(), strict=True) if share == 1]
     relations = sorted({fact.relation for fact in known if fact.relation})

@@ -11,6 +11,7 @@ from lightedit.editing.health import OnLimit
 from lightedit.editing.module import OnCollision
 from lightedit.editing.retention import check_validation
 from lightedit.editing.run import check_edit, rounds_of
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.runs.folder import kept_rounds
 
 
@@ -85,11 +86,12 @@ def edit(
     run = out.with_name(out.name + ".run")
     if restart:
         remove_runs(run)
+    asked = EvaluationSettings(generate=generate)
     before = after = None
     if evaluate:
         if not kept_rounds(run):
             check_edit(model, chosen, method, moments, facts_per_round, facts_per_chunk, on_collision)
-        before = le.evaluate(model, chosen, generate=generate, checkpoint=run / "before")
+        before = le.evaluate(model, chosen, settings=asked, checkpoint=run / "before")
     result = le.edit(
         model,
         chosen,
@@ -108,12 +110,12 @@ def edit(
         raise RuntimeError(f"no facts are left to save: {result.provenance['stopped']}")
     if before is not None:
         try:
-            after = le.evaluate(model, result.facts, generate=generate, checkpoint=run / "after")
+            after = le.evaluate(model, result.facts, settings=asked, checkpoint=run / "after")
         except FloatingPointError as error:
             print(f"the edited model cannot be scored, so the edit is saved without: {error}", file=sys.stderr)
         if len(result.facts) < len(chosen):  # a limit left some unwritten
             result.revert(model)
-            before = le.evaluate(model, result.facts, generate=generate)
+            before = le.evaluate(model, result.facts, settings=asked)
         result.scores = {"before": before.scores} | ({} if after is None else {"after": after.scores})
         print(before.table() if after is None else after.table(before))
     result.save(out, overwrite, before, after)

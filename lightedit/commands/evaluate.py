@@ -6,10 +6,9 @@ from typing import Literal
 
 import lightedit as le
 from lightedit.commands.shared import covariance_of, remove_runs
-from lightedit.data.texts import read_texts
 from lightedit.evaluation.evaluate import check_held_out
-from lightedit.evaluation.harness import check_harness
 from lightedit.evaluation.references import read_references, write_references
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import check_single
 
 
@@ -73,12 +72,8 @@ def evaluate(
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
     check_held_out(chosen, others)
-    if batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    if harness:
-        check_harness(harness, harness_limit)
-    if text is not None:
-        read_texts(text)  # what is missing is found out before the model is loaded
+    settings = EvaluationSettings(batch_size, generate, text, harness or (), harness_limit)
+    settings.check()
     texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
     if out is not None and not out.absolute().parent.is_dir():
@@ -105,10 +100,7 @@ def evaluate(
         moments.check(model, method.places)
     if references == "own":
         texts = write_references(model, chosen)
-    score = partial(
-        le.evaluate, model, chosen, batch_size, generate=generate, held_out=others, text=text, references=texts,
-        harness=harness or (), harness_limit=harness_limit,
-    )  # fmt: skip
+    score = partial(le.evaluate, model, chosen, settings=settings, held_out=others, references=texts)
     before = score(checkpoint=kept_before) if compare else None
     if saved is not None:
         saved.apply(model)

@@ -18,9 +18,7 @@ def remove_runs(run: Path) -> None:
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance:
     """What `folder` holds, or without one an estimate of all that `methods` need."""
     matrices = {matrix for method in methods for matrix in method.places}
-    layers = sorted({matrix.layer for matrix in matrices})
-    model.check_layers(layers)
+    model.check_layers(sorted({matrix.layer for matrix in matrices}))
     if folder is not None:
         return le.Covariance.load(folder)
-    attention = any(matrix.name == "attention_out" for matrix in matrices)
-    return le.estimate_covariance(model, layers, cache=True, attention=attention)
+    return le.estimate_covariance(model, sorted(matrices), cache=True)

@@ -14,7 +14,7 @@ from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.data.prompts import FactPrompts, merge_prompts, tokenize_facts
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.retention import FILE, RetentionScores, curves, defined
-from lightedit.evaluation.evaluate import score_facts
+from lightedit.evaluation.scoring import score_facts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.methods import Method

@@ -16,17 +16,19 @@ from torch import Tensor
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.data.prompts import tokenize_facts
-from lightedit.evaluation.evaluate import check_comparison, score_facts, summarize
+from lightedit.digests import digest
+from lightedit.evaluation.evaluate import check_comparison, summarize
 from lightedit.evaluation.kept_scores import KeptScores, kept_scores
 from lightedit.evaluation.references import References
 from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.scoring import score_facts
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel, Place
 from lightedit.methods import Method
 from lightedit.methods.closed_form.values import optimize_values
 from lightedit.methods.closed_form.writing import separate_updates
 from lightedit.metrics import RecordScores
-from lightedit.progress import part, progress
-from lightedit.runs.folder import checksum
+from lightedit.progress import progress, subprogress
 from lightedit.runs.provenance import determining, provenance
 from lightedit.statistics.covariance import Covariance
 
@@ -75,7 +77,8 @@ def evaluate_single(
         ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
     """
     check_single(lm, facts, method, batch_size, facts_per_chunk)
-    check_comparison(facts, generate, before, references)
+    asked = EvaluationSettings(batch_size, generate)
+    check_comparison(facts, asked, before, references)
     preservation = method.factors(lm, covariance)
     contexts = method.contexts.sample(lm)
     prompts = tokenize_facts(lm.tokenizer, facts, contexts)
@@ -84,7 +87,7 @@ def evaluate_single(
         if checkpoint is not None:
             settings = provenance(lm, method, contexts, covariance) | determining(lm, method, covariance, facts)
             settings |= {"generate": generate}
-            settings["targets"] = checksum("", {str(index): value for index, value in (targets or {}).items()})
+            settings["targets"] = digest(tensors={str(index): value for index, value in (targets or {}).items()})
             kept = stack.enter_context(kept_scores(Path(checkpoint), settings))
         records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
         report = stack.enter_context(progress(f"editing and scoring {len(facts)} facts, each alone", progress_bar))
@@ -97,7 +100,7 @@ def evaluate_single(
             searching = _SEARCH * len(missing)
             if missing:
                 chosen = [prompts[index] for index in missing]
-                reported = part(report, done, searching, len(unscored))
+                reported = subprogress(report, done, searching, len(unscored))
                 found = optimize_values(
                     lm, chosen, method.value_layer, method.site, method.values, report=reported
                 ).targets
@@ -105,8 +108,8 @@ def evaluate_single(
             device = lm.weight(Place(method.value_layer)).device
             values = torch.stack([known[index].to(device, torch.float64) for index in chunk]).T
             edits = separate_updates(lm, method, preservation, [prompts[index] for index in chunk], values)
-            rest = part(report, done + searching, len(chunk) - searching, len(unscored))
-            scored = score_facts(lm, [facts[index] for index in chunk], batch_size, rest, generate, edits)
+            rest = subprogress(report, done + searching, len(chunk) - searching, len(unscored))
+            scored = score_facts(lm, [facts[index] for index in chunk], settings=asked, report=rest, edits=edits)
             records.update(zip(chunk, scored, strict=True))
             done += len(chunk)
             if kept is not None:

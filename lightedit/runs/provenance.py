@@ -8,9 +8,9 @@ from typing import Any
 
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
+from lightedit.digests import digest
 from lightedit.lm import LanguageModel, Place
 from lightedit.methods import Method
-from lightedit.runs.folder import checksum
 from lightedit.statistics.covariance import Covariance
 
 
@@ -35,7 +35,7 @@ def computing(lm: LanguageModel) -> dict[str, Any]:
 def determining(lm: LanguageModel, method: Method, covariance: Covariance, facts: Sequence[Fact]) -> dict[str, Any]:
     """What determines a run beside its provenance: the weights, tensors and facts themselves, and the machine."""
     tensors = {matrix.key: covariance[matrix] for matrix in method.places}
-    return {**determining_scores(lm, facts, method.places), "covariance tensors": checksum("", tensors)}
+    return {**determining_scores(lm, facts, method.places), "covariance tensors": digest(tensors=tensors)}
 
 
 def determining_scores(lm: LanguageModel, facts: Sequence[Fact], matrices: Collection[Place] = ()) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def determining_scores(lm: LanguageModel, facts: Sequence[Fact], matrices: Colle
     weights = {matrix.key: lm.weight(matrix) for matrix in {*matrices, *lm.weights.places}}
     return {
         "model": lm.fingerprint,
-        "weights": checksum("", weights),
-        "facts": checksum(json.dumps([fact.to_dict() for fact in facts]), {}),
+        "weights": digest(tensors=weights),
+        "facts": digest(json.dumps([fact.to_dict() for fact in facts])),
         "device": lm.device.type,
     }

@@ -1,6 +1,5 @@
 """Doing a sweep: every run starts from the unedited model, is scored, and is taken back."""
 
-import hashlib
 import json
 import sys
 import time
@@ -11,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.data.facts import Fact, FactError, check_facts
+from lightedit.digests import digest
 from lightedit.editing.module import OnCollision
 from lightedit.editing.run import check_edit, edit
-from lightedit.evaluation.evaluate import evaluate, score_and_keep, summarize
+from lightedit.evaluation.evaluate import evaluate, summarize
 from lightedit.evaluation.kept_scores import KeptScores
+from lightedit.evaluation.scoring import score_and_keep
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.progress import progress
-from lightedit.runs.folder import ResumeError, checksum, locked, remove_run
+from lightedit.runs.folder import ResumeError, locked, remove_run
 from lightedit.runs.provenance import computing
 from lightedit.statistics.covariance import Covariance, CovarianceError
 from lightedit.sweeps.figure import draw
@@ -93,7 +95,7 @@ def sweep(
         "facts_per_round": list(facts_per_round),
         "grid": {field: list(values) for field, values in grid.items()},
         "covariance": asdict(covariance.provenance),
-        "covariance tensors": checksum("", {matrix.key: covariance[matrix] for matrix in matrices}),
+        "covariance tensors": digest(tensors={matrix.key: covariance[matrix] for matrix in matrices}),
         "on_collision": on_collision,
         **({"generate": True} if generate else {}),
     }
@@ -156,7 +158,8 @@ def _run_all(
                 spent = written.provenance["seconds"]
                 before = time.perf_counter()
                 try:
-                    scores = evaluate(lm, chosen, progress_bar=progress_bar, generate=generate)
+                    asked = EvaluationSettings(generate=generate, progress_bar=progress_bar)
+                    scores = evaluate(lm, chosen, settings=asked)
                 finally:
                     written.revert(lm)
                 scoring = time.perf_counter() - before
@@ -208,7 +211,7 @@ def check_sweep_folder(out: Path) -> None:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(value, sort_keys=True))[:16]
 
 
 def _unfinished(runs: Iterable[Run], table: Table) -> list[Run]:
@@ -264,7 +267,7 @@ def _score_unedited(
         return
     # all facts, whatever is missing: what an earlier process kept is of all
     with progress(f"scoring {len(facts)} facts before", progress_bar) as report:
-        records = score_and_keep(lm, facts, folder, report=report, generate=generate)
+        records = score_and_keep(lm, facts, folder, settings=EvaluationSettings(generate=generate), report=report)
     seconds = KeptScores(folder).seconds
     for count in missing:
         table.add(None, summarize(facts[:count], records[:count]), scoring=seconds if count == len(facts) else 0.0)

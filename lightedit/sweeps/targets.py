@@ -1,6 +1,5 @@
 """Step 1 on the unedited model, done once for all runs that share its settings and kept on disk."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,12 @@ from torch import Tensor
 from lightedit.data.facts import Fact
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.data.prompts import tokenize_facts
+from lightedit.digests import digest
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.methods.closed_form.values import optimize_values
-from lightedit.progress import part, progress
+from lightedit.progress import progress, subprogress
 from lightedit.sweeps.plan import Run
 
 
@@ -56,7 +56,7 @@ class TargetStore:
             "contexts": repr(method.contexts),
             "facts": [(fact.prompt, fact.subject, fact.target_new) for fact in self.facts],
         }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(json.dumps(settings, sort_keys=True))[:16]
 
     def find(self, run: Run, facts_per_chunk: int = 32, progress_bar: bool = True) -> tuple[dict[int, Tensor], float]:
         """The values of the facts in the run's first round.
@@ -89,7 +89,7 @@ class TargetStore:
                         method.value_layer,
                         method.site,
                         method.values,
-                        report=part(report, done, len(chunk), len(missing)),
+                        report=subprogress(report, done, len(chunk), len(missing)),
                     )
                     targets, spent = values.targets.cpu(), time.perf_counter() - started
                     _write(folder, chunk, targets, spent)
