@@ -53,7 +53,7 @@ def run(lm: LanguageModel, layers: Sequence[int], tokens: int) -> Result:
             with use("reference"):
                 _timed(seconds[names[1]], ours)
             expected = _timed(seconds[names[2]], lambda: _published(lm, layers, text, tokens))
-    difference = max(float((found[layer] - expected[layer]).norm() / expected[layer].norm()) for layer in layers)
+    difference = max(float((found[Place(layer)] - mean).norm() / mean.norm()) for layer, mean in expected.items())
     if not difference <= TOLERANCE:  # NaN fails too
         raise WrongResultError(
             f"a layer's matrix is {difference:.1e} from the published way's, relative to its norm; at most "

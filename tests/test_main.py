@@ -13,8 +13,8 @@ import lightedit as le
 from lightedit.__main__ import main
 from lightedit.evaluation import single
 from lightedit.lm import Place
-from tests.editing.test_module import covariance_of
 from tests.models import tiny_model, tiny_tokenizer
+from tests.runs import covariance_of
 
 evaluation_module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
 FACTS = [
@@ -82,7 +82,7 @@ def test_export_ships_the_edited_model_or_an_adapter(place: Path, capsys: pytest
     lm = le.LanguageModel.load("model")
     le.Edit.load("edits/first").apply(lm)
     shipped = le.LanguageModel.load("shipped")
-    assert all(torch.equal(shipped.weight(layer), lm.weight(Place(layer))) for layer in range(lm.n_layers))
+    assert all(torch.equal(shipped.weight(Place(layer)), lm.weight(Place(layer))) for layer in range(lm.n_layers))
     assert Path("adapter", "adapter_model.safetensors").is_file()
     assert "shipped exists already" in fails(capsys, [*export, "shipped"])
     assert "--edits names none" in fails(capsys, [*export[:4], "[]", "--out", "other"])

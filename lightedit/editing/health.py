@@ -38,7 +38,7 @@ class Health(Callback):
     Attributes:
         records: one for each look: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
             "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited matrices; and of each
-            "weight_norm/layer_i" and "update_norm/layer_i" of this round, with "layer_i_attention" for an attention's.
+            "weight_norm/layer_i" and "update_norm/layer_i" of this round; an attention's are "layer_i_attention_out".
             A round that is rolled back has a record too.
         reason: which limit was passed, by what value and in which round; None while all is well.
 

@@ -28,10 +28,10 @@ from lightedit.lm import LanguageModel
 from lightedit.methods import Method
 from lightedit.methods.closed_form.values import ValueSettings
 from lightedit.ops import implementations
-from tests.editing.test_module import covariance_of
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
-from tests.sweeps.test_sweep import FACTS as COMPLETE
-from tests.sweeps.test_sweep import MEMIT, ROME
+from tests.runs import covariance_of
+from tests.sweeps.runs import FACTS as COMPLETE
+from tests.sweeps.runs import MEMIT, ROME
 
 CONTEXTS = Contexts(("{}", "The river is long. {}"), (0.5, 0.5))
 FACTS = [Fact("The capital of {}", "France", "Rome"), Fact("{} is a city in the north of", "London", "Spain and Italy")]

@@ -17,7 +17,6 @@ from benchmarks.published import (
     subject_last,
     weight_view,
 )
-from lightedit.lm import Place
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 KINDS = ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"]
@@ -206,6 +205,6 @@ def test_memit_minimises_its_objective_and_spreads_the_residual():
         reached = [reference._read(model, tokenizer, r, "{}", block(model, 2), "output") for r in REQUESTS]
         residual = (zs.T - torch.stack(reached, dim=1)) / parts
         change = changes[layer]
-        gradient = (change @ keys - residual) @ keys.T + 50.0 * change @ covariances[Place(layer)]
+        gradient = (change @ keys - residual) @ keys.T + 50.0 * change @ covariances[layer]
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-9, rtol=0)
         write(model, {layer: change})

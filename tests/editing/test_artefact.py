@@ -49,16 +49,16 @@ def written(lm: LanguageModel) -> Edit:
         scores={"before": {"ES": 0.25}, "after": {"ES": 1.0}},
     )
     preservation = {}
-    for layer in METHOD.layers:
-        width = lm.weight(Place(layer)).shape[1]
+    for place in METHOD.places:
+        width = lm.weight(place).shape[1]
         keys = torch.randn(width, 3 * width, dtype=torch.float64)
-        preservation[layer] = Preservation(METHOD.lambda_ * keys @ keys.T / (3 * width))
+        preservation[place] = Preservation(METHOD.lambda_ * keys @ keys.T / (3 * width))
     start = 0
     for index, count in enumerate(FACTS_IN_ROUND):
         prompts = tokenize_facts(lm.tokenizer, FACTS[start : start + count], CONTEXTS)
         targets = torch.randn(lm.d_model, count, dtype=torch.float64)
         written = write_facts(lm, METHOD, preservation, prompts, targets, edit.owner(index))
-        updates = {layer: update for layer, update, _ in written}
+        updates = {place: update for place, update, _ in written}
         edit.rounds.append(updates)
         edit.facts_in_round.append(count)
         start += count
@@ -177,21 +177,21 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert len(loaded.rounds) == len(edit.rounds) == 3
     for one, other in zip(loaded.rounds, edit.rounds, strict=True):
         assert list(one) == list(other)
-        for layer, update in other.items():
-            assert torch.equal(one[layer].left, update.left)
-            assert torch.equal(one[layer].right, update.right)
+        for place, update in other.items():
+            assert torch.equal(one[place].left, update.left)
+            assert torch.equal(one[place].right, update.right)
 
 
 def test_more_rounds_and_layers_than_ten_keep_their_order(tmp_path: Path) -> None:
     def update(value: float) -> LowRankUpdate:
         return LowRankUpdate(torch.full((4, 1), value), torch.ones(6, 1))
 
-    rounds = [{layer: update(100 * index + layer) for layer in (2, 9, 11)} for index in range(12)]
+    rounds = [{Place(layer): update(100 * index + layer) for layer in (2, 9, 11)} for index in range(12)]
     edit = Edit("tiny", "0", rounds=rounds, facts_in_round=[1] * 12)
     loaded = Edit.load(edit.save(tmp_path / "edit"))
-    assert [list(updates) for updates in loaded.rounds] == [[2, 9, 11]] * 12
+    assert [list(updates) for updates in loaded.rounds] == [[Place(2), Place(9), Place(11)]] * 12
     for index, updates in enumerate(loaded.rounds):
-        assert all(float(update.left[0]) == 100 * index + matrix.layer for matrix, update in updates.items())
+        assert all(float(update.left[0]) == 100 * index + place.layer for place, update in updates.items())
 
 
 def test_an_edit_without_rounds_can_be_saved(tmp_path: Path) -> None:
@@ -293,7 +293,9 @@ def damage(folder: Path, how: str) -> None:
         data[-1] ^= 1
         tensors.write_bytes(data)
     elif how == "tensors of another edit":
-        other = Edit("tiny", "0", rounds=[{1: LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))}], facts_in_round=[1])
+        other = Edit(
+            "tiny", "0", rounds=[{Place(1): LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))}], facts_in_round=[1]
+        )
         shutil.copy(other.save(folder.with_name("other")) / "edit.safetensors", tensors)
     elif how == "truncated record":
         record.write_bytes(record.read_bytes()[:-20])

@@ -19,10 +19,11 @@ def edited(architecture: str = "llama", dtype: torch.dtype = torch.float32, rank
     """A tiny model with two edits of a layer's MLP, and one of another layer's attention."""
     lm = LanguageModel(tiny_model(architecture, dtype=dtype), tiny_tokenizer("bytelevel"), name="tiny")
     generator = torch.Generator().manual_seed(0)
-    for number, (matrix, rank) in enumerate([*((1, rank) for rank in ranks), (Place(2, "attention_out"), 4)], start=1):
-        d_out, d_in = lm.weight(Place(matrix)).shape
+    written = [*((Place(1), rank) for rank in ranks), (Place(2, "attention_out"), 4)]
+    for number, (place, rank) in enumerate(written, start=1):
+        d_out, d_in = lm.weight(place).shape
         left, right = (torch.randn(d, rank, generator=generator) / d**0.5 for d in (d_out, d_in))
-        lm.weights.add(f"edit{number}:0", matrix, LowRankUpdate(left, right))
+        lm.weights.add(f"edit{number}:0", place, LowRankUpdate(left, right))
     return lm
 
 
@@ -85,7 +86,7 @@ def test_an_adapter_of_many_facts_is_exact_and_no_larger_than_the_matrix(tmp_pat
     lm.weights.remove(lm.weights.owners)
     adapted = adapted_by_peft(lm.model, folder)
     torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
-    assert adapted.get_submodule(f"base_model.model.{lm.module_name(1)}.lora_A.default").out_features == smaller
+    assert adapted.get_submodule(f"base_model.model.{lm.module_name(Place(1))}.lora_A.default").out_features == smaller
 
 
 def test_a_saved_edit_goes_into_an_adapter_of_a_16_bit_model(tmp_path: Path) -> None:

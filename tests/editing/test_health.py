@@ -14,11 +14,11 @@ import lightedit as le
 from lightedit.editing import module
 from lightedit.evaluation.held_out_text import POSITIONS
 from lightedit.lm import Place
-from tests.editing.test_module import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state
 from tests.models import tiny_model, tiny_tokenizer
+from tests.plain import WINDOWS, distributions, perplexity
+from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, state
 
 TEXT = "The river is long and the city is old. Paris is the capital of France. " * 40
-WINDOWS = [[5, 9, 200, 17, 33, 8], [70, 71, 72], [300, 4]]
 
 
 def language_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> le.LanguageModel:
@@ -28,21 +28,6 @@ def language_model(architecture: str = "llama", dtype: torch.dtype = torch.float
 @pytest.fixture
 def lm() -> le.LanguageModel:
     return language_model()
-
-
-def distributions(lm: le.LanguageModel, window: list[int]) -> torch.Tensor:
-    """Log-probabilities of the next token at each position of one window, by the stock model, [tokens, vocabulary]."""
-    with torch.no_grad():
-        return lm.model(torch.tensor([window])).logits[0].double().log_softmax(-1)
-
-
-def perplexity(lm: le.LanguageModel, windows: list[list[int]]) -> float:
-    losses = [
-        -float(distributions(lm, window)[position, window[position + 1]])
-        for window in windows
-        for position in range(len(window) - 1)
-    ]
-    return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])

@@ -19,52 +19,13 @@ from lightedit.editing.retention import curves
 from lightedit.editing.run import check_edit
 from lightedit.lm import Place
 from lightedit.methods.closed_form.preservation import Preservation
-from lightedit.statistics.covariance import Provenance
 from tests.models import tiny_model, tiny_tokenizer
-
-QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-LAYERS = (1, 2)
-VALUES = le.ValueSettings(lr=0.3, steps=5, clamp_norm_factor=2.0)
-CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
-MEMIT = le.MEMIT(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0)
-ROME = le.ROME(layers=(1,), values=VALUES, contexts=ContextSettings(prefixes=(("", 2, 4),), bare_weight=None))
-FACTS = [
-    le.Fact(
-        "The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France has its capital in",)
-    ),
-    le.Fact("{} is a city in the north of", "Old London Town", "Spain", target_true="England"),
-    le.Fact("It is said that the river {} flows through", "Rhine", "Paris", target_true="Bonn"),
-    le.Fact("The music of {} was", "Mozart", "loud", target_true="quiet"),
-    le.Fact("{} speaks the language", "A girl from Peru", "French", target_true="Spanish"),
-]
+from tests.runs import CONTEXTS, FACTS, LAYERS, MEMIT, QUIET, ROME, VALUES, assert_unedited, covariance_of, run, state
 
 
 @pytest.fixture
 def lm() -> le.LanguageModel:
     return le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
-
-
-def covariance_of(lm: le.LanguageModel, layers: tuple[int, ...] = LAYERS) -> le.Covariance:
-    moments = {}
-    for layer in layers:
-        keys = torch.randn(500, lm.weight(Place(layer)).shape[1], generator=torch.Generator().manual_seed(layer))
-        moments[Place(layer)] = keys.T @ keys / 500
-    return le.Covariance(moments, Provenance(lm.name, lm.fingerprint, "noise", 500, 8, "float32"))
-
-
-def state(lm: le.LanguageModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
-
-
-def assert_unedited(lm: le.LanguageModel, before: dict[str, torch.Tensor]) -> None:
-    assert not lm.weights.owners
-    for name, parameter in lm.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-
-
-def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, **kwargs) -> le.Edit:
-    covariance = kwargs.pop("covariance", None) or covariance_of(lm)
-    return le.edit(lm, facts, method, covariance, progress_bar=False, **kwargs)
 
 
 def test_two_rounds_equal_the_published_procedure_run_twice(lm: le.LanguageModel) -> None:
@@ -118,7 +79,7 @@ def test_a_trainer_of_the_users_own_gives_the_same_bits_and_retention_curves(lm:
     assert sum(bool(row["ES"]) for row in rows) == 3
     assert sum(bool(row["loss"]) for row in rows) >= 3 * (VALUES.steps - 1)
     assert [float(row["update_norm/layer_1"]) for row in rows if row["update_norm/layer_1"]] == pytest.approx(
-        [updates[1].norm() for updates in edit.rounds], rel=1e-5
+        [updates[Place(1)].norm() for updates in edit.rounds], rel=1e-5
     )
     for step, total in module.seconds.items():
         by_round = [float(row[f"seconds/{step}"]) for row in rows if row[f"seconds/{step}"]]

@@ -16,10 +16,10 @@ from lightedit.evaluation.held_out_text import POSITIONS, HeldOutText
 from lightedit.evaluation.result import Evaluation
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.weights import LowRankUpdate
-from tests.editing.test_health import WINDOWS, distributions, perplexity
-from tests.editing.test_module import run
-from tests.evaluation.test_evaluate import FRANCE, ITALY, QUESTION
+from tests.evaluation.facts import FRANCE, ITALY, QUESTION
 from tests.models import tiny_model, tiny_tokenizer
+from tests.plain import WINDOWS, distributions, perplexity
+from tests.runs import run
 
 KNOWLEDGE_EDITOR = {"success_rate", "retain_accuracy", "equivalence_accuracy"}
 

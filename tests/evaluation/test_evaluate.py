@@ -14,37 +14,13 @@ from lightedit.lm import LanguageModel, Place
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.metrics.functional import generation_entropy
 from lightedit.runs.folder import ResumeError, kept_chunks
+from tests.evaluation.facts import FRANCE, ITALY, QUESTION
 from tests.models import tiny_model, tiny_tokenizer
 
 COUNTERFACT_KEYS = {"ES", "PS", "NS", "EM", "PM", "NM", "S"}
 ACCURACY_KEYS = {"efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy"}
 
-FRANCE = Fact(
-    "The capital of {} is",
-    "France",
-    "Rome",
-    target_true="Paris",
-    paraphrase_prompts=("The seat of the state of France is in", "France is run from"),
-    neighborhood_prompts=("The old tower stands in", "The museum of the river is in", "She was born in"),
-    id="7",
-)
-ITALY = Fact(
-    "The capital of {} is",
-    "Italy",
-    "Berlin",
-    target_true="Rome",
-    paraphrase_prompts=("Italy is run from",),
-    neighborhood_prompts=("The king lived in",),
-)
 BARE = Fact("{} was born in", "The king", "Spain", target_true="London")
-QUESTION = Fact(
-    "Over what river does {} cross?",
-    "the bridge",
-    "the river of the city",
-    paraphrase_prompts=("Which river does the bridge cross?",),
-    neighborhood_prompts=("nq question: who was the first king?",),
-    neighborhood_target="a native speaker of French",
-)
 
 
 @pytest.fixture(scope="module")

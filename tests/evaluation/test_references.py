@@ -13,9 +13,9 @@ from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.weights import LowRankUpdate
-from tests.evaluation.test_evaluate import FRANCE, ITALY
-from tests.metrics.test_functional import plain_frequencies, plain_reference_score
+from tests.evaluation.facts import FRANCE, ITALY
 from tests.models import tiny_model, tiny_tokenizer
+from tests.plain import plain_frequencies, plain_reference_score
 
 PASSAGES = [
     {"relation_id": "P36", "target_id": "Q220", "samples": [{"text": "Rome is old.", "name": "Rome"}]},

@@ -11,9 +11,9 @@ import lightedit as le
 from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation import single
 from lightedit.runs.folder import kept_chunks, locked, remove_run
-from tests.editing.test_module import assert_unedited, covariance_of, state
 from tests.models import tiny_model, tiny_tokenizer
-from tests.sweeps.test_sweep import FACTS, MEMIT, of, sweep
+from tests.runs import assert_unedited, covariance_of, state
+from tests.sweeps.runs import FACTS, MEMIT, of, sweep
 
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
 VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)

@@ -22,14 +22,14 @@ def build(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageMode
 def random_edits(lm: LanguageModel, edits: int) -> dict[Place, LowRankUpdate]:
     updates = {}
     for matrix in MATRICES:
-        d_out, d_in = lm.weight(Place(matrix)).shape
+        d_out, d_in = lm.weight(matrix).shape
         updates[matrix] = LowRankUpdate(torch.randn(edits, d_out, 2), torch.randn(edits, d_in, 2) / d_in)
     return updates
 
 
 def write(lm: LanguageModel, updates: dict[Place, LowRankUpdate], edit: int) -> None:
     for matrix, update in updates.items():
-        lm.weights.add("it", Place(matrix), LowRankUpdate(update.left[edit], update.right[edit]))
+        lm.weights.add("it", matrix, LowRankUpdate(update.left[edit], update.right[edit]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -24,6 +24,7 @@ from lightedit.metrics.functional import (
     success,
     unchanged,
 )
+from tests.plain import plain_frequencies, plain_reference_score
 
 NAN = float("nan")
 
@@ -218,25 +219,6 @@ def test_a_prediction_is_unchanged_only_if_every_token_is():
     assert unchanged([(1, 2), (1, 2), (3,), ()], [[1, 2], [1, 3], (3, 4), ()]).tolist() == [1, 0, 0, 1]
     with pytest.raises(ValueError, match="shorter"):
         unchanged([(1,)], [])
-
-
-def plain_terms(text):
-    """Runs of two letters, digits or underscores or more, character by character, in lower case."""
-    spaced = "".join(char if char.isalnum() or char == "_" else " " for char in text.lower())
-    return [word for word in spaced.split() if len(word) > 1]
-
-
-def plain_frequencies(documents):
-    bags = [set(plain_terms(document)) for document in documents]
-    return {term: math.log((1 + len(bags)) / (1 + sum(term in bag for bag in bags))) + 1 for term in set().union(*bags)}
-
-
-def plain_reference_score(text, reference, frequencies):
-    """Cosine of dense vectors over the whole vocabulary."""
-    terms = sorted(frequencies)
-    left, right = ([plain_terms(one).count(term) * frequencies[term] for term in terms] for one in (text, reference))
-    lengths = [math.sqrt(sum(value * value for value in vector)) for vector in (left, right)]
-    return sum(a * b for a, b in zip(left, right, strict=True)) / (lengths[0] * lengths[1])
 
 
 def test_reference_score_on_real_prompts_is_the_cosine_of_tf_idf_vectors(data_dir):

@@ -9,6 +9,7 @@ from lightedit.data.facts import Fact
 from lightedit.editing.artefact import Edit
 from lightedit.editing.retention import RetentionScores
 from lightedit.evaluation.evaluate import Evaluation, summarize
+from lightedit.lm import Place
 from lightedit.lm.weights import LowRankUpdate
 from lightedit.metrics import Generations, PromptScores, RecordScores
 
@@ -93,7 +94,7 @@ def save_run(folder: Path, quality: float = 3.0, method: str = "MEMIT", rounds: 
         },
         facts=FACTS[: rounds * EACH],
         rounds=[
-            {layer: LowRankUpdate(torch.randn(8, EACH), torch.randn(20, EACH)) for layer in (1, 2)}
+            {Place(layer): LowRankUpdate(torch.randn(8, EACH), torch.randn(20, EACH)) for layer in (1, 2)}
             for _ in range(rounds)
         ],
         facts_in_round=[EACH] * rounds,

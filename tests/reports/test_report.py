@@ -15,11 +15,10 @@ import lightedit as le
 from lightedit.evaluation.evaluate import summarize
 from lightedit.metrics import PromptScores, RecordScores
 from lightedit.reports import html
-from lightedit.reports.page import report
 from lightedit.reports.chart import Line, interval_chart, line_chart, thinned
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import EACH, chosen, facts_section, ranked
-from lightedit.reports.page import page
+from lightedit.reports.page import page, report
 from lightedit.reports.run import Run, read_runs
 from lightedit.reports.scores import better, explanation, higher_is_better, scores_section
 from lightedit.reports.settings import settings_section

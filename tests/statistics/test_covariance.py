@@ -118,11 +118,11 @@ def test_padding_and_batch_size_do_not_count(lm: LanguageModel) -> None:
     windows = [row[: 3 + 5 * (i % 6)] for i, row in enumerate(lm.encode([s * 2 for s in SENTENCES * 6]))]
     results = []
     for max_tokens in (1, 200, 10_000):
-        module = CovarianceModule(lm, LAYERS)
+        module = CovarianceModule(lm, map(Place, LAYERS))
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         trainer.predict(module, TextDataModule(windows, lm.pad_id, max_tokens), return_predictions=False)
         assert all(moment.count == sum(map(len, windows)) for moment in module.moments.values())
-        results.append(module.moments[2].mean())
+        results.append(module.moments[Place(2)].mean())
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-5)
 
@@ -193,22 +193,23 @@ def test_two_processes_sum_to_what_one_collects(lm: LanguageModel, tmp_path: Pat
             from lightning import Trainer
             from lightedit.statistics.estimation import CovarianceModule
             from lightedit.data.texts import TextDataModule
-            from tests.statistics.test_covariance import LAYERS, SENTENCES, make
+            from lightedit.lm import LanguageModel, Place
+            from tests.models import tiny_model, tiny_tokenizer
 
             if __name__ == "__main__":
-                lm = make()
-                module = CovarianceModule(lm, LAYERS)
+                lm = LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
+                module = CovarianceModule(lm, [Place(1), Place(2)])
                 trainer = Trainer(accelerator="cpu", strategy="ddp", devices=2, logger=False,
                                   enable_checkpointing=False, enable_progress_bar=False)
-                data = TextDataModule(lm.encode(SENTENCES * 3), lm.pad_id, 100)
+                data = TextDataModule(lm.encode(sys.argv[2:]), lm.pad_id, 100)
                 trainer.predict(module, data, return_predictions=False)
-                moments = {layer: (moment.count, moment.mean()) for layer, moment in module.moments.items()}
-                torch.save({m.key: moment for m, moment in moments.items()}, f"{sys.argv[1]}.{trainer.global_rank}")
+                moments = {place.key: (moment.count, moment.mean()) for place, moment in module.moments.items()}
+                torch.save(moments, f"{sys.argv[1]}.{trainer.global_rank}")
             """
         )
     )
-    command = [sys.executable, str(script), str(tmp_path / "moments")]
-    root = str(Path(__file__).parents[1])
+    command = [sys.executable, str(script), str(tmp_path / "moments"), *SENTENCES * 3]
+    root = str(Path(__file__).parents[2])
     subprocess.run(command, check=True, cwd=root, env=_environment(root), timeout=300, capture_output=True)
     windows = lm.encode(SENTENCES * 3)
     for rank in range(2):
@@ -322,18 +323,18 @@ def test_own_writing_follows_its_seed_and_leaves_the_global_one(lm: LanguageMode
 
 def test_estimate_without_text_uses_the_models_own_writing(lm: LanguageModel) -> None:
     first, again, other = (estimate(lm, tokens=850, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first[2], again[2])
-    assert not torch.equal(first[2], other[2])
+    assert torch.equal(first[Place(2)], again[Place(2)])
+    assert not torch.equal(first[Place(2)], other[Place(2)])
     assert (first.provenance.corpus, first.provenance.seed) == ("own writing", 1)
     torch.testing.assert_close(
-        first[1].double(), naive(lm, write_texts(lm, 850, 32, 1, progress_bar=False), 1), rtol=1e-4, atol=1e-4
+        first[Place(1)].double(), naive(lm, write_texts(lm, 850, 32, 1, progress_bar=False), 1), rtol=1e-4, atol=1e-4
     )
 
 
 def test_default_is_ten_tokens_per_dimension(lm: LanguageModel) -> None:
     covariance = estimate(lm, layers=[1])
     assert covariance.provenance.tokens == 10 * D_IN
-    covariance.check(lm, [1])
+    covariance.check(lm, [Place(1)])
 
 
 # What is refused before work starts
@@ -377,7 +378,8 @@ def test_impossible_requests_are_refused(lm: LanguageModel, options: dict[str, A
 
 
 def made_for(lm: LanguageModel, moments: dict[int, Tensor], tokens: int = 1000) -> Covariance:
-    return Covariance(moments, Provenance(lm.name, lm.fingerprint, "text", tokens, 32, "float32"))
+    by_place = {Place(layer): moment for layer, moment in moments.items()}
+    return Covariance(by_place, Provenance(lm.name, lm.fingerprint, "text", tokens, 32, "float32"))
 
 
 def positive(d: int = D_IN) -> Tensor:
@@ -386,25 +388,25 @@ def positive(d: int = D_IN) -> Tensor:
 
 
 def test_check_accepts_the_model_it_was_estimated_on(lm: LanguageModel, text: Path) -> None:
-    estimate(lm, text=text).check(lm, LAYERS)
+    estimate(lm, text=text).check(lm, map(Place, LAYERS))
 
 
 def test_check_refuses_another_model(lm: LanguageModel) -> None:
     covariance = made_for(lm, {1: positive()})
     with pytest.raises(CovarianceError, match=f"fingerprint {lm.fingerprint}"):
-        covariance.check(make(seed=1), [1])
+        covariance.check(make(seed=1), [Place(1)])
 
 
 def test_missing_layer_names_those_there_are(lm: LanguageModel) -> None:
     with pytest.raises(CovarianceError, match=r"no layer 2, only \[1, 3\]"):
-        made_for(lm, {1: positive(), 3: positive()}).check(lm, [1, 2])
+        made_for(lm, {1: positive(), 3: positive()}).check(lm, [Place(1), Place(2)])
 
 
 def test_check_refuses_another_size_even_of_an_unknown_model(lm: LanguageModel) -> None:
     unknown = Provenance("published", None, "text", 1000, None, "float32")
-    Covariance({Place(1): positive()}, unknown).check(lm, [1])
+    Covariance({Place(1): positive()}, unknown).check(lm, [Place(1)])
     with pytest.raises(CovarianceError, match=r"\(64, 64\).*\(80, 80\)"):
-        Covariance({Place(1): positive(64)}, unknown).check(lm, [1])
+        Covariance({Place(1): positive(64)}, unknown).check(lm, [Place(1)])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -412,15 +414,15 @@ def test_check_refuses_values_that_are_not_finite(lm: LanguageModel, value: floa
     moment = positive()
     moment[3, 5] = moment[5, 3] = value
     with pytest.raises(CovarianceError, match="layer 1 holds NaN or infinity"):
-        made_for(lm, {1: moment}).check(lm, [1])
+        made_for(lm, {1: moment}).check(lm, [Place(1)])
 
 
 def test_check_refuses_what_is_not_positive_definite(lm: LanguageModel) -> None:
     indefinite = positive() - 2 * torch.eye(D_IN)
     with pytest.raises(CovarianceError, match=r"layer 1 is not positive definite: it averages 900 .* d_in = 800"):
-        made_for(lm, {1: indefinite}, tokens=900).check(lm, [1])
+        made_for(lm, {1: indefinite}, tokens=900).check(lm, [Place(1)])
     with pytest.raises(CovarianceError, match="averages 79 tokens"):  # singular, whatever rounding makes of it
-        made_for(lm, {1: positive()}, tokens=79).check(lm, [1])
+        made_for(lm, {1: positive()}, tokens=79).check(lm, [Place(1)])
 
 
 def test_what_is_saved_is_loaded(lm: LanguageModel, tmp_path: Path) -> None:
@@ -430,8 +432,8 @@ def test_what_is_saved_is_loaded(lm: LanguageModel, tmp_path: Path) -> None:
     for path in (file, file.parent, str(file.parent)):
         loaded = Covariance.load(path)
         assert loaded.provenance == covariance.provenance
-        assert list(loaded.moments) == [2, 11]
-        assert all(torch.equal(loaded[layer], covariance[Place(layer)]) for layer in (2, 11))
+        assert list(loaded.moments) == [Place(2), Place(11)]
+        assert all(torch.equal(loaded[Place(layer)], covariance[Place(layer)]) for layer in (2, 11))
 
 
 def test_failing_save_leaves_the_old_file(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +447,7 @@ def test_failing_save_leaves_the_old_file(lm: LanguageModel, tmp_path: Path, mon
     monkeypatch.setattr(covariance_module, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         made_for(lm, {1: positive()}).save(tmp_path)
-    assert torch.equal(Covariance.load(tmp_path)[1], old[1])
+    assert torch.equal(Covariance.load(tmp_path)[Place(1)], old[Place(1)])
     assert [path.name for path in tmp_path.iterdir()] == ["covariance.safetensors"]
 
 
@@ -493,7 +495,7 @@ def test_published_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="_mom2_"):
         Covariance.from_npz(tmp_path)
     file = write_npz(tmp_path / "model.layers.4.mlp.down_proj_float32_mom2_100000.npz", torch.randn(50, 6))
-    assert list(Covariance.from_npz(tmp_path).moments) == [4]
+    assert list(Covariance.from_npz(tmp_path).moments) == [Place(4)]
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CovarianceError, match=r"down_proj.* is damaged"):
@@ -518,11 +520,11 @@ def test_cache_spares_a_second_pass_and_grows_by_layers(
     monkeypatch.setenv("LIGHTEDIT_CACHE", str(tmp_path / "cache"))
     first = estimate(lm, text=text, layers=[1], cache=True)
     wider = estimate(lm, text=text, layers=[2], cache=True)
-    assert sorted(wider.moments) == [1, 2]
-    torch.testing.assert_close(wider[1], first[1])
+    assert sorted(wider.moments) == [Place(1), Place(2)]
+    torch.testing.assert_close(wider[Place(1)], first[Place(1)])
     monkeypatch.setattr(estimation, "token_windows", None)  # whatever reads text now fails
     again = estimate(lm, text=text, cache=True)
-    assert torch.equal(again[2], wider[2])
+    assert torch.equal(again[Place(2)], wider[Place(2)])
     for change in ({"sequence_length": 16}, {"tokens": 900}):
         with pytest.raises(TypeError):
             estimate(lm, text=text, cache=True, **change)
@@ -534,7 +536,7 @@ def test_cache_spares_a_second_pass_and_grows_by_layers(
 def test_cache_tells_models_and_seeds_apart(lm: LanguageModel, tmp_path: Path) -> None:
     kept = [estimate(m, tokens=850, seed=seed, cache=tmp_path) for m, seed in ((lm, 0), (lm, 1), (make(seed=1), 0))]
     assert len(list(tmp_path.rglob("covariance.safetensors"))) == 3
-    assert torch.equal(estimate(lm, tokens=850, seed=1, cache=tmp_path)[1], kept[1][1])
+    assert torch.equal(estimate(lm, tokens=850, seed=1, cache=tmp_path)[Place(1)], kept[1][Place(1)])
 
 
 def test_damaged_cache_is_named(lm: LanguageModel, tmp_path: Path) -> None:

@@ -13,49 +13,23 @@ import yaml
 
 import lightedit as le
 from lightedit.__main__ import main
-from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation.kept_scores import KeptScores
 from lightedit.lm import Place
 from lightedit.runs.folder import locked
 from lightedit.sweeps import run, targets
-from lightedit.sweeps.plan import LOG17
-from lightedit.sweeps.plan import plan, shown
+from lightedit.sweeps.plan import LOG17, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
-from tests.editing.test_module import assert_unedited, covariance_of, state
 from tests.models import tiny_model, tiny_tokenizer
+from tests.runs import assert_unedited, covariance_of, state
+from tests.sweeps.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, of, sweep
 
-CONTEXTS = ContextSettings(prefixes=(("The", 1, 5),))
-VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)
-MEMIT = le.MEMIT(layers=(1, 2), values=VALUES, contexts=CONTEXTS, lambda_=5.0)
-ROME = le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS)
-SUBJECTS = [("France", "Rome", "Paris"), ("Peru", "Spain", "England"), ("the old Rhine", "Paris", "Bonn"),
-            ("Mozart", "loud", "quiet"), ("New York", "small", "steel")]  # fmt: skip
-FACTS = [
-    le.Fact(
-        "The capital of {}", subject, new, target_true=true,
-        paraphrase_prompts=(f"It is said that {subject}", f"{subject} is"),
-        neighborhood_prompts=("The river of London", f"The city by the sea {number}"),
-    )
-    for number, (subject, new, true) in enumerate(SUBJECTS)
-]  # fmt: skip
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
 
 
 @pytest.fixture
 def lm() -> le.LanguageModel:
     return le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
-
-
-def sweep(lm: le.LanguageModel, out: Path, methods: Any = None, **changes: Any) -> list[dict[str, Any]]:
-    facts = changes.pop("facts", FACTS)
-    covariance = changes.pop("covariance", None) or covariance_of(lm)
-    return le.sweep(lm, facts, methods or {"MEMIT": MEMIT}, covariance, out, **{"progress_bar": False, **changes})
-
-
-def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-    (row,) = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return row
 
 
 def assert_scores(row: dict[str, Any], evaluation: le.Evaluation) -> None:
@@ -308,7 +282,7 @@ def test_a_sweep_does_not_go_on_with_other_tensors_or_versions(
 ) -> None:
     sweep(lm, tmp_path / "s")
     known = covariance_of(lm)
-    other = le.Covariance({Place(matrix): 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
+    other = le.Covariance({matrix: 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
     with pytest.raises(ValueError, match="a sweep with other covariance tensors"):
         sweep(lm, tmp_path / "s", covariance=other)
     monkeypatch.setattr(run, "computing", lambda lm: {"dtype": "float32", "versions": {"torch": "1.0"}})
@@ -594,7 +568,7 @@ def test_the_command_refuses_wrong_settings(place: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((Path(__file__).parents[2] / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_configurations_are_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -25,7 +25,7 @@ from lightedit.statistics.covariance import Covariance, CovarianceError, Provena
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2)
-BOTH = [Place(layer, part) for layer in LAYERS for part in ("attention", "mlp")]
+BOTH = [Place(layer, part) for layer in LAYERS for part in ("attention_out", "mlp")]
 CONTEXTS = Contexts(("{}", "The river rises in the hills. {}", "I think so. {}"), (0.5, 0.25, 0.25))
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome", target_true="Paris"),
@@ -48,8 +48,8 @@ def language_model(architecture: str = "llama", dtype: torch.dtype = torch.float
 def covariance_of(lm: LanguageModel, matrices: list[Place] = BOTH) -> Covariance:
     moments = {}
     for index, matrix in enumerate(matrices):
-        keys = torch.randn(500, lm.weight(Place(matrix)).shape[1], generator=torch.Generator().manual_seed(index))
-        moments[Place(matrix)] = keys.T @ keys / 500
+        keys = torch.randn(500, lm.weight(matrix).shape[1], generator=torch.Generator().manual_seed(index))
+        moments[matrix] = keys.T @ keys / 500
     return Covariance(moments, Provenance(lm.name, lm.fingerprint, "noise", 500, 8, "float32"))
 
 
@@ -99,10 +99,10 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def test_both_matrices_equal_the_dense_solve_in_turn(architecture: str) -> None:
     lm, other = (language_model(architecture, torch.float64) for _ in range(2))
     covariance = covariance_of(lm)
-    targets = {part: torch.randn(lm.d_model, len(FACTS), dtype=torch.float64) for part in ("attention", "mlp")}
+    targets = {part: torch.randn(lm.d_model, len(FACTS), dtype=torch.float64) for part in ("attention_out", "mlp")}
     preservation = {matrix: METHOD.preservation(covariance, matrix) for matrix in BOTH}
     prompts = tokenize_facts(lm.tokenizer, FACTS, CONTEXTS)
-    stacked = torch.cat([targets["attention"], targets["mlp"]])
+    stacked = torch.cat([targets["attention_out"], targets["mlp"]])
     written = {
         matrix: (update, keys)
         for matrix, update, keys in write_facts(lm, METHOD, preservation, prompts, stacked, "round")
@@ -112,11 +112,10 @@ def test_both_matrices_equal_the_dense_solve_in_turn(architecture: str) -> None:
     shares = {1: 0.5**0.5, 2: 1.0}
     tolerance = 1e-7 if architecture == "gptj" else 1e-9  # whose rotary angles are float32
     for matrix in BOTH:
-        modules = {"attention": other.attention_output, "mlp": other.mlp_output}
-        module, last = modules[matrix.part](matrix.layer), modules[matrix.part](LAYERS[-1])
+        module, last = other.module(matrix), other.module(replace(matrix, layer=LAYERS[-1]))
         keys, _ = plain(other, module)
-        residuals = shares[matrix.layer] * (targets[matrix.part] - plain(other, last)[1])
-        system = METHOD.lambda_ * covariance[Place(matrix)].double() + keys @ keys.T
+        residuals = shares[matrix.layer] * (targets[matrix.name] - plain(other, last)[1])
+        system = METHOD.lambda_ * covariance[matrix].double() + keys @ keys.T
         change = torch.linalg.solve(system, keys @ residuals.T).T
         update, found = written[matrix]
         assert relative(found, keys) < tolerance
@@ -139,7 +138,7 @@ def test_without_preservation_attention_and_mlp_both_give_their_targets(architec
     list(write_facts(lm, method, preservation, prompts, targets, "round"))
     walk = KeyWalk(lm, prompts, Place(2))
     attention, mlp = targets.chunk(2)
-    assert relative(walk.present(2, "attention"), attention) < tolerance
+    assert relative(walk.present(2, "attention_out"), attention) < tolerance
     assert relative(walk.present(2, "mlp"), mlp) < tolerance  # keys read before the attention was written would miss it
 
 
@@ -163,7 +162,7 @@ def test_an_edit_of_both_is_saved_loaded_applied_and_reverted(
 
     loaded = le.Edit.load(edit.save(tmp_path / "edit"))
     with safe_open(tmp_path / "edit" / "edit.safetensors", "pt") as file:
-        assert {"round.0.layer.1.left", "round.1.layer.2_attention.right"} < set(file.keys())
+        assert {"round.0.layer.1.left", "round.1.layer.2_attention_out.right"} < set(file.keys())
     assert [list(updates) for updates in loaded.rounds] == [BOTH, BOTH] and loaded.layers == edit.layers
     for model, found in ((lm, edit), (language_model(architecture, dtype), loaded)):
         if model is not lm:
@@ -213,15 +212,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_health_watches_both(tmp_path: Path) -> None:
     lm = language_model()
-    base = {matrix: lm.weight(Place(matrix)).clone() for matrix in BOTH}
+    base = {matrix: lm.weight(matrix).clone() for matrix in BOTH}
     health = le.Health([[5, 60, 70, 8, 9]], folder=tmp_path)
     edit = run(lm, callbacks=[health])
     last = health.records[-1]
-    drift = torch.stack([(lm.weight(Place(matrix)) - weight).norm() for matrix, weight in base.items()]).norm()
+    drift = torch.stack([(lm.weight(matrix) - weight).norm() for matrix, weight in base.items()]).norm()
     assert last["drift"] == pytest.approx(float(drift), rel=1e-5)
-    for name, matrix in (("layer_2", Place(2)), ("layer_2_attention", Place(2, "attention_out"))):
-        assert last[f"update_norm/{name}"] == pytest.approx(edit.rounds[1][Place(matrix)].norm())
-        assert last[f"weight_norm/{name}"] == pytest.approx(float(lm.weight(Place(matrix)).norm()), rel=1e-6)
+    for name, matrix in (("layer_2", Place(2)), ("layer_2_attention_out", Place(2, "attention_out"))):
+        assert last[f"update_norm/{name}"] == pytest.approx(edit.rounds[1][matrix].norm())
+        assert last[f"weight_norm/{name}"] == pytest.approx(float(lm.weight(matrix).norm()), rel=1e-6)
 
 
 def test_known_targets_hold_the_attentions_first() -> None:
@@ -235,7 +234,7 @@ def test_known_targets_hold_the_attentions_first() -> None:
     preservation = {matrix: METHOD.preservation(covariance_of(lm), matrix) for matrix in BOTH}
     written = write_facts(expected, METHOD, preservation, prompts, targets.T.double(), "round")
     for matrix, update, _ in written:
-        torch.testing.assert_close(edit.rounds[0][Place(matrix)].dense(), update.dense())
+        torch.testing.assert_close(edit.rounds[0][matrix].dense(), update.dense())
 
 
 # What is refused
@@ -251,11 +250,11 @@ def test_a_covariance_without_the_attention_is_refused_with_the_way_out() -> Non
     before = parameters(lm)
     for held, named in (
         [BOTH[1::2], "only MLP matrices"],
-        [[*BOTH[1::2], BOTH[0]], r"no layer 2 attention, only \[1\]"],
+        [[*BOTH[1::2], BOTH[0]], r"no layer 2 attention_out, only \[1\]"],
     ):
         with pytest.raises(CovarianceError, match=rf"{named}.*attention=True .*--attention true"):
             le.edit(lm, FACTS, METHOD, covariance_of(lm, held), progress_bar=False)
-    covariance_of(lm, BOTH[1::2]).check(lm, PMET(layers=LAYERS).matrices)
+    covariance_of(lm, BOTH[1::2]).check(lm, PMET(layers=LAYERS).places)
     assert all(torch.equal(lm.model.get_parameter(name), parameter) for name, parameter in before.items())
 
 
@@ -263,12 +262,12 @@ def test_the_attentions_moment_must_fit_and_be_finite() -> None:
     lm = language_model("qwen3")  # its heads are wider than the model
     covariance = covariance_of(lm)
     attention = Place(1, "attention_out")
-    assert covariance[Place(attention)].shape != (lm.d_model, lm.d_model)
-    covariance.moments[Place(attention)][0, 0] = torch.nan
-    with pytest.raises(CovarianceError, match="layer 1 attention holds NaN"):
+    assert covariance[attention].shape != (lm.d_model, lm.d_model)
+    covariance.moments[attention][0, 0] = torch.nan
+    with pytest.raises(CovarianceError, match="layer 1 attention_out holds NaN"):
         covariance.check(lm, BOTH)
-    covariance.moments[Place(attention)] = torch.eye(3)
-    with pytest.raises(CovarianceError, match=r"layer 1 attention is \(3, 3\), but tiny needs \(64, 64\)"):
+    covariance.moments[attention] = torch.eye(3)
+    with pytest.raises(CovarianceError, match=r"layer 1 attention_out is \(3, 3\), but tiny needs \(64, 64\)"):
         covariance.check(lm, BOTH)
 
 
@@ -300,21 +299,19 @@ def test_the_attentions_inputs_equal_a_plain_loop(architecture: str, text: Path)
     lm = language_model(architecture)
     alone = estimate(lm, text=text, tokens=850)
     covariance = estimate(lm, text=text, tokens=850, attention=True)
-    assert list(covariance.moments) == BOTH and list(alone.moments) == [1, 2]
+    assert list(covariance.moments) == BOTH and list(alone.moments) == BOTH[1::2]
     for layer in LAYERS:
-        torch.testing.assert_close(covariance[Place(layer)], alone[layer])  # nothing changes for the MLP
+        torch.testing.assert_close(covariance[Place(layer)], alone[Place(layer)])  # nothing changes for the MLP
         attention, seen = Place(layer, "attention_out"), []
         with torch.no_grad(), watched(lm.module(Place(layer, "attention_out")), seen):
             for window in token_windows(lm, read_texts(text), 850, 32):
                 lm.model(torch.tensor([window]))
-        total = torch.zeros(
-            lm.weight(Place(attention)).shape[1], lm.weight(Place(attention)).shape[1], dtype=torch.float64
-        )
+        total = torch.zeros(lm.weight(attention).shape[1], lm.weight(attention).shape[1], dtype=torch.float64)
         for key in torch.cat([keys for keys, _ in seen]).double():
             total += key[:, None] * key[None, :]
         expected = total / 850
         torch.testing.assert_close(
-            covariance[Place(attention)].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max())
+            covariance[attention].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max())
         )
 
 
@@ -333,17 +330,15 @@ def test_it_is_kept_by_name_and_the_cache_grows(text: Path, tmp_path: Path) -> N
     both = estimate(lm, text=text, tokens=850, cache=tmp_path / "cache", attention=True)
     (file,) = (tmp_path / "cache").rglob("covariance.safetensors")
     with safe_open(file, "pt") as opened:
-        assert set(opened.keys()) == {"layer.1", "layer.2", "layer.1_attention", "layer.2_attention"}
+        assert set(opened.keys()) == {"layer.1", "layer.2", "layer.1_attention_out", "layer.2_attention_out"}
     loaded = Covariance.load(file)
     assert list(loaded.moments) == BOTH
     assert all(torch.equal(loaded[matrix], both[matrix]) for matrix in BOTH)
     text.unlink()  # whatever would read it now fails
     narrow = le.Covariance.load(file)
-    assert torch.equal(narrow[1], both[1])
+    assert torch.equal(narrow[Place(1)], both[Place(1)])
     values, _ = loaded.eigen(BOTH[0])
-    assert (
-        len(values) == lm.weight(Place(BOTH[0])).shape[1] and (file.parent / "eigen.1_attention.safetensors").is_file()
-    )
+    assert len(values) == lm.weight(BOTH[0]).shape[1] and (file.parent / "eigen.1_attention_out.safetensors").is_file()
 
 
 # The command line
@@ -365,7 +360,7 @@ def test_the_commands_estimate_and_write_the_attention_too(
             "--method.write_attention", "true", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip
     with pytest.raises(SystemExit):
         main([*edit, "--covariance", "mlp", "--out", "edits/x"])
-    assert "no layer 1 attention" in capsys.readouterr().err
+    assert "no layer 1 attention_out" in capsys.readouterr().err
     for name, covariance in (("given", ["--covariance", "both"]), ("estimated", [])):
         main([*edit, *covariance, "--out", f"edits/{name}"])
         assert list(le.Edit.load(f"edits/{name}").rounds[0]) == BOTH

@@ -36,7 +36,7 @@ def prompts_of(lm: LanguageModel, templates: tuple[str, ...] = TEMPLATES) -> lis
 
 def walk(lm: LanguageModel, layer: int, average: str = "type", **kwargs) -> KeyWalk:
     prompts = [replace(prompt, key_weights=WEIGHTS[average]) for prompt in prompts_of(lm)]
-    return KeyWalk(lm, prompts, layer, **kwargs)
+    return KeyWalk(lm, prompts, Place(layer), **kwargs)
 
 
 def random_update(lm: LanguageModel, layer: int) -> LowRankUpdate:
@@ -87,7 +87,7 @@ def test_keys_do_not_depend_on_how_rows_are_grouped(max_tokens: int) -> None:
 
 def test_the_bare_prompt_alone_is_a_context_too() -> None:
     lm = language_model("llama")
-    keys = KeyWalk(lm, prompts_of(lm, ("{}",)), 1).keys()
+    keys = KeyWalk(lm, prompts_of(lm, ("{}",)), Place(1)).keys()
     assert_relative(keys, published_keys(lm.model, lm.tokenizer, REQUESTS, ["{}"], 1, "plain"))
 
 

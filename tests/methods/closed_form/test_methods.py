@@ -186,7 +186,7 @@ def language_model(architecture: str = "llama") -> le.LanguageModel:
 
 
 def estimated(lm: le.LanguageModel, layers: tuple[int, ...]) -> Covariance:
-    moments = {layer: matrix(layer, lm.weight(Place(layer)).shape[1]).float() for layer in layers}
+    moments = {Place(layer): matrix(layer, lm.weight(Place(layer)).shape[1]).float() for layer in layers}
     return Covariance(moments, Provenance(lm.name, lm.fingerprint, "test", 10**6, None, "float64"))
 
 
@@ -204,7 +204,7 @@ def test_every_method_edits_in_rounds_and_reverts(name: str, layers: tuple[int, 
     before = {layer: lm.weight(Place(layer)).clone() for layer in layers}
     size = method.facts_per_solve or 2
     edit = le.edit(lm, FACTS, method, estimated(lm, layers), facts_per_round=size, progress_bar=False)
-    assert [sorted(updates) for updates in edit.rounds] == [list(layers)] * (4 // size)
+    assert [sorted(updates) for updates in edit.rounds] == [list(map(Place, layers))] * (4 // size)
     assert all(update.norm() > 0 for updates in edit.rounds for update in updates.values())
     assert edit.provenance["method"]["name"] == name
     edit.revert(lm)
@@ -223,11 +223,11 @@ def test_rounds_remember_the_keys_they_wrote(name: str) -> None:
     module = Looking(lm, method, estimated(lm, (1, 2)))
     fit(module, facts_per_round=2)
     assert not module._preservation  # a fit that is over does not hold on to them
-    keys = module.round_keys[2]
+    keys = module.round_keys[Place(2)]
     assert keys.shape == (lm.weight(Place(2)).shape[1], 2)
     # a change that later rounds would make at a remembered key is smaller than without memory
     fresh = method.preservation(module.covariance, Place(2))
-    assert (keys.T @ module.last[2].solve(keys)).trace() < (keys.T @ fresh.solve(keys)).trace()
+    assert (keys.T @ module.last[Place(2)].solve(keys)).trace() < (keys.T @ fresh.solve(keys)).trace()
 
 
 def fit(module: le.EditModule, facts_per_round: int, facts: list[le.Fact] = FACTS) -> None:
@@ -314,7 +314,7 @@ def test_merged_facts_share_one_key_and_serve_both_texts() -> None:
     module = le.EditModule(lm, method, estimated(lm, (1,)), on_collision="merge", collision_similarity=-1.0)
     fit(module, facts_per_round=3, facts=two)
     assert module.edit is not None
-    assert module.round_keys[1].shape[1] == 1  # every two keys have a cosine of at least -1, so all are one
+    assert module.round_keys[Place(1)].shape[1] == 1  # every two keys have a cosine of at least -1, so all are one
     assert module.edit.facts_in_round == [3]
     keys = [prompt for prompt in module._prompts if prompt is not None]
     assert len(keys) == 1 and keys[0].bare == (0, 1, 2) and sum(keys[0].key_weights) == pytest.approx(1)
@@ -347,12 +347,12 @@ def test_eigendecomposition_is_kept_beside_the_covariance(tmp_path) -> None:
 
 def test_a_part_of_a_covariance_on_another_device_shares_its_eigendecompositions() -> None:
     whole = covariance(matrix())
-    assert whole.on(torch.device("meta"), 0)[0].device.type == "meta"
-    there = whole.on(torch.device("cpu"), 0)
+    assert whole.on(torch.device("meta"), Place(0))[Place(0)].device.type == "meta"
+    there = whole.on(torch.device("cpu"), Place(0))
     assert there.provenance is whole.provenance
     assert there.eigen(Place(0))[0] is whole.eigen(Place(0))[0]
     with pytest.raises(CovarianceError, match="no layer 1"):
-        whole.on(torch.device("cpu"), 1)
+        whole.on(torch.device("cpu"), Place(1))
 
 
 @pytest.mark.cuda
@@ -360,7 +360,7 @@ def test_a_part_of_a_covariance_on_another_device_shares_its_eigendecompositions
 def test_what_is_factored_on_a_gpu_solves_as_on_the_cpu(method: le.Method) -> None:
     keys, _ = problem()
     here = method.preservation(covariance(matrix()), Place(0))
-    there = method.preservation(covariance(matrix()).on(torch.device("cuda"), 0), 0)
+    there = method.preservation(covariance(matrix()).on(torch.device("cuda"), Place(0)), Place(0))
     assert_relative(there.solve(keys.cuda()).cpu(), here.solve(keys))
 
 

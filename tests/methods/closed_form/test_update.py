@@ -168,15 +168,16 @@ def covariances(lm: LanguageModel, method: Method) -> dict[int, Tensor]:
 def write(
     lm: LanguageModel, method: Method, moments: dict[int, Tensor], contexts: Contexts, targets: Tensor
 ) -> dict[int, LowRankUpdate]:
-    preservation = {layer: method.preservation(moments, Place(layer)) for layer in moments}
+    by_place = {Place(layer): moment for layer, moment in moments.items()}
+    preservation = {place: method.preservation(by_place, place) for place in by_place}
     prompts = prompts_of(lm, contexts, targets.shape[1])
     written = write_facts(lm, method, preservation, prompts, targets, "round")
-    return {layer: update for layer, update, _ in written}
+    return {place.layer: update for place, update, _ in written}
 
 
 def present(lm: LanguageModel, layer: int) -> Tensor:
     """The block's output at the subjects of the bare prompts, [d, B]."""
-    return KeyWalk(lm, prompts_of(lm, BY_TYPE), layer).present(layer)
+    return KeyWalk(lm, prompts_of(lm, BY_TYPE), Place(layer)).present(layer)
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
@@ -221,7 +222,7 @@ def test_a_target_behind_the_norm_after_the_mlp_is_reached(architecture: str) ->
     lm, unaware = language_model(architecture, torch.float32), language_model(architecture, torch.float32)
     unaware.mlp_norm = lambda layer: None
     method, bare = MEMIT(layers=(2,), lambda_=1e-8), Contexts()
-    walk = KeyWalk(lm, prompts_of(lm, bare), 2)
+    walk = KeyWalk(lm, prompts_of(lm, bare), Place(2))
     before, mlp = walk.present(2), walk.present(2, "mlp").T.float()
     norm = lm.mlp_norm(2)
     change = norm(mlp + 0.5 * mlp.norm(dim=1, keepdim=True) / lm.d_model**0.5 * torch.randn_like(mlp)) - norm(mlp)
@@ -243,7 +244,7 @@ def test_rome_equals_the_published_procedure_and_its_key_gives_the_value(archite
         moments = covariances(lm, method)
         value = torch.randn(lm.d_model, 1, dtype=torch.float64)
         expected = published_rome(lm.model, lm.tokenizer, REQUESTS[0], TEMPLATES, value[:, 0], 1, moments[1])
-        key = KeyWalk(lm, prompts_of(lm, PLAIN, 1), 1).keys()
+        key = KeyWalk(lm, prompts_of(lm, PLAIN, 1), Place(1)).keys()
         updates = write(lm, method, moments, PLAIN, value)
         assert relative(updates[1].dense(), expected) < tolerance
         assert relative(lm.mlp_values(1, key), value) < (1e-9 if dtype == torch.float64 else 1e-5)
