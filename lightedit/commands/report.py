@@ -16,4 +16,4 @@ def report(runs: list[Path], out: Path = Path("report.html"), overwrite: bool = 
         out: the file; an earlier report is replaced.
         overwrite: replace a file that is no report, too.
     """
-    print(f"saved the report in {le.report(runs, out, overwrite)}")
+    print(f"saved the report in {le.report(runs, out, overwrite=overwrite)}")
