@@ -6,7 +6,7 @@ from typing import Any
 
 from lightedit.figures import Axis, Line, Panel, line_chart, save
 
-_WIDTH, _ROW, _REST = 720, 20, 130  # points
+_WIDTH, _ROW, _REST = 860, 20, 130  # points
 
 
 def draw(path: Path, cases: Sequence[Mapping[str, Any]], title: str) -> None:

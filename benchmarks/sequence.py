@@ -31,7 +31,8 @@ def draw(path: Path, tables: Mapping[str, Mapping[int, Sequence[tuple[int, float
     for round_ in sorted({round_ for table in tables.values() for round_ in table}):
         lines = [Line(name, table[round_], series) for series, (name, table) in enumerate(tables.items())]
         y = Axis("" if panels else f"{score} of those facts, in %", (0, 100))
-        x = Axis("round in which the facts were written", whole=True)
+        origins = {float(origin): str(origin) for table in tables.values() for origin, _ in table[round_]}
+        x = Axis("round in which the facts were written", names=origins)
         panels.append(Panel(f"after round {round_}", lines, x, y))
     save(line_chart(panels, (720, 280), columns=len(panels), legend_columns=len(tables)), path)
 

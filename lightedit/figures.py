@@ -1,7 +1,7 @@
 """The one way to draw and to save a figure. Charts are described in plain data; matplotlib draws them.
 
 A chart becomes a `Drawing`, which `save` writes to a file; `lightedit.reports.inline` puts it into an HTML page.
-Matplotlib is imported with the first drawing, since that takes about a second.
+Matplotlib is imported with the first drawing, not with this module.
 """
 
 import io
@@ -44,10 +44,13 @@ _STYLE = {
     "text.parse_math": False,  # a dollar sign in a name is one
     "font.size": 11,
     "axes.titlesize": 11,
+    "axes.titlepad": 9,
     "axes.labelsize": 11,
     "legend.fontsize": 11,
     "legend.frameon": False,
     "figure.facecolor": "none",
+    "figure.constrained_layout.hspace": 0.05,
+    "figure.constrained_layout.wspace": 0.03,
     "axes.facecolor": "none",
     "axes.edgecolor": PALETTE["faint"],
     "axes.labelcolor": PALETTE["text"],
