@@ -8,7 +8,7 @@ from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import facts_section
 from lightedit.reports.html import Html, element, group
-from lightedit.reports.run import Run, read_runs
+from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import scores_section
 from lightedit.reports.settings import settings_section
 
@@ -23,7 +23,9 @@ _SECTIONS = (
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
-def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.html", overwrite: bool = False) -> Path:
+def report(
+    runs: str | Path | Sequence[str | Path], out: str | Path = "report.html", *, overwrite: bool = False
+) -> Path:
     """Write one HTML file about one run, or about several side by side.
 
         report(["edits/memit", "edits/encore"], "report.html")
@@ -53,7 +55,7 @@ def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.ht
     return out
 
 
-def page(runs: Sequence[Run]) -> Html:
+def page(runs: Sequence[ReportedRun]) -> Html:
     """The whole page as HTML."""
     title = f"Edit report: {', '.join(run.name for run in runs)}"
     style = files("lightedit.reports").joinpath("style.css").read_text(encoding="utf-8")
@@ -80,7 +82,7 @@ def page(runs: Sequence[Run]) -> Html:
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
 
 
-def _summary(run: Run) -> Html:
+def _summary(run: ReportedRun) -> Html:
     """A sentence on what a run did, and a warning if a limit ended it."""
     edit = run.edit
     if edit is None:

@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run, as far as it is known.
 
     Attributes:
@@ -37,7 +37,7 @@ class Run:
     health: Sequence[dict[str, Any]] = ()
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
     """Read runs. Each path is one of these:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
@@ -83,12 +83,12 @@ def _names(places: Sequence[Path]) -> list[str]:
     return [str(place) for place in places]
 
 
-def _read(place: Path, name: str) -> Run:
+def _read(place: Path, name: str) -> ReportedRun:
     if place.is_file():
         after, before = Evaluation.load_with_before(place)
-        return Run(name, before=before, after=after)
+        return ReportedRun(name, before=before, after=after)
     edit = Edit.load(place) if (place / "edit.json").is_file() else None
-    return Run(
+    return ReportedRun(
         name,
         edit,
         _evaluation(place, "before", edit),
