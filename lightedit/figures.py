@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
 
 PALETTE = {
@@ -185,11 +186,11 @@ def save(drawing: Drawing, path: Path) -> None:
     """Write a drawing to an .svg or .png file, which appears complete or not at all. Equal drawings give equal bytes.
 
     Raises:
-        ValueError: the file is of another kind.
+        ArgumentError: the file is of another kind.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
-        raise ValueError(f"{path}: a figure is an .svg or a .png file")
+        raise ArgumentError(f"{path}: a figure is an .svg or a .png file")
     content = io.BytesIO()
     with style():
         metadata = {"Date": None} if kind == "svg" else None

@@ -7,6 +7,7 @@ import torch
 
 import lightedit as le
 from lightedit.data.prompts import ContextSettings
+from lightedit.editing.run import prepare
 from lightedit.lm import Place
 from lightedit.statistics.covariance import Provenance
 
@@ -52,6 +53,9 @@ def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, *, covariance=None, **a
     settings = {name: arguments.pop(name) for name in names & arguments.keys()}
     covariance = covariance or covariance_of(lm, method.covariance_places)
     settings = le.RunSettings(**{"progress_bar": False, **settings})
+    if (targets := arguments.pop("targets", None)) is not None:
+        arguments["prepared"] = prepare(lm, facts, method, covariance=covariance, settings=settings)
+        arguments["prepared"].give(targets)
     return le.edit(lm, facts, method, covariance=covariance, settings=settings, **arguments)
 
 

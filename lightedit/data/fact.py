@@ -9,8 +9,10 @@ PROMPT_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts
 
 _OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id", "target_id")
 
+from lightedit.errors import LightEditError
 
-class FactError(ValueError):
+
+class FactError(LightEditError, ValueError):
     """A fact, a file or a set of facts cannot be used; the message names the field and the way out."""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import facts_section
@@ -43,8 +44,8 @@ def report(
         `out`.
 
     Raises:
-        FileNotFoundError: there is no such run, or no folder for `out`.
-        ValueError: a path holds no run, or a damaged one, or `out` exists and is no report.
+        MissingFileError: there is no such run, or no folder for `out`.
+        ArgumentError: a path holds no run, or a damaged one, or `out` exists and is no report.
     """
     out = Path(out)
     _check_free(out, overwrite)
@@ -106,11 +107,11 @@ def _count(facts: int) -> str:
 
 def _check_free(out: Path, overwrite: bool) -> None:
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+        raise MissingFileError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
+        raise ArgumentError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
     if out.exists() and not overwrite:
         with out.open("rb") as file:
             start = file.read(1000)
         if _MADE.encode() not in start:
-            raise ValueError(f"{out} exists and is no report; choose another file, or allow overwriting")
+            raise ArgumentError(f"{out} exists and is no report; choose another file, or allow overwriting")

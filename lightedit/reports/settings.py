@@ -49,7 +49,8 @@ def _settings(run: ReportedRun) -> Iterator[tuple[str, Any]]:
         "rounds": len(rounds),
         "facts in each round": rounds[0] if len(set(rounds)) == 1 else rounds,
     }.items()
-    yield from _flat(edit.record.to_dict(), "")
+    record = edit.record.to_dict()
+    yield from _flat({**record.pop("inputs"), **record}, "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
