@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+from lightedit.errors import LightEditError
+
 PROMPT_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 """The fields of `Fact` that are lists of complete texts."""
 
 _OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id", "target_id")
-
-from lightedit.errors import LightEditError
 
 
 class FactError(LightEditError, ValueError):
