@@ -7,6 +7,7 @@ import lightedit as le
 from benchmarks.published import published_values
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.methods.closed_form.values import optimize_values
+from tests.runs import run, scored
 
 FACTS = [
     le.Fact("The capital of {} is", "France", "Rome", target_true="Paris"),

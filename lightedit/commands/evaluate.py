@@ -88,7 +88,7 @@ def evaluate(
         check_single(model, chosen, method, facts_per_chunk)
         moments = covariance_of(model, [method], covariance)
         if moments is not None:
-            moments.check(model, method.covariance_places)
+            moments.check(model, method.covariance_places, factor=False)
     if references == "own":
         texts = write_references(model, chosen)
 

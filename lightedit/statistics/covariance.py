@@ -33,6 +33,10 @@ class CovarianceError(LightEditError, ValueError):
     """A covariance that cannot be estimated, read, or used with a model."""
 
 
+class IndefiniteError(CovarianceError):
+    """A covariance is not positive definite, as one of too few tokens."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where a covariance comes from.
@@ -108,12 +112,19 @@ class Covariance:
         values, vectors = self._eigen[place]
         return values.to(moment.device), vectors.to(moment.device)
 
-    def check(self, lm: LanguageModel, places: Iterable[Place]) -> None:
+    def check(self, lm: LanguageModel, places: Iterable[Place], *, factor: bool = True) -> None:
         """Make sure that the matrices at `places` of `lm` can be edited with this covariance.
+
+        Args:
+            lm: the model.
+            places: what is to be edited.
+            factor: factor each matrix to see whether it is positive definite; False leaves that to who factors it
+                anyway.
 
         Raises:
             CovarianceError: it was estimated on another model, or a matrix is missing, has the wrong size, holds NaN or
-                infinity, or is not positive definite.
+                infinity.
+            IndefiniteError: a matrix is not positive definite.
         """
         made = self.provenance
         if made.fingerprint not in (None, lm.fingerprint):
@@ -134,12 +145,23 @@ class Covariance:
                     f"the covariance of {place} holds NaN or infinity; estimate it with the model in float32 "
                     f"or bfloat16 (it was {made.dtype})"
                 )
-            failed = torch.linalg.cholesky_ex(moment.to(weight.device, torch.float64)).info
-            if made.tokens < d_in or failed:
-                raise CovarianceError(
-                    f"the covariance of {place} is not positive definite: it averages {made.tokens} tokens; "
-                    f"take more, at least {TOKENS_PER_DIMENSION} * d_in = {TOKENS_PER_DIMENSION * d_in}"
-                )
+            if made.tokens < d_in:
+                raise self.indefinite(place)
+            if factor:
+                self.check_definite(place, weight.device)
+
+    def check_definite(self, place: Place, device: torch.device | None = None) -> None:
+        """Raise IndefiniteError unless the moment at `place` is positive definite; factors it, on `device`."""
+        if torch.linalg.cholesky_ex(self[place].to(device, torch.float64)).info:
+            raise self.indefinite(place)
+
+    def indefinite(self, place: Place) -> IndefiniteError:
+        """The error that says so of `place`, and what to do."""
+        least = TOKENS_PER_DIMENSION * len(self[place])
+        return IndefiniteError(
+            f"the covariance of {place} is not positive definite: it averages {self.provenance.tokens} tokens; "
+            f"take more, at least {TOKENS_PER_DIMENSION} * d_in = {least}"
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write `covariance.safetensors` into `folder`, whole or not at all, and return its path."""

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from lightedit.methods.protocol import Editor, Method, check_model_and_method
 from lightedit.progress import progress
 from lightedit.runs.folder import ResumeError, locked, remove_run
 from lightedit.runs.provenance import computing
-from lightedit.statistics.covariance import Covariance, CovarianceError
+from lightedit.statistics.covariance import Covariance, CovarianceError, IndefiniteError
 from lightedit.sweeps.figure import draw
 from lightedit.sweeps.plan import Counts, RoundLimit, Run, plan, swept_fields
 from lightedit.sweeps.table import UNEDITED, Row, Table, best
@@ -165,7 +164,7 @@ class _Sweep:
             run.method.check(self.lm)
         places = sorted({place for run in self.runs for place in run.method.covariance_places})
         if places and self.covariance is not None:
-            self.covariance.check(self.lm, places)
+            self.covariance.check(self.lm, places, factor=False)
 
     def covariance_of(self, method: Method) -> Covariance | None:
         """The covariance, for a method that needs it."""
@@ -185,7 +184,7 @@ class _Sweep:
             if run.round_limit != "single":
                 groups.setdefault((run.name, run.method.places, run.round_limit), run)
         for run in groups.values():
-            with suppress(CovarianceError):  # which may well do with the group's other settings
+            try:
                 editor = prepare(
                     self.lm,
                     self.facts,
@@ -195,6 +194,10 @@ class _Sweep:
                     like=first,
                 )
                 first = first or editor
+            except IndefiniteError:
+                raise
+            except CovarianceError:  # which may well do with the group's other settings
+                continue
         return first
 
     def _settings(self, run: Run) -> RunSettings:

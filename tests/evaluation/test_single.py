@@ -12,7 +12,7 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation import single
 from lightedit.runs.folder import kept_chunks, locked, remove_run
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, scored, scored_single, state
+from tests.runs import assert_unedited, covariance_of, run, scored, scored_single, state
 from tests.sweeps.runs import FACTS, MEMIT, of, sweep
 
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))

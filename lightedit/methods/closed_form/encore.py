@@ -39,4 +39,6 @@ class ENCORE(ClosedForm):
 
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A = λp C0 + λn I."""
+        if self.norm_weight:
+            covariance.check_definite(matrix)  # which A itself no longer tells
         return Preservation.from_covariance(covariance[matrix], scale=self.lambda_, ridge=self.norm_weight)

@@ -13,7 +13,7 @@ from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.keys import KeyWalk
-from lightedit.methods.closed_form.preservation import Preservation, low_rank_update
+from lightedit.methods.closed_form.preservation import IndefiniteTermError, Preservation, low_rank_update
 from lightedit.methods.closed_form.values import Site, ValueSettings
 from lightedit.methods.protocol import Method
 from lightedit.statistics.covariance import Covariance, CovarianceError
@@ -95,13 +95,15 @@ class ClosedForm(Method):
         Raises:
             CovarianceError: `covariance` is of another model, lacks a matrix, or one cannot be solved with.
         """
-        covariance.check(lm, self.places)
+        covariance.check(lm, self.places, factor=False)  # its own factors say the same
         factors = {}
         for matrix in self.places:
             try:
                 device = lm.weight(matrix).device
                 factors[matrix] = self.preservation(covariance.on(device, matrix), matrix).to(device)
-            except ValueError as error:
+            except IndefiniteTermError as error:
+                raise covariance.indefinite(matrix) from error
+            except ArgumentError as error:
                 raise CovarianceError(f"{matrix}: {error}") from error
         return factors
 

@@ -21,6 +21,10 @@ from lightedit.ops import preservation_memorization_solve
 _FOLD = 1 / 3  # past keys beyond this share of the matrix's size are folded into its factor
 
 
+class IndefiniteTermError(ArgumentError):
+    """A preservation term is not positive definite."""
+
+
 class Preservation:
     """The term A that keeps a matrix's outputs on everything else, factored once in float64.
 
@@ -115,7 +119,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     else:
         factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
-        raise ArgumentError(
+        raise IndefiniteTermError(
             f"the preservation term of size {matrix.shape[0]} is not positive definite (minor {int(failed)}); "
             "estimate the covariance from more tokens, at least 10 per input dimension"
         )

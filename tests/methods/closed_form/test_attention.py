@@ -23,6 +23,7 @@ from lightedit.methods.closed_form.values import optimize_values
 from lightedit.methods.closed_form.writing import write_facts
 from lightedit.statistics.covariance import Covariance, CovarianceError, Provenance
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from tests.runs import run as run_quietly
 
 LAYERS = (1, 2)
 BOTH = [Place(layer, part) for layer in LAYERS for part in ("attention_out", "mlp")]
@@ -58,7 +59,7 @@ def parameters(lm: LanguageModel) -> dict[str, Tensor]:
 
 
 def run(lm: LanguageModel, method: le.Method = METHOD, **options: Any) -> le.Edit:
-    return le.edit(lm, FACTS, method, covariance_of(lm), facts_per_round=2, progress_bar=False, **options)
+    return run_quietly(lm, FACTS, method, covariance=covariance_of(lm), facts_per_round=2, **options)
 
 
 # The closed form
@@ -230,7 +231,7 @@ def test_known_targets_hold_the_attentions_first() -> None:
     for half, module in enumerate((lm.module(Place(2, "attention_out")), lm.module(Place(2)))):
         torch.testing.assert_close(found.initial.chunk(2, dim=1)[half].T, plain(lm, module)[1], rtol=1e-4, atol=1e-4)
     targets = 2 * found.targets  # other ones than a search would find
-    edit = run(lm, FACTS, METHOD, covariance=covariance_of(lm), targets=dict(enumerate(targets)))
+    edit = run_quietly(lm, FACTS, METHOD, covariance=covariance_of(lm), targets=dict(enumerate(targets)))
     preservation = {matrix: METHOD.preservation(covariance_of(lm), matrix) for matrix in BOTH}
     written = write_facts(expected, METHOD, preservation, prompts, targets.T.double(), "round")
     for matrix, update, _ in written:
@@ -249,11 +250,11 @@ def test_a_covariance_without_the_attention_is_refused_with_the_way_out() -> Non
     lm = language_model()
     before = parameters(lm)
     for held, named in (
-        [BOTH[1::2], "only MLP matrices"],
+        [BOTH[1::2], "only other matrices"],
         [[*BOTH[1::2], BOTH[0]], r"no layer 2 attention_out, only \[1\]"],
     ):
-        with pytest.raises(CovarianceError, match=rf"{named}.*attention=True .*--attention true"):
-            le.edit(lm, FACTS, METHOD, covariance_of(lm, held), progress_bar=False)
+        with pytest.raises(CovarianceError, match=rf"{named}.*estimate_covariance\(lm, method\)"):
+            run_quietly(lm, FACTS, METHOD, covariance=covariance_of(lm, held))
     covariance_of(lm, BOTH[1::2]).check(lm, PMET(layers=LAYERS).places)
     assert all(torch.equal(lm.model.get_parameter(name), parameter) for name, parameter in before.items())
 
@@ -291,7 +292,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def estimate(lm: LanguageModel, **options: Any) -> Covariance:
-    return le.estimate_covariance(lm, **{"layers": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
+    places = BOTH if options.pop("attention", False) else LAYERS
+    return le.estimate_covariance(lm, places, **{"sequence_length": 32, "progress_bar": False} | options)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "opt", "falcon", "gemma2", "bloom"])
@@ -319,7 +321,7 @@ def test_one_pass_serves_both(text: Path) -> None:
     lm = language_model()
     calls: list[int] = []
     handle = lm.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    estimate(lm, text=text, tokens=850, attention=True, max_batch_tokens=128)
+    estimate(lm, text=text, tokens=850, attention=True, max_tokens=128)
     handle.remove()
     assert len(calls) == -(-850 // 128)
 

@@ -17,6 +17,7 @@ from lightedit.methods.closed_form.stopping import Evaluated
 from lightedit.methods.closed_form.values import ValueOptimization
 from lightedit.statistics.covariance import Covariance, CovarianceError, Provenance
 from tests.models import tiny_model, tiny_tokenizer
+from tests.runs import run
 
 D_IN, D_OUT, B = 48, 20, 7
 BARE = ContextSettings(prefixes=())
@@ -203,10 +204,10 @@ def test_every_method_edits_in_rounds_and_reverts(name: str, layers: tuple[int, 
     method = make(name, layers)
     before = {layer: lm.weight(Place(layer)).clone() for layer in layers}
     size = method.facts_per_solve or 2
-    edit = le.edit(lm, FACTS, method, estimated(lm, layers), facts_per_round=size, progress_bar=False)
+    edit = run(lm, FACTS, method, covariance=estimated(lm, layers), facts_per_round=size)
     assert [sorted(updates) for updates in edit.rounds] == [list(map(Place, layers))] * (4 // size)
     assert all(update.norm() > 0 for updates in edit.rounds for update in updates.values())
-    assert edit.provenance["method"]["name"] == name
+    assert edit.record.method["name"] == name
     edit.revert(lm)
     assert all(lm.weight(Place(layer)).equal(weight) for layer, weight in before.items())
 
@@ -215,15 +216,15 @@ def test_every_method_edits_in_rounds_and_reverts(name: str, layers: tuple[int, 
 def test_rounds_remember_the_keys_they_wrote(name: str) -> None:
     class Looking(le.EditModule):
         def teardown(self, stage: str) -> None:
-            self.last = self._preservation
+            self.last = self.editor.preservation
             super().teardown(stage)
 
     lm = language_model()
     method = make(name, (1, 2))
-    module = Looking(lm, method, estimated(lm, (1, 2)))
+    module = Looking(lm, method, covariance=estimated(lm, (1, 2)))
     fit(module, facts_per_round=2)
-    assert not module._preservation  # a fit that is over does not hold on to them
-    keys = module.round_keys[Place(2)]
+    assert not module.editor.preservation  # a fit that is over does not hold on to them
+    keys = module.editor.round_keys[Place(2)]
     assert keys.shape == (lm.weight(Place(2)).shape[1], 2)
     # a change that later rounds would make at a remembered key is smaller than without memory
     fresh = method.preservation(module.covariance, Place(2))
@@ -311,12 +312,13 @@ def test_merged_facts_share_one_key_and_serve_both_texts() -> None:
         FACTS[2],
     ]
     method = le.MEMIT(layers=[1], lambda_=0.01, contexts=BARE, values=le.ValueSettings(steps=3))
-    module = le.EditModule(lm, method, estimated(lm, (1,)), on_collision="merge", collision_similarity=-1.0)
+    settings = le.RunSettings(on_collision="merge", collision_similarity=-1.0)
+    module = le.EditModule(lm, method, covariance=estimated(lm, (1,)), settings=settings)
     fit(module, facts_per_round=3, facts=two)
     assert module.edit is not None
-    assert module.round_keys[Place(1)].shape[1] == 1  # every two keys have a cosine of at least -1, so all are one
+    assert module.editor.round_keys[Place(1)].shape[1] == 1  # every two keys have a cosine of at least -1, so all are one
     assert module.edit.facts_in_round == [3]
-    keys = [prompt for prompt in module._prompts if prompt is not None]
+    keys = [prompt for prompt in module.editor.prompts if prompt is not None]
     assert len(keys) == 1 and keys[0].bare == (0, 1, 2) and sum(keys[0].key_weights) == pytest.approx(1)
 
 
