@@ -45,7 +45,7 @@ class AlphaEdit(ClosedForm):
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A⁻¹ = P / L2."""
         values, vectors = covariance.eigen(matrix)
-        if not values[0] > 0:
+        if not values[0] > -1e-10 * values[-1]:  # but for rounding
             raise covariance.indefinite(matrix)
         threshold = self.threshold * float(values[-1]) if self.relative else self.threshold
         return Preservation.from_null_space(values, vectors, threshold, self.ridge)

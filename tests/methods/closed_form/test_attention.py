@@ -355,11 +355,12 @@ def test_the_commands_estimate_and_write_the_attention_too(
     tiny_tokenizer("bytelevel").save_pretrained("model")
     le.write_facts("facts.jsonl", FACTS)
     Path("text.txt").write_text("The river is long and the city is old. Paris is in France. " * 200)
-    statistics = ["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900"]
-    main([*statistics, "--out", "mlp"])
-    main([*statistics, "--out", "both", "--attention", "true"])
+    statistics = ["covariance", "--lm", "model", "--text", "text.txt", "--tokens", "900"]
+    both = ["--method", "PMET", "--method.layers", "[1,2]", "--method.write_attention"]
+    main([*statistics, "--layers", "[1,2]", "--out", "mlp"])
+    main([*statistics, *both, "--out", "both"])
     edit = ["edit", "--lm", "model", "--facts", "facts.jsonl", "--method", "PMET", "--method.layers", "[1,2]",
-            "--method.write_attention", "true", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip
+            "--method.write_attention", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip
     with pytest.raises(SystemExit):
         main([*edit, "--covariance", "mlp", "--out", "edits/x"])
     assert "no layer 1 attention_out" in capsys.readouterr().err
