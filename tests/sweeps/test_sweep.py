@@ -472,7 +472,8 @@ def test_the_best_of_each_method_on_the_most_facts() -> None:
 def series(svg: str) -> list[dict[str, int]]:
     """For each panel, colour -> points of the line drawn in it inside the axes."""
     panels = []
-    for panel in re.split(r'<g id="axes_\d+">', svg)[1:]:
+    axes, _, _ = svg.partition('<g id="legend')
+    for panel in re.split(r'<g id="axes_\d+">', axes)[1:]:
         lines = re.findall(r'<path d="([^"]*)" style="fill: none; [^"]*stroke: (#\w+)', panel)
         panels.append({color: 0 for _, color in lines})
         for points, color in lines:
