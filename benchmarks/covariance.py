@@ -47,7 +47,9 @@ def run(lm: LanguageModel, layers: Sequence[int], tokens: int) -> Result:
     with TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(_text(lm, tokens), encoding="utf-8")
-        ours = partial(estimate_covariance, lm, layers, text, tokens, _LENGTH, progress_bar=False)
+        ours = partial(
+            estimate_covariance, lm, layers, text=text, tokens=tokens, sequence_length=_LENGTH, progress_bar=False
+        )
         for _ in range(_REPEATS):
             found = _timed(seconds[names[0]], ours)
             with use("reference"):

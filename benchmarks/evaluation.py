@@ -18,6 +18,7 @@ from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
 from lightedit.editing.run import edit
 from lightedit.evaluation.evaluate import evaluate
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm import LanguageModel, Place
 from lightedit.methods import MEMIT, ROME, Method
@@ -26,6 +27,7 @@ from lightedit.statistics.covariance import Covariance
 from lightedit.statistics.estimation import estimate_covariance
 
 METHODS = {"single-rome": ROME(layers=(5,)), "single-memit": MEMIT(layers=(4, 5, 6, 7, 8), lambda_=1000.0)}
+_QUIET = EvaluationSettings(progress_bar=False)
 RECORDS = 100  # of the row "evaluation"
 TOLERANCE = 1e-3  # nats, of an answer's mean NLL per token; after an edit, of the median fact
 SEARCHED = 16  # facts, of the row "single-limit"
@@ -50,9 +52,9 @@ def run(lm: LanguageModel, facts: Sequence[Fact], notes: Sequence[str] = ()) -> 
     Raises:
         WrongResultError: an answer's NLL differs by more than `TOLERANCE`.
     """
-    first, before = _timed(lambda: evaluate(lm, facts, progress_bar=False).records)
+    first, before = _timed(lambda: evaluate(lm, facts, settings=_QUIET).records)
     published, theirs = _timed(lambda: [_published(lm, fact) for fact in facts])
-    second, after = _timed(lambda: evaluate(lm, facts, progress_bar=False).records)
+    second, after = _timed(lambda: evaluate(lm, facts, settings=_QUIET).records)
     ours = [_answers(record) for record in (*first, *second)]
     difference = max(float((one - other).abs().max()) for one, other in zip(ours, 2 * published, strict=True))
     _check(difference, TOLERANCE)
@@ -240,7 +242,7 @@ def _written_single(method: Method, covariance: Covariance, lm: LanguageModel, f
     """What the package offers for one fact."""
     written = edit(lm, [fact], method, covariance, progress_bar=False)
     try:
-        return _answers(evaluate(lm, [fact], progress_bar=False).records[0])
+        return _answers(evaluate(lm, [fact], settings=_QUIET).records[0])
     finally:
         written.revert(lm)
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all, and are on the disk once they have appeared."""
 
 import os
 import shutil
@@ -10,44 +10,74 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, in the same folder; what stands there becomes `path` at once as the context ends.
+    """Yield a temporary path in the same folder, which is renamed to `path` on success.
 
-    If the context is left by an exception, `path` stays as it was and nothing else is left.
+    If the context is left by an exception, `path` stays as it was and nothing else is left. A process that is killed
+    leaves a file whose name begins with a dot and ends in `.tmp`.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
         _open_to_others(unfinished)
+        _sync(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    _sync(path.parent)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; as the context ends it becomes `folder`, in the place of an earlier one.
+def whole_folder(folder: Path, finished_by: str | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which is renamed to it on success, in the place of an earlier one.
 
     If the context is left by an exception, `folder` stays as it was and nothing else is left.
+
+    Args:
+        folder: the folder; those above it are made.
+        finished_by: a file that only a finished folder holds. If `folder` holds it by the end, another process was
+            faster, and its folder stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield unfinished
-        for path in (unfinished, *unfinished.rglob("*")):
+        for path in (*unfinished.rglob("*"), unfinished):
             _open_to_others(path)
-        if folder.exists():
-            old = unfinished.with_name(unfinished.name + ".old")
-            folder.rename(old)
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(folder)
+            _sync(path)
+        if not _is_finished(folder, finished_by):
+            _take_the_place(unfinished, folder, finished_by)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _take_the_place(unfinished: Path, folder: Path, finished_by: str | None) -> None:
+    """Rename `unfinished` to `folder`; an earlier folder is put back if that fails."""
+    old = unfinished.with_name(unfinished.name + ".old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        unfinished.rename(folder)
+    except OSError:
+        if not _is_finished(folder, finished_by):
+            if old.exists():
+                old.rename(folder)
+            raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _is_finished(folder: Path, finished_by: str | None) -> bool:
+    return finished_by is not None and (folder / finished_by).is_file()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _open_to_others(path: Path) -> None:

@@ -56,7 +56,7 @@ def _lines(description: str) -> Report:
     return report
 
 
-def part(report: Report | None, before: float, size: float, total: float) -> Report:
+def subprogress(report: Report | None, before: float, size: float, total: float) -> Report:
     """A function to report a part of work with.
 
     Args:

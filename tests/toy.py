@@ -17,7 +17,7 @@ class GradientStepEditor(Editor):
         weight, bias = 0.0, 0.0
         for fact in tokenize_facts(self.lm.tokenizer, [self.facts[index] for index in indices], Contexts()):
             row = fact.rows[0]
-            with self.lm.probe([place], 1) as probes:
+            with self.lm.probe([place]) as probes:
                 logits = self.lm.forward(pad([row.ids], self.lm.pad_id))[0, -len(row.targets) :]
             loss = -logits.log_softmax(-1)[range(len(row.targets)), row.targets].mean() / len(indices)
             loss.backward()

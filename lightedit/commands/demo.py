@@ -67,7 +67,7 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
             lm,
             [fact.text for fact in facts],
             [fact.target_true or "" for fact in facts],
-            progress=report,
+            report=report,
         )
     known = [fact for fact, share in zip(facts, scores.token_accuracy.tolist(), strict=True) if share == 1]
     relations = sorted({fact.relation for fact in known if fact.relation})

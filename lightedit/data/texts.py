@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 from lightedit.lm import LanguageModel
-from lightedit.lm.batch import Batch, pad
+from lightedit.lm.batch import pad
+from lightedit.lm.sampling import SharedDraws, next_tokens
 from lightedit.progress import progress
 
 _TEXTS_AT_ONCE = 64  # tokenised together: many enough for the tokenizer's threads, few enough to read lazily
@@ -99,7 +100,6 @@ def _token_stream(lm: LanguageModel, texts: Iterable[str]) -> Iterator[int]:
         yield from chain.from_iterable(encoding["input_ids"])
 
 
-@torch.no_grad()
 def write_texts(
     lm: LanguageModel, tokens: int, length: int, seed: int = 0, top_k: int = 50, progress_bar: bool = True
 ) -> list[list[int]]:
@@ -112,24 +112,19 @@ def write_texts(
     """
     count = -(-tokens // length)
     batches = -(-count // _ROWS)
-    generator = torch.Generator(lm.device).manual_seed(seed)
+    # Drawing among the k best only: torch's draw over a whole vocabulary takes a third of the time
+    draw = SharedDraws(torch.Generator(lm.device).manual_seed(seed), top_k, whole_vocabulary=False)
     windows: list[list[int]] = []
     with progress("sampling text", progress_bar) as report:
         for index in range(batches):
             rows = count // batches + (index < count % batches)
-            ids = torch.full((rows, 1), lm.text_start, device=lm.device)
-            cache = DynamicCache(config=lm.model.config)
-            while (position := ids.shape[1]) < length:
-                batch = Batch(
-                    ids[:, -1:], ids.new_ones(rows, position, dtype=torch.bool), ids.new_full((rows, 1), position - 1)
-                )
-                logits = lm.forward(batch, cache=cache)[:, -1]
-                best = logits.float().topk(min(top_k, logits.shape[-1]))
-                # Drawing among the k best only: torch's draw over a whole vocabulary takes a third of the time
-                drawn = torch.multinomial(best.values.softmax(-1).to(lm.device), 1, generator=generator)
-                ids = torch.cat([ids, best.indices.to(lm.device).gather(1, drawn)], 1)
-                report(len(windows) * length + ids.numel(), count * length)
-            windows += ids.tolist()
+            start = pad([[lm.text_start]] * rows, lm.pad_id).to(lm.device)
+            columns = [start.ids[:, 0]]
+            stream = next_tokens(lm.forward, DynamicCache(config=lm.model.config), start, draw)
+            for drawn in islice(stream, length - 1):
+                columns.append(drawn)
+                report(len(windows) * length + rows * len(columns), count * length)
+            windows += torch.stack(columns, 1).tolist()
     return windows
 
 

@@ -12,7 +12,7 @@ from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.journal import Round, RoundCallback
 from lightedit.editing.retention import FILE, RetentionScores, curves, defined
 from lightedit.errors import ArgumentError
-from lightedit.evaluation.evaluate import score_facts
+from lightedit.evaluation.scoring import score_facts
 from lightedit.lm import LanguageModel
 from lightedit.methods.protocol import Editor, EditorSettings, Method, check_model_and_method
 from lightedit.metrics import edit_metrics

@@ -61,6 +61,8 @@ def harness_scores(
     Raises:
         ImportError, FileNotFoundError, ValueError: see `check_harness`.
     """
+    if not tasks:
+        return {}, {}
     check_harness(tasks, limit)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -3,15 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightedit.files import whole_file
-from lightedit.metrics import Generations, PromptScores, RecordScores
+from lightedit.metrics import RecordScores
 from lightedit.runs.folder import ResumeError, check_run, kept_chunks, kept_rounds, locked, remove_run, start_run
 
 
@@ -30,7 +26,8 @@ class KeptScores:
         for file in kept_chunks(folder):
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
-                self.records.update({int(index): _record(fields) for index, fields in content["records"].items()})
+                records = {int(index): RecordScores.from_dict(fields) for index, fields in content["records"].items()}
+                self.records.update(records)
                 self.seconds += float(content["seconds"])
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise ResumeError(
@@ -41,9 +38,9 @@ class KeptScores:
         """Keep the scores of one chunk, fact's index -> scores."""
         self.records.update(records)
         self.seconds += seconds
-        content = {"seconds": seconds, "records": {index: asdict(record) for index, record in records.items()}}
+        content = {"seconds": seconds, "records": {index: record.to_dict() for index, record in records.items()}}
         with whole_file(self.folder / f"chunk-{min(records):06}.json") as unfinished:
-            unfinished.write_text(json.dumps(content, default=Tensor.tolist, ensure_ascii=False), encoding="utf-8")
+            unfinished.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager
@@ -69,24 +66,3 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
                 for place in made:
                     if place.is_dir() and not any(place.iterdir()):
                         place.rmdir()
-
-
-def _record(fields: Mapping[str, Any]) -> RecordScores:
-    """The inverse of `asdict` and JSON, to the bit: numbers are float64."""
-    scores = {name: _prompt_scores(value) for name, value in fields.items() if name != "generations"}
-    written = fields["generations"]
-    return RecordScores(
-        **scores,
-        generations=None if written is None else Generations(**{**written, "texts": tuple(written["texts"])}),
-    )
-
-
-def _prompt_scores(fields: Mapping[str, Any] | None) -> PromptScores | None:
-    if fields is None:
-        return None
-    numbers: dict[str, Any] = {
-        name: None if value is None else torch.tensor(value, dtype=torch.float64)
-        for name, value in fields.items()
-        if name != "predicted"
-    }
-    return PromptScores(**numbers, predicted=tuple(map(tuple, fields["predicted"])))

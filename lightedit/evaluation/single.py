@@ -13,10 +13,11 @@ from pathlib import Path
 from lightedit.data.facts import Fact, FactError
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.errors import ArgumentError
-from lightedit.evaluation.evaluate import check_comparison, score_facts, summarize
+from lightedit.evaluation.evaluate import check_comparison, summarize
 from lightedit.evaluation.kept_scores import KeptScores, kept_scores
 from lightedit.evaluation.references import References
 from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.scoring import score_facts
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel
 from lightedit.methods.needs import covariance_for
@@ -69,7 +70,7 @@ def evaluate_single(
     """
     check_single(lm, facts, method, facts_per_chunk)
     settings = settings or EvaluationSettings()
-    check_comparison(facts, settings.generate, before, references)
+    check_comparison(facts, settings, before, references)
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     editor = prepared or method.editor(lm, covariance=covariance, settings=EditorSettings())

@@ -2,25 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightedit.lm import hooks
 from lightedit.lm.anatomy import Anatomy
 from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import Batch, pad
 from lightedit.lm.changes import LowRankUpdate
-from lightedit.lm.draws import SeededDraws
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
+from lightedit.lm.sampling import Draw, RowDraws, SharedDraws, before_end, greedy, next_tokens
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
 
@@ -175,12 +175,13 @@ class LanguageModel:
 
     # Running it
 
-    def forward(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: DynamicCache | None = None, keep: int | None = None) -> Tensor:
         """One forward pass of the stock model.
 
         Args:
             batch: rows of token ids; with a cache, the mask covers prefix and tokens.
             cache: states of earlier tokens, such as a `PrefixCache`.
+            keep: of how many of the last tokens logits are wanted; None means all.
 
         Returns:
             Logits, [rows, tokens, vocabulary].
@@ -189,6 +190,8 @@ class LanguageModel:
         arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
         if cache is not None:
             arguments["past_key_values"] = cache
+        if keep is not None:
+            arguments["logits_to_keep"] = keep
         output = self.model(
             input_ids=batch.ids,
             attention_mask=batch.mask.long(),
@@ -313,14 +316,14 @@ class LanguageModel:
         """Token ids of each text, with the special tokens the tokenizer adds."""
         return self.tokenizer(list(texts))["input_ids"] if texts else []
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int,
+        *,
         top_k: int | None = None,
         seed: int | Sequence[int] = 0,
-        max_batch: int = 64,
+        batch_size: int = 64,
         stop_at_end: bool = True,
         edits: RowwiseEdits | None = None,
     ) -> list[list[int]]:
@@ -332,7 +335,7 @@ class LanguageModel:
             top_k: None for greedy.
             seed: one for all prompts, or one for each. With one each, a prompt's draws depend on nothing else: not on
                 its batch, not on the other prompts.
-            max_batch: prompts continued together.
+            batch_size: prompts continued together.
             stop_at_end: whether an end-of-text token ends a continuation.
             edits: what each prompt sees beside what is written into the model, as many rows as prompts.
 
@@ -340,42 +343,31 @@ class LanguageModel:
             New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
 
         Raises:
-            ValueError: there are not as many seeds as prompts.
+            ValueError: there are not as many seeds as prompts, or no tokens are asked for.
             FloatingPointError: with a seed for each prompt: the best logits are NaN or infinite.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         rows = [self.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
         seeds = None if isinstance(seed, int) else list(seed)
         if seeds is not None and len(seeds) != len(rows):
             raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts; give one for each, or a single number")
+        draw: Draw = greedy
+        if top_k and isinstance(seed, int):
+            draw = SharedDraws(torch.Generator(self.device).manual_seed(seed), top_k)
+        edits = edits or RowwiseEdits.none(len(rows))
         results: list[list[int]] = [[] for _ in rows]
-        devices = [self.device] if self.device.type == "cuda" else []
-        sampling: dict[str, Any] = {"do_sample": False}
-        if top_k and seeds is None:
-            sampling = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
-        ends = self.end_ids if stop_at_end else []
-        edits = edits or RowwiseEdits({}, torch.zeros(len(rows), dtype=torch.long))
-        with torch.random.fork_rng(devices):
-            if isinstance(seed, int):
-                torch.manual_seed(seed)
-            order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-            for group in (order[start : start + max_batch] for start in range(0, len(order), max_batch)):
-                batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
-                if top_k and seeds is not None:
-                    draws = SeededDraws([seeds[i] for i in group], max_new_tokens, top_k)
-                    sampling["logits_processor"] = LogitsProcessorList([draws])
-                with self.with_edits(edits.rows(group)):
-                    output = self.model.generate(
-                        input_ids=batch.ids,
-                        attention_mask=batch.mask.long(),
-                        max_new_tokens=max_new_tokens,
-                        min_new_tokens=None if stop_at_end else max_new_tokens,
-                        pad_token_id=self.pad_id,
-                        eos_token_id=ends or None,
-                        repetition_penalty=1.0,  # some checkpoints bring one, under which greedy is not greedy
-                        **sampling,
-                    )
-                for i, row in zip(group, output[:, batch.ids.shape[1] :].tolist(), strict=True):
-                    results[i] = list(takewhile(lambda token: token not in ends, row))
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            if top_k and seeds is not None:
+                draw = RowDraws([seeds[i] for i in group], max_new_tokens, top_k)
+            batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
+            with self.with_edits(edits.rows(group)):
+                cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+                stream = next_tokens(partial(self.forward, keep=1), cache, batch, draw)
+                found = before_end(stream, max_new_tokens, self.end_ids if stop_at_end else ())
+            for i, row in zip(group, found, strict=True):
+                results[i] = row
         return results
 
     @property

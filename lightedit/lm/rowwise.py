@@ -23,6 +23,11 @@ class RowwiseEdits:
     updates: Mapping[Place, LowRankUpdate]
     of_row: Tensor
 
+    @classmethod
+    def none(cls, rows: int) -> "RowwiseEdits":
+        """No edit at all, for so many rows."""
+        return cls({}, torch.zeros(rows, dtype=torch.long))
+
     def rows(self, index: Tensor | Sequence[int]) -> "RowwiseEdits":
         """The same edits for the rows of that index, [n]."""
         return RowwiseEdits(self.updates, self.of_row[torch.as_tensor(index, dtype=torch.long)])

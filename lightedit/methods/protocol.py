@@ -1,4 +1,4 @@
-"""What a run asks of any way to edit, and what it knows of one: a `Method`, and the `Editor` that it makes for a run."""
+"""What a run asks of any way to edit: a `Method` holds its settings, an `Editor` carries it out in one run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -42,7 +42,7 @@ class PortabilityAccuracy(_Accuracy):
 
 
 class _Stated(RecordMean):
-    beside = "retain_accuracy"
+    requires = "retain_accuracy"
 
     @staticmethod
     def values(scores: PromptScores) -> Tensor | None:
@@ -102,7 +102,7 @@ class EditRetention(_Accuracy):
 
     name = "ERR"
     prompts = "efficacy"
-    beside = "TRR"
+    requires = "TRR"
 
 
 class HeldOutRetention(_Accuracy):

@@ -20,12 +20,12 @@ class RecordMean(Metric):
     Attributes:
         name: its short name in papers, and its key in a collection.
         prompts: the field of `RecordScores` that it reads.
-        beside: name of a metric without which it is not reported, because it then tells little that is new.
+        requires: name of a metric without which it is not reported, because it then tells little that is new.
     """
 
     name: ClassVar[str]
     prompts: ClassVar[Literal["efficacy", "paraphrase", "neighborhood", "generations", "portability", "held_out"]]
-    beside: ClassVar[str | None] = None
+    requires: ClassVar[str | None] = None
     is_differentiable = False
     higher_is_better = True
     full_state_update = False

@@ -1,8 +1,13 @@
-"""What the metrics read: one record's scores and texts."""
+"""What the metrics read: one record's scores and texts, and the form in which files hold them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
+import torch
 from torch import Tensor
+
+_KINDS = ("efficacy", "paraphrase", "neighborhood", "portability", "held_out")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,35 @@ class PromptScores:
     predicted: tuple[tuple[int, ...], ...] = ()
     unchanged: Tensor | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """All that is known, ready for JSON; `nll` goes by the name nll_wanted."""
+        fields: dict[str, Any] = {
+            "nll_wanted": self.nll.tolist(),
+            "accuracy": self.accuracy.tolist(),
+            "predicted": [list(tokens) for tokens in self.predicted],
+        }
+        optional = {"nll_other": self.nll_other, "unchanged": self.unchanged}
+        return fields | {name: values.tolist() for name, values in optional.items() if values is not None}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, to the bit: tensors are float64. Other fields are passed over.
+
+        Raises:
+            LookupError, TypeError, ValueError: a field is missing or holds something else.
+        """
+
+        def tensor(name: str) -> Tensor:
+            return torch.tensor(fields[name], dtype=torch.float64)
+
+        return cls(
+            nll=tensor("nll_wanted"),
+            nll_other=tensor("nll_other") if "nll_other" in fields else None,
+            accuracy=tensor("accuracy"),
+            predicted=tuple(map(tuple, fields["predicted"])),
+            unchanged=tensor("unchanged") if "unchanged" in fields else None,
+        )
+
 
 @dataclass(frozen=True)
 class Generations:
@@ -32,7 +66,7 @@ class Generations:
         texts: n >= 1 texts drawn after the fact's generation prompts, prompts included.
         continuation: what it says after the fact's own prompt, greedily, without that prompt.
         target: what the continuation should begin with.
-        reference_score: likeness of the texts, joined, to reference texts; None without any.
+        reference_score: TF-IDF cosine between the texts, joined, and reference texts; None without any.
         own_references: whether the unedited model wrote those itself.
     """
 
@@ -42,6 +76,32 @@ class Generations:
     reference_score: float | None = None
     own_references: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """All that is known, ready for JSON; the texts go by the name generations, the target by target_new."""
+        fields: dict[str, Any] = {
+            "target_new": self.target,
+            "generations": list(self.texts),
+            "continuation": self.continuation,
+        }
+        if self.reference_score is not None:
+            fields |= {"reference_score": self.reference_score, "own_references": self.own_references}
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Other fields are passed over.
+
+        Raises:
+            LookupError, TypeError: a field is missing or holds something else.
+        """
+        return cls(
+            texts=tuple(fields["generations"]),
+            continuation=fields["continuation"],
+            target=fields["target_new"],
+            reference_score=fields.get("reference_score"),
+            own_references=fields.get("own_references", False),
+        )
+
 
 @dataclass(frozen=True)
 class RecordScores:
@@ -50,6 +110,10 @@ class RecordScores:
     The wanted answer is the new target on the first two, the true one on the neighbourhood, and on `portability`
     what follows from the new target. A fact that is held out, never edited, has `held_out` alone, the scores of its
     right answer.
+
+    >>> one = PromptScores(torch.tensor([0.5]).double(), None, torch.tensor([1.0]).double(), ((7,),))
+    >>> RecordScores(efficacy=one).to_dict()
+    {'efficacy': {'nll_wanted': [0.5], 'accuracy': [1.0], 'predicted': [[7]]}}
     """
 
     efficacy: PromptScores | None = None
@@ -58,3 +122,24 @@ class RecordScores:
     generations: Generations | None = None
     portability: PromptScores | None = None
     held_out: PromptScores | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that is known, ready for JSON: scores by kind of prompt, and the fields of the generations beside them.
+
+        A record of a saved evaluation holds these fields among others.
+        """
+        scores: dict[str, PromptScores | None] = {kind: getattr(self, kind) for kind in _KINDS}
+        found = {kind: of_kind.to_dict() for kind, of_kind in scores.items() if of_kind is not None}
+        return found if self.generations is None else found | self.generations.to_dict()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, to the bit: numbers are float64. Other fields are passed over.
+
+        Raises:
+            LookupError, TypeError, ValueError: there are no scores, or a field is missing or holds something else.
+        """
+        scores = {kind: PromptScores.from_dict(fields[kind]) for kind in _KINDS if kind in fields}
+        if not scores:
+            raise ValueError(f"no scores: expected one of {', '.join(_KINDS)}")
+        return cls(**scores, generations=Generations.from_dict(fields) if "generations" in fields else None)

@@ -197,5 +197,5 @@ def reported(values: Mapping[str, Tensor]) -> dict[str, float]:
     them they would repeat the accuracies.
     """
     defined = {kind.name: float(values[kind.name]) for kind in METRICS if not values[kind.name].isnan()}
-    beside = {kind.name: kind.beside for kind in RECORD_MEANS}
-    return {name: value for name, value in defined.items() if (beside.get(name) or name) in defined}
+    requires = {kind.name: kind.requires for kind in RECORD_MEANS}
+    return {name: value for name, value in defined.items() if (requires.get(name) or name) in defined}

@@ -1,8 +1,9 @@
 """How probable a model finds given answers, teacher-forced: the raw numbers behind every metric."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightedit.data.prompts import encode_targets
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
+from lightedit.lm.distinct import distinct
 from lightedit.lm.packed import Span
 from lightedit.lm.rowwise import RowwiseEdits
 
@@ -37,7 +39,7 @@ def score_targets(
     prompts: Sequence[str],
     targets: Sequence[str],
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    report: Callable[[int, int], None] | None = None,
     edits: RowwiseEdits | None = None,
 ) -> TargetScores:
     """Score each target after its prompt and one space.
@@ -51,7 +53,7 @@ def score_targets(
         prompts: n texts.
         targets: n answers, without leading space.
         batch_size: texts of one forward pass at most; bounds memory.
-        progress: called after each pass with (tokens read so far, tokens in all).
+        report: called after each pass with (tokens read so far, tokens in all).
         edits: what each pair sees beside what is written into the model, n rows.
 
     Raises:
@@ -61,58 +63,53 @@ def score_targets(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    edits = edits or RowwiseEdits({}, torch.zeros(len(prompts), dtype=torch.long))
-    pairs = list(zip(edits.of_row.tolist(), prompts, targets, strict=True))
-    distinct = list(dict.fromkeys(pairs))
-    encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in distinct], [target for *_, target in distinct])
+    edits = edits or RowwiseEdits.none(len(prompts))
+    asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, strict=True))
+    encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in asked], [target for *_, target in asked])
     texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
-    rows, place = _rows(distinct, texts, lm.architecture.packs)
-    pairs_of: list[list[int]] = [[] for _ in rows]
-    for index, (row, _) in enumerate(place):
-        pairs_of[row].append(index)
+    rows, laid_out = _rows(asked, texts, lm.architecture.packs)
+    answers = [
+        _Answer(row, tokens[len(tokens) - count :], ids[-count:])
+        for (row, tokens), (ids, count) in zip(laid_out, encoded, strict=True)
+    ]
+    answers_of: list[list[int]] = [[] for _ in rows]
+    for index, answer in enumerate(answers):
+        answers_of[answer.row].append(index)
 
-    nll = torch.zeros(len(distinct), dtype=torch.float64)
+    nll = torch.zeros(len(asked), dtype=torch.float64)
     token_accuracy = torch.zeros_like(nll)
-    predicted: list[tuple[int, ...]] = [()] * len(distinct)
+    predicted: list[tuple[int, ...]] = [()] * len(asked)
     done, total = 0, sum(len(row.ids) for row in rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so that time left is rather overestimated
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        answered = [index for row in group for index in pairs_of[row]]
-        number_of = {row: number for number, row in enumerate(group)}
-        reads = [  # (row, place in it) of what predicts each target token
-            (number_of[row], token)
-            for row, tokens, count in ((*place[index], encoded[index][1]) for index in answered)
-            for token in tokens[len(tokens) - count :]
-        ]
-        at = list(dict.fromkeys(reads))  # answers to one prompt begin at the same place
-        logits = _logits(lm, [rows[row] for row in group], at, edits)
-        number = {read: index for index, read in enumerate(at)}
-        read_at = torch.tensor([number[read] for read in reads], device=logits.device)
-        wanted = torch.tensor([token for i in answered for token in encoded[i][0][-encoded[i][1] :]]).to(logits.device)
-        losses = (logits.logsumexp(dim=-1)[read_at] - logits[read_at, wanted]).cpu().double()
-        said = logits.argmax(dim=-1)[read_at]
-        hits = (said == wanted).cpu().double()
-        counts = torch.tensor([encoded[index][1] for index in answered])
-        pair_of = torch.arange(len(answered)).repeat_interleave(counts)
-        zeros = torch.zeros(len(answered), dtype=torch.float64)
-        nll[answered] = zeros.index_add(0, pair_of, losses) / counts
-        token_accuracy[answered] = zeros.index_add(0, pair_of, hits) / counts
-        for index, tokens in zip(answered, said.cpu().split(counts.tolist()), strict=True):
-            predicted[index] = tuple(tokens.tolist())
+        indices = [index for row in group for index in answers_of[row]]
+        found = _score(lm, {row: rows[row] for row in group}, [answers[index] for index in indices], edits)
+        nll[indices], token_accuracy[indices] = found.nll, found.token_accuracy
+        for index, tokens in zip(indices, found.predicted, strict=True):
+            predicted[index] = tokens
         done += sum(len(rows[row].ids) for row in group)
-        if progress is not None:
-            progress(done, total)
+        if report is not None:
+            report(done, total)
+    _check_finite(nll, asked)
+    return TargetScores(nll[place_of], token_accuracy[place_of], tuple(predicted[place] for place in place_of))
 
+
+def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str]]) -> None:
     for index in (~nll.isfinite()).nonzero().flatten().tolist()[:1]:
-        _, prompt, target = distinct[index]
+        _, prompt, target = asked[index]
         raise FloatingPointError(
             f"the negative log-likelihood of {target!r} after {prompt!r} is {nll[index].item()}; an edit may "
             "have ruined the model (revert it), or its dtype is too narrow (load it in float32)"
         )
-    place_of = {pair: index for index, pair in enumerate(distinct)}
-    places = torch.tensor([place_of[pair] for pair in pairs], dtype=torch.long)
-    return TargetScores(nll[places], token_accuracy[places], tuple(predicted[index] for index in places))
+
+
+class _Answer(NamedTuple):
+    """A target in a row: where the tokens stand that predict its own, and its own, both [count]."""
+
+    row: int
+    read_at: list[int]
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -179,6 +176,29 @@ def _rows(
             candidates.append(row)
         place[index] = row, rows[row].add(text)
     return rows, place
+
+
+def _score(
+    lm: LanguageModel, rows: Mapping[int, _Row], answers: Sequence[_Answer], edits: RowwiseEdits
+) -> TargetScores:
+    """Scores of the answers in some rows, by one forward pass over these."""
+    number_of = {row: number for number, row in enumerate(rows)}
+    # answers to one prompt begin at the same place
+    at, read_of = distinct((number_of[answer.row], place) for answer in answers for place in answer.read_at)
+    logits = _logits(lm, list(rows.values()), at, edits)
+    read_at = torch.tensor(read_of, device=logits.device)
+    wanted = torch.tensor([token for answer in answers for token in answer.ids]).to(logits.device)
+    losses = (logits.logsumexp(dim=-1)[read_at] - logits[read_at, wanted]).cpu().double()
+    said = logits.argmax(dim=-1)[read_at]
+    hits = (said == wanted).cpu().double()
+    counts = torch.tensor([len(answer.ids) for answer in answers])
+    answer_of = torch.arange(len(answers)).repeat_interleave(counts)
+    zeros = torch.zeros(len(answers), dtype=torch.float64)
+    return TargetScores(
+        zeros.index_add(0, answer_of, losses) / counts,
+        zeros.index_add(0, answer_of, hits) / counts,
+        tuple(tuple(tokens.tolist()) for tokens in said.cpu().split(counts.tolist())),
+    )
 
 
 def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int]], edits: RowwiseEdits) -> Tensor:

@@ -87,12 +87,11 @@ def _summary(run: Run) -> Html:
         scores = run.after or run.before
         what = f"scores of {_count(len(scores.records))}" if scores is not None else "figures of a log"
     else:
-        method = edit.provenance.get("method", {})
-        name = method.get("name") if isinstance(method, dict) else method
+        name = edit.record.method.get("name")
         rounds = "one round" if len(edit.rounds) == 1 else f"{len(edit.rounds)} rounds"
         layers = ", ".join(map(str, edit.layers))
         what = f"{name} wrote {_count(len(edit.facts))} into {edit.model} in {rounds}, layers {layers}"
-    stopped = edit.provenance.get("stopped") if edit is not None else None
+    stopped = edit.record.stopped if edit is not None else None
     return group(
         element("p", element("b", element("bdi", run.name)), ": ", what, ".", class_="lead"),
         element("p", element("b", "Ended early: "), str(stopped), class_="warning") if stopped else None,

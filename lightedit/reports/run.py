@@ -1,6 +1,5 @@
 """What a report reads: runs, each a folder or the file of an evaluation."""
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -103,8 +102,7 @@ def _evaluation(folder: Path, name: str, edit: Edit | None) -> Evaluation | None
     file = folder / f"{name}.json"
     if file.is_file():
         return Evaluation.load(file)
-    scores = edit.scores.get(name) if edit is not None else None
-    return None if scores is None else Evaluation(scores, dict.fromkeys(scores, (math.nan, math.nan)), [])
+    return None if edit is None else getattr(edit, name)
 
 
 def _table(file: Path, edit: Edit | None) -> Rows:

@@ -49,7 +49,7 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
         "rounds": len(rounds),
         "facts in each round": rounds[0] if len(set(rounds)) == 1 else rounds,
     }.items()
-    yield from _flat(edit.provenance, "")
+    yield from _flat(edit.record.to_dict(), "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,6 @@ moment and a checkpoint costs the same after a thousand rounds as after one.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from lightedit.files import whole_file
 
 _FORMAT = 3
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
+_UNFINISHED = ".*.tmp"
 _ANEW = (
     "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart true)"
 )
@@ -56,6 +55,8 @@ def kept_chunks(folder: Path) -> list[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes off the run in `folder`; the system gives the lock back when the process dies, too.
 
+    Unfinished files that a killed process left there are deleted.
+
     Raises:
         ResumeError: another process is at work there.
     """
@@ -69,6 +70,8 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise ResumeError(f"{folder} cannot be locked ({error}); choose a folder on another file system") from error
+        for unfinished in folder.glob(_UNFINISHED):
+            unfinished.unlink()
         yield
     finally:
         os.close(lock)
@@ -76,7 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def remove_run(folder: Path) -> None:
     """Delete a run's files, and their folder unless it holds anything else."""
-    for pattern in (_ROUNDS, _CHUNKS, _RUN, ".*.tmp"):
+    for pattern in (_ROUNDS, _CHUNKS, _RUN, _UNFINISHED):
         # the last round first, so that what a kill leaves is a run that can go on
         for file in sorted(folder.glob(pattern), reverse=True):
             file.unlink()
@@ -87,7 +90,8 @@ def remove_run(folder: Path) -> None:
 def start_run(folder: Path, id_: str, settings: dict[str, Any]) -> None:
     """Write `run.json` for a run without finished rounds."""
     run = {"format": _FORMAT, "id": id_, "settings": settings}
-    _write(folder / _RUN, (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
+    with whole_file(folder / _RUN) as unfinished:
+        unfinished.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def check_run(folder: Path, settings: dict[str, Any]) -> str:
@@ -134,30 +138,3 @@ def _differences(known: Any, now: Any, name: str = "") -> list[str]:
 def round_file(folder: Path, number: int) -> Path:
     """The file of a finished round, counted from 1."""
     return folder / _ROUNDS.replace("*", f"{number:04}")
-
-
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a text and of tensors with their names, types and shapes."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and onto the disk before returning."""
-    unfinished = file.with_name(f".{file.name}.tmp")  # the same after a kill, so what it left is overwritten
-    try:
-        with unfinished.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

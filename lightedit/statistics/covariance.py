@@ -4,7 +4,6 @@ C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matri
 (Meng et al., 2022, arXiv 2202.05262, section 3.1).
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightedit.digests import digest
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel, Place
 
@@ -72,44 +72,43 @@ class Covariance:
     folder: Path | None = None
     _eigen: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    def __getitem__(self, matrix: Place) -> Tensor:
-        """E[k kᵀ] at `matrix`, [d_in, d_in]."""
-        if matrix not in self.moments:
-            held = [other.layer for other in sorted(self.moments) if other.name == matrix.name]
-            way_out = ", with attention=True (on the command line: --attention true)"
+    def __getitem__(self, place: Place) -> Tensor:
+        """E[k kᵀ] at `place`, [d_in, d_in]."""
+        if place not in self.moments:
+            held = [other.layer for other in sorted(self.moments) if other.name == place.name]
             raise CovarianceError(
-                f"the covariance has no {matrix}, only {held or 'MLP matrices'}; estimate it for the layers to edit"
-                + (way_out if matrix.name == "attention_out" else "")
+                f"the covariance has no {place}, only {held or 'other matrices'}; estimate it for the matrices to "
+                "edit, such as by estimate_covariance(lm, method)"
             )
-        return self.moments[matrix]
+        return self.moments[place]
 
-    def on(self, device: torch.device, matrix: Place) -> "Covariance":
-        """The part that belongs to `matrix`, on `device`, so that it is factored there."""
-        there = replace(self, moments={matrix: self[matrix].to(device)})
+    def on(self, device: torch.device, place: Place) -> "Covariance":
+        """The part that belongs to `place`, on `device`, so that it is factored there."""
+        there = replace(self, moments={place: self[place].to(device)})
         object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
         return there
 
-    def eigen(self, matrix: Place) -> tuple[Tensor, Tensor]:
+    def eigen(self, place: Place) -> tuple[Tensor, Tensor]:
         """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64, where it is.
 
         Computed once, and kept beside the covariance where that is on disk and can be written; else a warning says so.
         """
-        moment = self[matrix]
-        if matrix not in self._eigen:
-            digest = hashlib.sha256(moment.cpu().contiguous().numpy().tobytes()).hexdigest()
-            file = None if self.folder is None else self.folder / f"eigen.{matrix.key}.safetensors"
-            if file is not None and (found := _read_eigen(file, digest)):
-                self._eigen[matrix] = found
+        moment = self[place]
+        if place not in self._eigen:
+            name = digest(moment.cpu().contiguous().numpy().tobytes())
+            file = None if self.folder is None else self.folder / f"eigen.{place.key}.safetensors"
+            if file is not None and (found := _read_eigen(file, name)):
+                self._eigen[place] = found
             else:
                 values, vectors = torch.linalg.eigh(moment.double())
-                self._eigen[matrix] = values.cpu(), vectors.cpu().contiguous()
+                self._eigen[place] = values.cpu(), vectors.cpu().contiguous()
                 if file is not None:
-                    _keep_eigen(file, *self._eigen[matrix], digest)
-        values, vectors = self._eigen[matrix]
+                    _keep_eigen(file, *self._eigen[place], name)
+        values, vectors = self._eigen[place]
         return values.to(moment.device), vectors.to(moment.device)
 
-    def check(self, lm: LanguageModel, matrices: Iterable[Place]) -> None:
-        """Make sure that `matrices` of `lm` can be edited with this covariance.
+    def check(self, lm: LanguageModel, places: Iterable[Place]) -> None:
+        """Make sure that the matrices at `places` of `lm` can be edited with this covariance.
 
         Raises:
             CovarianceError: it was estimated on another model, or a matrix is missing, has the wrong size, holds NaN or
@@ -121,23 +120,23 @@ class Covariance:
                 f"the covariance was estimated on {made.model} (fingerprint {made.fingerprint}), not on {lm.name} "
                 f"({lm.fingerprint}); estimate it on the model to edit"
             )
-        for matrix in matrices:
-            moment, weight = self[matrix], lm.weight(matrix)
+        for place in places:
+            moment, weight = self[place], lm.weight(place)
             d_in = weight.shape[1]
             if moment.shape != (d_in, d_in):
                 raise CovarianceError(
-                    f"the covariance of {matrix} is {tuple(moment.shape)}, but {lm.name} needs {(d_in, d_in)}; "
+                    f"the covariance of {place} is {tuple(moment.shape)}, but {lm.name} needs {(d_in, d_in)}; "
                     f"it belongs to another model than {lm.name}"
                 )
             if not torch.isfinite(moment).all():
                 raise CovarianceError(
-                    f"the covariance of {matrix} holds NaN or infinity; estimate it with the model in float32 "
+                    f"the covariance of {place} holds NaN or infinity; estimate it with the model in float32 "
                     f"or bfloat16 (it was {made.dtype})"
                 )
             failed = torch.linalg.cholesky_ex(moment.to(weight.device, torch.float64)).info
             if made.tokens < d_in or failed:
                 raise CovarianceError(
-                    f"the covariance of {matrix} is not positive definite: it averages {made.tokens} tokens; "
+                    f"the covariance of {place} is not positive definite: it averages {made.tokens} tokens; "
                     f"take more, at least {TOKENS_PER_DIMENSION} * d_in = {TOKENS_PER_DIMENSION * d_in}"
                 )
 
@@ -204,22 +203,22 @@ class Covariance:
         return cls(moments, Provenance(model, None, corpus, min(counts), None, "float32"))
 
 
-def _read_eigen(file: Path, digest: str) -> tuple[Tensor, Tensor] | None:
+def _read_eigen(file: Path, moment: str) -> tuple[Tensor, Tensor] | None:
     """The decomposition kept in `file`, unless there is none, it is damaged, or it is of another moment."""
     try:
         with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("moment") == digest:
+            if (opened.metadata() or {}).get("moment") == moment:
                 return opened.get_tensor("values").clone(), opened.get_tensor("vectors").clone()
     except (OSError, SafetensorError):
         pass
     return None
 
 
-def _keep_eigen(file: Path, values: Tensor, vectors: Tensor, digest: str) -> None:
+def _keep_eigen(file: Path, values: Tensor, vectors: Tensor, moment: str) -> None:
     """Write the decomposition, or warn: it took long, and is good for this run wherever it cannot be kept."""
     try:
         with whole_file(file) as unfinished:
-            save_file({"values": values, "vectors": vectors}, unfinished, metadata={"moment": digest})
+            save_file({"values": values, "vectors": vectors}, unfinished, metadata={"moment": moment})
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"the eigendecomposition could not be kept in {file} ({error}), so another run computes it again; make its "

@@ -1,19 +1,20 @@
 """Estimating the second moments of keys over text, of all matrices in one pass that ends at the deepest of them."""
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
+from lightedit.digests import file_digest
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.arguments import check_model
 from lightedit.lm.batch import Batch
 from lightedit.lm.hooks import capture, stop_after
 from lightedit.lm.loading import cache_folder
@@ -55,31 +56,31 @@ class SecondMoment:
 
 
 class CovarianceModule(LightningModule):
-    """Accumulates the second moments at all `matrices` in a trainer's predict loop over a `TextDataModule`.
+    """Accumulates the second moments at all `places` in a trainer's predict loop over a `TextDataModule`.
 
     With several processes, each sees its share of the text and all end with the sums over all of it.
 
     Attributes:
-        moments: matrix -> second moment of what it has seen.
+        moments: place -> second moment of what it has seen.
     """
 
-    def __init__(self, lm: LanguageModel, matrices: Iterable[Place]) -> None:
+    def __init__(self, lm: LanguageModel, places: Iterable[Place]) -> None:
         super().__init__()
-        chosen = sorted(matrices)
-        lm.check_layers(sorted({matrix.layer for matrix in chosen}))
+        chosen = sorted(places)
+        lm.check_layers(sorted({place.layer for place in chosen}))
         self.lm = lm
-        weights = {matrix: lm.weight(matrix) for matrix in chosen}
-        self.moments = {matrix: SecondMoment(weight.shape[1], weight.device) for matrix, weight in weights.items()}
+        weights = {place: lm.weight(place) for place in chosen}
+        self.moments = {place: SecondMoment(weight.shape[1], weight.device) for place, weight in weights.items()}
 
     @torch.no_grad()
     def predict_step(self, batch: Batch) -> None:
-        modules = {matrix: self.lm.module(matrix) for matrix in self.moments}
+        modules = {place: self.lm.module(place) for place in self.moments}
         # the last of them to run, as parallel blocks too compute their attention first
         with capture(modules, len(batch.ids), inputs=True) as keys, stop_after(modules[max(modules)]):
             self.lm.forward(batch)
         mask, count = batch.mask.flatten(), int(batch.mask.sum())  # counted once, and as a rule on the CPU
-        for matrix, moment in self.moments.items():
-            seen = keys.pop(matrix)  # [rows, tokens, d_in]
+        for place, moment in self.moments.items():
+            seen = keys.pop(place)  # [rows, tokens, d_in]
             mask = mask.to(seen.device)
             moment.update(seen.flatten(0, 1), mask, count)
 
@@ -91,78 +92,66 @@ class CovarianceModule(LightningModule):
             moment.count = int(strategy.reduce(count, reduce_op="sum"))
 
 
+class NeedsCovariance(Protocol):
+    """A method that reads second moments, such as `MEMIT`."""
+
+    @property
+    def covariance_places(self) -> tuple[Place, ...]:
+        """At which matrices."""
+
+
 def estimate_covariance(
     lm: LanguageModel,
-    layers: Sequence[int],
+    places: NeedsCovariance | Sequence[Place | int],
+    *,
     text: str | Path | None = None,
     tokens: int | None = None,
     sequence_length: int | None = None,
-    max_batch_tokens: int = 4096,
+    max_tokens: int = 4096,
     seed: int = 0,
     progress_bar: bool = True,
     cache: bool | Path = False,
-    attention: bool = False,
 ) -> Covariance:
-    """Estimate the second moments at `layers` of the unedited model.
+    """Estimate the second moments of the inputs of some matrices of the unedited model.
 
-        covariance = estimate_covariance(lm, layers=[4, 5, 6, 7, 8], text="wikipedia.txt")
+        covariance = estimate_covariance(lm, MEMIT(layers=[4, 5, 6, 7, 8]), text="wikipedia.txt")
 
     Args:
         lm: the model.
-        layers: the layers to edit, ascending.
+        places: the method to edit with; or places, such as `Place(5, "attention_out")`, and layers, whose MLP output
+            matrix is meant.
         text: a `.txt` file or a data set (see `read_texts`); None lets the model write the text itself.
         tokens: how many; default 10 * d_in, which keeps at least 95 % of the score of 100 times as many (arXiv
             2506.04226).
         sequence_length: tokens of one window; default 256, or 128 where the model writes, so that it writes more
             windows at once.
-        max_batch_tokens: tokens of one forward pass at most; bounds memory.
+        max_tokens: tokens of one forward pass at most; bounds memory.
         seed: of the model's own writing.
         progress_bar: show progress and the time left on standard error.
         cache: keep the result in the user's cache folder, or in the given one, and take it from there if it is there.
-        attention: also at the attention's output matrices of `layers`, which `PMET(write_attention=True)` writes.
 
     Raises:
+        TypeError: `lm` is no language model.
+        ValueError: there are no places, a layer does not exist, or `sequence_length` is out of range.
         CovarianceError: the model is edited, or there are fewer tokens than a positive definite matrix needs.
     """
-    lm.check_layers(layers)
-    if lm.weights.owners:
-        raise CovarianceError(f"{lm.name} carries edits ({', '.join(lm.weights.owners)}); revert them first")
-    matrices = {Place(layer) for layer in layers}
-    if attention:
-        matrices |= {Place(layer, "attention_out") for layer in layers}
-    d_in = max(lm.weight(matrix).shape[1] for matrix in matrices)
-    tokens = TOKENS_PER_DIMENSION * d_in if tokens is None else tokens
-    enough = f"at least d_in = {d_in} are needed and {TOKENS_PER_DIMENSION * d_in} recommended"
-    if tokens < d_in:
-        raise CovarianceError(f"{tokens} tokens give no positive definite covariance; {enough}")
-    if sequence_length is None:
-        sequence_length = 128 if text is None else 256
-    limit = getattr(lm.model.config, "max_position_embeddings", None) or sequence_length
-    if not 2 <= sequence_length <= limit:
-        raise ValueError(f"sequence_length must be from 2 to the {limit} positions of {lm.name}, got {sequence_length}")
-
-    corpus = _corpus(text)
+    check_model(lm)
+    chosen = _places(lm, places)
+    if lm.weights.edits:
+        raise CovarianceError(f"{lm.name} carries edits ({', '.join(lm.weights.edits)}); revert them first")
+    sample = _Sample.of(lm, chosen, text, tokens, sequence_length, seed)
     folder = None
     if cache:
         root = None if cache is True else Path(cache)
-        folder = covariance_folder(lm, corpus, tokens, sequence_length, seed if text is None else None, root)
+        folder = covariance_folder(lm, sample.corpus, sample.tokens, sample.length, sample.seed, root)
         if (folder / FILE).is_file():
             known = Covariance.load(folder)
-            if matrices <= known.moments.keys():
+            if chosen <= known.moments.keys():
                 return known
-            matrices |= known.moments.keys()
-
-    if text is None:
-        windows = write_texts(lm, tokens, sequence_length, seed, progress_bar=progress_bar)
-    else:
-        windows = token_windows(lm, read_texts(text), tokens, sequence_length)
+            chosen |= known.moments.keys()
+    windows = sample.windows(lm, progress_bar)
     held = sum(map(len, windows))
-    if held < d_in:
-        raise CovarianceError(f"{text} holds {held} tokens; {enough}")
-    if held < tokens:
-        warnings.warn(f"{text} holds {held} of {tokens} tokens asked for; {enough}", stacklevel=2)
-
-    module = CovarianceModule(lm, matrices)
+    module = CovarianceModule(lm, chosen)
     with progress("covariance", progress_bar) as report, quiet_lightning():
         trainer = own_trainer(
             inference_mode=False,  # buffers a model makes on the way would be unusable in a later backward pass
@@ -170,22 +159,91 @@ def estimate_covariance(
             enable_checkpointing=False,
             callbacks=[_Progress(report, held)],
         )
-        trainer.predict(module, TextDataModule(windows, lm.pad_id, max_batch_tokens), return_predictions=False)
-    covariance = Covariance(
-        {matrix: moment.mean().cpu() for matrix, moment in module.moments.items()},
-        Provenance(
-            model=lm.name,
-            fingerprint=lm.fingerprint,
-            corpus=corpus,
-            tokens=held,
-            sequence_length=sequence_length,
-            dtype=_name(lm.dtype),
-            seed=seed if text is None else None,
-        ),
+        trainer.predict(module, TextDataModule(windows, lm.pad_id, max_tokens), return_predictions=False)
+    moments = {place: moment.mean().cpu() for place, moment in module.moments.items()}
+    provenance = Provenance(
+        model=lm.name,
+        fingerprint=lm.fingerprint,
+        corpus=sample.corpus,
+        tokens=held,
+        sequence_length=sample.length,
+        dtype=_name(lm.dtype),
+        seed=sample.seed,
     )
+    covariance = Covariance(moments, provenance, folder)
     if folder is not None:
         covariance.save(folder)
-    return replace(covariance, folder=folder)
+    return covariance
+
+
+def _places(lm: LanguageModel, given: NeedsCovariance | Sequence[Place | int]) -> set[Place]:
+    if not isinstance(given, Sequence) and not hasattr(given, "covariance_places"):
+        raise TypeError(f"places: expected a method, or a list of places or layers, got {given!r}")
+    found = given if isinstance(given, Sequence) else given.covariance_places
+    places = {Place(place) if isinstance(place, int) else place for place in found}
+    if not places:
+        raise ValueError("places: none are given; give a method that needs a covariance, or the layers to edit")
+    lm.check_layers(sorted({place.layer for place in places}))
+    return places
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What text a covariance is estimated on.
+
+    Attributes:
+        text: its source; None for the model's own writing.
+        tokens: how many.
+        length: tokens of one window.
+        seed: of the model's own writing, else None.
+        corpus: the source's name in provenance.
+        least: tokens without which no moment is positive definite: the largest d_in.
+    """
+
+    text: str | Path | None
+    tokens: int
+    length: int
+    seed: int | None
+    corpus: str
+    least: int
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        places: Iterable[Place],
+        text: str | Path | None,
+        tokens: int | None,
+        length: int | None,
+        seed: int,
+    ) -> "_Sample":
+        least = max(lm.weight(place).shape[1] for place in places)
+        tokens = TOKENS_PER_DIMENSION * least if tokens is None else tokens
+        if length is None:
+            length = 128 if text is None else 256
+        limit = getattr(lm.model.config, "max_position_embeddings", None) or length
+        if tokens < least:
+            raise CovarianceError(f"{tokens} tokens give no positive definite covariance; {_enough(least)}")
+        if not 2 <= length <= limit:
+            raise ValueError(f"sequence_length must be from 2 to the {limit} positions of {lm.name}, got {length}")
+        return cls(text, tokens, length, seed if text is None else None, _corpus(text), least)
+
+    def windows(self, lm: LanguageModel, progress_bar: bool) -> list[list[int]]:
+        """The text as token windows."""
+        if self.text is None:
+            return write_texts(lm, self.tokens, self.length, self.seed or 0, progress_bar=progress_bar)
+        windows = token_windows(lm, read_texts(self.text), self.tokens, self.length)
+        held = sum(map(len, windows))
+        if held < self.least:
+            raise CovarianceError(f"{self.text} holds {held} tokens; {_enough(self.least)}")
+        if held < self.tokens:
+            warning = f"{self.text} holds {held} of {self.tokens} tokens asked for; {_enough(self.least)}"
+            warnings.warn(warning, stacklevel=3)  # where `estimate_covariance` is called
+        return windows
+
+
+def _enough(least: int) -> str:
+    return f"at least d_in = {least} are needed and {TOKENS_PER_DIMENSION * least} recommended"
 
 
 def covariance_folder(
@@ -207,8 +265,7 @@ def _corpus(text: str | Path | None) -> str:
         return "own writing"
     if not Path(text).is_file():
         return str(text)
-    with Path(text).open("rb") as file:
-        return f"{Path(text).name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    return f"{Path(text).name} sha256 {file_digest(text)[:12]}"
 
 
 class _Progress(Callback):

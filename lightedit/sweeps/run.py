@@ -14,9 +14,10 @@ from lightedit.digests import digest
 from lightedit.editing.run import edit, prepare, rounds_of
 from lightedit.editing.settings import RunSettings
 from lightedit.errors import ArgumentError, LightEditError, RunFailedError
-from lightedit.evaluation.evaluate import evaluate, score_and_keep, summarize
+from lightedit.evaluation.evaluate import evaluate, summarize
 from lightedit.evaluation.kept_scores import KeptScores
 from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.scoring import score_and_keep
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.files import whole_file

@@ -13,12 +13,14 @@ from torch import Tensor
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.editing.artefact import Edit, EditError
+from lightedit.evaluation.result import Evaluation
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods import MEMIT
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.writing import write_facts
+from lightedit.runs.provenance import RunRecord
 from tests.models import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -44,9 +46,10 @@ def written(lm: LanguageModel) -> Edit:
     edit = Edit(
         lm.name,
         lm.fingerprint,
-        provenance={"method": "MEMIT", "note": "日本語"},
+        record=RunRecord({"name": "MEMIT", "note": "日本語"}, on_top_of=("another",), seconds={"values": 1.5}),
         facts=FACTS,
-        scores={"before": {"ES": 0.25}, "after": {"ES": 1.0}},
+        before=Evaluation({"ES": 0.25}, {"ES": (0.0, 0.5)}, [{"id": "1"}]),
+        after=Evaluation({"ES": 1.0}, {"ES": (1.0, 1.0)}, [{"id": "1"}]),
     )
     preservation = {}
     for place in METHOD.places:
@@ -172,7 +175,7 @@ def test_an_edit_names_its_layers_and_rounds() -> None:
 def test_everything_comes_back(tmp_path: Path) -> None:
     edit = written(language_model())
     loaded = Edit.load(edit.save(tmp_path / "new" / "edit"))
-    for name in ("model", "fingerprint", "provenance", "facts", "facts_in_round", "scores", "id", "layers"):
+    for name in ("model", "fingerprint", "record", "facts", "facts_in_round", "before", "after", "id", "layers"):
         assert getattr(loaded, name) == getattr(edit, name), name
     assert len(loaded.rounds) == len(edit.rounds) == 3
     for one, other in zip(loaded.rounds, edit.rounds, strict=True):
@@ -267,11 +270,11 @@ def id_in(folder: Path) -> str:
     return json.loads((folder / "edit.json").read_bytes())["id"]
 
 
-def test_a_provenance_that_json_does_not_know_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_record_that_json_does_not_know_leaves_what_was_there(tmp_path: Path) -> None:
     old = Edit("tiny", "0")
     old.save(tmp_path / "edit")
     with pytest.raises(TypeError):
-        Edit("tiny", "0", provenance={"device": torch.device("cpu")}).save(tmp_path / "edit", overwrite=True)
+        Edit("tiny", "0", record=RunRecord({"device": torch.device("cpu")})).save(tmp_path / "edit", overwrite=True)
     assert Edit.load(tmp_path / "edit").id == old.id
     assert len(contents(tmp_path)) == 2
 

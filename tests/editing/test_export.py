@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lightedit as le
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[7, 60, 61, 200, 9, 33]])
@@ -79,7 +79,7 @@ def test_an_adapter_of_many_facts_is_exact_and_no_larger_than_the_matrix(tmp_pat
         config = lm.model.config
         config.intermediate_size = 16
         lm = LanguageModel(type(lm.model)(config).eval(), lm.tokenizer)
-        lm.weights.add("edit:0", Place(1), LowRankUpdate(torch.randn(32, 40), torch.randn(16, 40)))
+        lm.weights.add(("edit", 0), Place(1), LowRankUpdate(torch.randn(32, 40), torch.randn(16, 40)))
     folder = le.export_lora(lm, tmp_path / "adapter")
     expected = logits(lm.model)
     smaller = min(lm.weight(Place(1)).shape)

@@ -135,7 +135,7 @@ def test_a_limit_ends_the_run_with_or_without_the_round_bit_for_bit(dtype, on_li
     limits = limits_that_round_two_passes(dtype)
     lm, snapshots = language_model(dtype=dtype), Snapshots()
     unedited = state(lm)
-    health = le.Health(WINDOWS, **limits, on_limit=on_limit)
+    health = le.Health(WINDOWS, limits=le.HealthLimits(**limits, on_limit=on_limit))
     with pytest.warns(UserWarning, match=r"round 2.*kl is .*max_kl"):
         edit = run(lm, facts_per_round=2, callbacks=[snapshots, health], validate_every=1, log=tmp_path)
     kept = 2 if on_limit == "stop" else 1
@@ -168,7 +168,8 @@ def test_a_run_that_a_limit_ended_still_says_so_without_a_log(
     lm: le.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = {"facts_per_round": 2, "validate_every": 1, "checkpoint": tmp_path / "run"}
-    first = run(lm, callbacks=[le.Health(WINDOWS, **limits_that_round_two_passes(torch.float32))], **kept)
+    limits = le.HealthLimits(**limits_that_round_two_passes(torch.float32))
+    first = run(lm, callbacks=[le.Health(WINDOWS, limits=limits)], **kept)
     first.revert(lm)
     health = le.Health(WINDOWS)
     again = run(lm, callbacks=[health], **kept)
@@ -200,7 +201,7 @@ def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
             run(lm, **settings)
         assert_unedited(lm, before)
         return
-    health = le.Health(WINDOWS, max_kl=1e9, on_limit=on_limit)
+    health = le.Health(WINDOWS, limits=le.HealthLimits(max_kl=1e9, on_limit=on_limit))
     edit = run(lm, callbacks=[health], **settings)
     assert "kl is nan" in health.reason
     assert len(edit.rounds) == (1 if on_limit == "roll_back" else 2)
@@ -208,7 +209,7 @@ def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
 
 
 def test_the_round_that_stays_is_validated_even_between_validations(lm: le.LanguageModel, tmp_path: Path) -> None:
-    health = le.Health(WINDOWS, **limits_that_round_two_passes(torch.float32), on_limit="roll_back")
+    health = le.Health(WINDOWS, limits=le.HealthLimits(**limits_that_round_two_passes(torch.float32), on_limit="roll_back"))
     with pytest.warns(UserWarning):
         run(lm, facts_per_round=2, callbacks=[health], validate_every=2, log=tmp_path)
     with (tmp_path / "retention.csv").open() as file:
@@ -221,12 +222,12 @@ def test_the_round_that_stays_is_validated_even_between_validations(lm: le.Langu
 @pytest.mark.parametrize("limit", ["max_kl", "max_perplexity_ratio", "max_update_norm"])
 def test_every_limit_is_obeyed_and_a_ruined_model_passes_it(lm: le.LanguageModel, limit: str) -> None:
     before = state(lm)
-    calm = le.Health(WINDOWS, **{limit: 1e9}, every=2)
+    calm = le.Health(WINDOWS, limits=le.HealthLimits(**{limit: 1e9}, every=2))
     edit = run(lm, facts_per_round=1, callbacks=[calm])
     assert calm.reason is None and [record["round"] for record in calm.records] == [2, 4, 5]
     edit.revert(lm)
     with pytest.warns(UserWarning, match=f"{limit}=1e-09"):
-        edit = run(lm, callbacks=[le.Health(WINDOWS, **{limit: 1e-9}, on_limit="roll_back")])
+        edit = run(lm, callbacks=[le.Health(WINDOWS, limits=le.HealthLimits(**{limit: 1e-9}, on_limit="roll_back"))])
     assert edit.facts == [] and edit.rounds == []
     assert_unedited(lm, before)
     assert calm._passed({limit.removeprefix("max_"): math.nan}) is not None
@@ -235,7 +236,7 @@ def test_every_limit_is_obeyed_and_a_ruined_model_passes_it(lm: le.LanguageModel
 def test_a_trainer_of_the_users_own_can_be_watched(lm: le.LanguageModel, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = le.EditModule(lm, MEMIT, covariance=covariance_of(lm))
-    health = le.Health(WINDOWS, max_update_norm=1e-6)
+    health = le.Health(WINDOWS, limits=le.HealthLimits(max_update_norm=1e-6))
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[health], **QUIET)
     with pytest.warns(UserWarning, match="update_norm/layer_1"):
         trainer.fit(module, datamodule=le.FactsDataModule(FACTS, facts_per_round=2))
@@ -257,7 +258,7 @@ def test_a_trainer_of_the_users_own_can_be_watched(lm: le.LanguageModel, tmp_pat
 )
 def test_arguments_are_checked(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        le.Health(**arguments)
+        le.HealthLimits(**arguments)
 
 
 def test_a_missing_text_is_found_at_once(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import lightedit as le
 from benchmarks.published import Request, published_memit, published_values
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import ContextSettings
-from lightedit.editing import module as module_
 from lightedit.editing.retention import curves
-from lightedit.editing.run import check_edit
+from lightedit.editing.run import prepare
 from lightedit.lm import Place
+from lightedit.methods.closed_form import editor
 from lightedit.methods.closed_form.preservation import Preservation
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import (
@@ -94,7 +94,7 @@ def test_a_trainer_of_the_users_own_gives_the_same_bits_and_retention_curves(lm:
     assert [float(row["update_norm/layer_1"]) for row in rows if row["update_norm/layer_1"]] == pytest.approx(
         [updates[Place(1)].norm() for updates in edit.rounds], rel=1e-5
     )
-    for step, total in module.seconds.items():
+    for step, total in module.edit.record.seconds.items():
         by_round = [float(row[f"seconds/{step}"]) for row in rows if row[f"seconds/{step}"]]
         assert len(by_round) == 3 and min(by_round) > 0
         assert sum(by_round) == pytest.approx(total, rel=1e-3)
@@ -208,21 +208,21 @@ def test_chunks_do_not_matter(lm: le.LanguageModel, facts_per_chunk: int) -> Non
 def test_rome_writes_one_fact_a_round_and_exactly(lm: le.LanguageModel) -> None:
     module = le.EditModule(lm, ROME, covariance=covariance_of(lm, (1,)))
     targets: list[torch.Tensor] = []
-    finish = module._finish
-    module._finish = lambda chunk, search: (targets.append(search.values().targets), finish(chunk, search))  # type: ignore
+    write = module.editor.write
+    module.editor.write = lambda indices, owner: (targets.extend(module.editor.results.values()), write(indices, owner))[1]
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, limit_val_batches=0)  # fmt: skip
     trainer.fit(module, datamodule=le.FactsDataModule(FACTS[:3], facts_per_round=1))
     assert module.edit is not None and module.edit.facts_in_round == [1, 1, 1]
     keys = last_keys(lm, module)
     value = lm.mlp_values(1, keys)[:, 0]
-    assert (value - targets[-1][0]).norm() < 1e-5 * targets[-1][0].norm()
+    assert (value - targets[-1]).norm() < 1e-5 * targets[-1].norm()
 
 
 def last_keys(lm: le.LanguageModel, module: le.EditModule) -> torch.Tensor:
     from lightedit.methods.closed_form.keys import KeyWalk
 
-    return KeyWalk(lm, module._prompts[-1:], Place(1)).keys()
+    return KeyWalk(lm, module.editor.prompts[-1:], Place(1)).keys()
 
 
 def test_a_round_that_fails_after_its_last_matrix_leaves_nothing(
@@ -305,7 +305,7 @@ def test_colliding_keys_name_both_facts(lm: le.LanguageModel) -> None:
 
 
 def test_colliding_keys_are_found_a_few_facts_at_a_time(lm: le.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_, "_KEYS_AT_ONCE", 2)
+    monkeypatch.setattr(editor, "_KEYS_AT_ONCE", 2)
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
     with pytest.raises(le.FactError, match=r"fact 0\).*fact 5\) collide"):
         run(lm, facts, MEMIT, covariance=covariance_of(lm))
@@ -315,16 +315,16 @@ def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
     exact = le.EMMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS)
     with pytest.raises(le.FactError, match=r"round 1 of 1: the keys of 6 facts are linearly dependent.*mu above 0"):
-        check_edit(lm, facts, exact, covariance_of(lm), on_collision="keep")  # it finds no values
+        prepare(lm, facts, exact, covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep"))  # it finds no values
     for settings in ({"facts_per_round": 5, "on_collision": "keep"}, {"on_collision": "merge"}):
-        check_edit(lm, facts, exact, covariance_of(lm), **settings)
-    check_edit(lm, facts, replace(exact, mu=0.1), covariance_of(lm), on_collision="keep")
+        prepare(lm, facts, exact, covariance=covariance_of(lm), settings=le.RunSettings(**settings))
+    prepare(lm, facts, replace(exact, mu=0.1), covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep"))
 
 
 def test_an_edit_names_those_that_it_was_made_on_top_of(lm: le.LanguageModel) -> None:
     first = run(lm, FACTS[:1], MEMIT, covariance=covariance_of(lm))
     second = run(lm, FACTS[1:2], MEMIT, covariance=covariance_of(lm))
-    assert "on_top_of" not in first.provenance and second.record.on_top_of == [first.id]
+    assert first.record.on_top_of == () and second.record.on_top_of == (first.id,)
     for edit in (first, second):
         edit.revert(lm)
     with pytest.warns(UserWarning, match=f"edit {second.id} was made in a model that carried edit {first.id}"):

@@ -15,7 +15,7 @@ from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.held_out_text import POSITIONS, HeldOutText
 from lightedit.evaluation.result import Evaluation
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from tests.evaluation.facts import FRANCE, ITALY, QUESTION
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS, distributions, perplexity

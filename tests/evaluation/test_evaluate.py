@@ -11,7 +11,7 @@ from lightedit.data.facts import Fact, FactError, read_facts
 from lightedit.evaluation import generation
 from lightedit.evaluation.evaluate import Evaluation, evaluate, score_facts
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.metrics.functional import generation_entropy
 from lightedit.runs.folder import ResumeError, kept_chunks
 from tests.evaluation.facts import FRANCE, ITALY, QUESTION

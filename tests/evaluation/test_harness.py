@@ -11,7 +11,7 @@ import yaml
 import lightedit as le
 from lightedit.evaluation.harness import _scores, harness_scores
 from lightedit.lm import Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
 
 QUESTIONS = [

@@ -12,7 +12,7 @@ from lightedit.evaluation import generation
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from tests.evaluation.facts import FRANCE, ITALY
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import plain_frequencies, plain_reference_score

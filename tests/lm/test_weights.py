@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
 
 D_OUT, D_IN = 32, 80

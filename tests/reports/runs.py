@@ -10,7 +10,7 @@ from lightedit.editing.artefact import Edit
 from lightedit.editing.retention import RetentionScores
 from lightedit.evaluation.evaluate import Evaluation, summarize
 from lightedit.lm import Place
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.metrics import Generations, PromptScores, RecordScores
 
 MARKUP = "<script>alert(1)</script>"

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
-from lightedit.lm.weights import LowRankUpdate
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.statistics import covariance as covariance_module
 from lightedit.statistics import estimation
 from lightedit.statistics.covariance import Covariance, CovarianceError, Provenance

@@ -73,7 +73,7 @@ class KeyWalk:
         """
         return self._mean(self.lm.module(self.place), inputs=True, bare=bare)
 
-    def present(self, layer: int, site: Name = "block") -> Tensor:
+    def outputs(self, layer: int, site: Name = "block") -> Tensor:
         """What the block, or the matrix in it, gives at `layer` on the bare prompts, [d, B] float64."""
         module = self.lm.blocks[layer] if site == "block" else self.lm.module(Place(layer, site))
         return self._mean(module, inputs=False, bare=True)

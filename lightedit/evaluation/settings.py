@@ -1,0 +1,58 @@
+"""How a model is evaluated: settings that Python and the command line share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightedit.data.texts import read_texts
+from lightedit.evaluation.harness import check_harness
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is evaluated on facts, and what is evaluated beside them.
+
+    Raises:
+        ValueError: `batch_size` or `harness_limit` is below 1, or `harness` is one name rather than several.
+    """
+
+    batch_size: int = 64
+    """Texts of one forward pass at most; bounds memory, and does not change a score."""
+    generate: bool = False
+    """Let the model write texts too, for generation entropy (GE) and success; takes several times as long."""
+    text: str | Path | Sequence[Sequence[int]] | None = None
+    """Held-out text for perplexity and KL to the unedited model: a .txt file or a data set, of which 2048 tokens are
+    taken, or token windows."""
+    harness: Sequence[str] = ()
+    """Tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format."""
+    harness_limit: int | None = None
+    """Take the first examples of each such task only."""
+    progress_bar: bool = True
+    """Show progress and the time left on standard error."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if isinstance(self.harness, str):
+            raise ValueError(f"harness: expected a list of tasks, got {self.harness!r}; give [{self.harness!r}]")
+        object.__setattr__(self, "harness", tuple(self.harness))
+        if self.harness_limit is not None and self.harness_limit < 1:
+            raise ValueError(f"harness_limit: got {self.harness_limit} examples of a task, expected at least 1")
+
+    def check(self) -> None:
+        """Find out what is missing before a model is loaded.
+
+        Raises:
+            FileNotFoundError: there is no such text file, or no such file of a task.
+            ImportError: the harness, or the reader of data sets, is not installed.
+            ValueError: the harness does not know a task, or the text cannot be read.
+            RuntimeError: the data set of texts could not be opened.
+        """
+        if self.harness:
+            check_harness(self.harness, self.harness_limit)
+        if isinstance(self.text, str | Path):
+            read_texts(self.text)
+
+
+DEFAULTS = EvaluationSettings()
+"""Scores alone, with nothing beside them."""

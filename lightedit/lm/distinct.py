@@ -1,0 +1,17 @@
+"""Equal work done once: what is distinct among many, and where each of the many finds its result."""
+
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+def distinct(items: Iterable[T]) -> tuple[list[T], list[int]]:
+    """The distinct items, in the order in which they first occur, and for each of `items` its place among them.
+
+    >>> distinct(["Rome", "Paris", "Rome"])
+    (['Rome', 'Paris'], [0, 1, 0])
+    """
+    place_of: dict[T, int] = {}
+    places = [place_of.setdefault(item, len(place_of)) for item in items]
+    return list(place_of), places
