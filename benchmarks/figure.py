@@ -1,44 +1,28 @@
 """One figure for the ops: how many times faster each is than what one would call instead."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightedit.files import whole_file
+from lightedit.figures import Axis, Line, Panel, line_chart, save
 
-_MARKERS = "os^Dv<>Pp*"
+_WIDTH, _ROW, _REST = 860, 20, 130  # points
 
 
 def draw(path: Path, cases: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw one line for each case, with a mark for the ratio to each of its baselines, as SVG.
+    """Draw one row for each case, with a mark for the ratio to each of its baselines.
 
     Args:
-        path: the file, which appears complete or not at all.
+        path: the .svg file, which appears complete or not at all.
         cases: the figures of the row "ops".
         title: such as the machine.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    baselines = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
-    figure = Figure(figsize=(9, 1.6 + 0.26 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(baselines):
+    last = len(cases) - 1
+    lines = [Line("equally fast", [(1.0, -0.5), (1.0, last + 0.5)], None, marks=False)]
+    for series, name in enumerate(dict.fromkeys(name for case in cases for name in case["ratios"])):
         points = [(case["ratios"][name], row) for row, case in enumerate(cases) if name in case["ratios"]]
-        axes.plot(*zip(*points, strict=True), _MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", label=name)
-    axes.axvline(1, color="0.4", linewidth=1)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.set_yticks(range(len(cases)), [f"{case['op']}, {case['shape']}" for case in cases], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as")
-    axes.set_title(title, fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightedit"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(content.getvalue())
+        lines.append(Line(name, points, series, style=None))
+    rows = {float(row): f"{case['op']}, {case['shape']}" for row, case in enumerate(cases)}
+    x = Axis("times as fast as", logarithmic=True)
+    panel = Panel(title, lines, x, Axis(limits=(last + 0.5, -0.5), names=rows), grid="x")
+    save(line_chart([panel], (_WIDTH, _REST + _ROW * len(cases)), legend_columns=2), path)

@@ -1,12 +1,11 @@
 """The figure of sequential edits in docs/results.md, from their retention tables: `python -m benchmarks.sequence`."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.run import RESULTS
-from lightedit.files import whole_file
+from lightedit.figures import Axis, Line, Panel, line_chart, save
 
 # name in the figure -> its table, which is the retention.csv of a run
 TABLES = {
@@ -15,7 +14,6 @@ TABLES = {
     "MEMIT": "sequence_memit.csv",
     "EMMET": "sequence_emmet.csv",
 }
-_MARKERS = "osD^"
 
 
 def read_retention(path: Path, score: str = "S") -> dict[int, list[tuple[int, float]]]:
@@ -28,29 +26,15 @@ def read_retention(path: Path, score: str = "S") -> dict[int, list[tuple[int, fl
 
 
 def draw(path: Path, tables: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], score: str = "S") -> None:
-    """Draw, for each validation, one line a method over the rounds whose facts were scored, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    rounds = sorted({round_ for table in tables.values() for round_ in table})
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(rounds), sharey=True, squeeze=False)[0]
-    for panel, round_ in zip(panels, rounds, strict=True):
-        for index, (name, table) in enumerate(tables.items()):
-            label = name if round_ == rounds[0] else None
-            panel.plot(*zip(*table[round_], strict=True), marker=_MARKERS[index], color=f"C{index}", label=label)
-        panel.set_title(f"after round {round_}", fontsize=10)
-        panel.set_xlabel("round in which the facts were written")
-        panel.set_xticks([origin for origin, _ in next(iter(tables.values()))[round_]])
-        panel.grid(axis="y", alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"{score} of those facts, in %")
-    figure.legend(loc="outside lower center", ncols=len(tables), frameon=False)
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightedit"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(content.getvalue())
+    """Draw, for each validation, one line a method over the rounds whose facts were scored, as an .svg file."""
+    panels: list[Panel] = []
+    for round_ in sorted({round_ for table in tables.values() for round_ in table}):
+        lines = [Line(name, table[round_], series) for series, (name, table) in enumerate(tables.items())]
+        y = Axis("" if panels else f"{score} of those facts, in %", (0, 100))
+        origins = {float(origin): str(origin) for table in tables.values() for origin, _ in table[round_]}
+        x = Axis("round in which the facts were written", names=origins)
+        panels.append(Panel(f"after round {round_}", lines, x, y))
+    save(line_chart(panels, (720, 280), columns=len(panels), legend_columns=len(tables)), path)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ class ArgumentError(LightEditError, ValueError):
     """An argument or setting is out of range, contradicts another, or is of the wrong kind."""
 
 
+class ArgumentTypeError(LightEditError, TypeError):
+    """An argument is an object of another kind, such as one of two that were swapped."""
+
+
 class MissingFileError(LightEditError, FileNotFoundError):
     """A file, folder or data set that an argument names does not exist."""
 

@@ -7,6 +7,7 @@ import torch
 
 import lightedit as le
 from lightedit.data.prompts import ContextSettings
+from lightedit.editing.run import prepare
 from lightedit.lm import Place
 from lightedit.statistics.covariance import Provenance
 
@@ -52,6 +53,9 @@ def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, *, covariance=None, **a
     settings = {name: arguments.pop(name) for name in names & arguments.keys()}
     covariance = covariance or covariance_of(lm, method.covariance_places)
     settings = le.RunSettings(**{"progress_bar": False, **settings})
+    if (targets := arguments.pop("targets", None)) is not None:
+        arguments["prepared"] = prepare(lm, facts, method, covariance=covariance, settings=settings)
+        arguments["prepared"].give(targets)
     return le.edit(lm, facts, method, covariance=covariance, settings=settings, **arguments)
 
 
@@ -61,3 +65,15 @@ def scored(lm: le.LanguageModel, facts, *, before=None, held_out=(), references=
     return le.evaluate(
         lm, facts, settings=chosen, before=before, held_out=held_out, references=references, checkpoint=checkpoint
     )
+
+
+def scored_single(lm: le.LanguageModel, facts, method, covariance, **arguments) -> le.Evaluation:
+    """Score single edits quietly; settings of the evaluation, and known targets, stand beside the other arguments."""
+    names = {field.name for field in fields(le.EvaluationSettings)}
+    settings = {name: arguments.pop(name) for name in names & arguments.keys()}
+    if (targets := arguments.pop("targets", None)) is not None:
+        arguments["prepared"] = method.editor(lm, covariance=covariance)
+        arguments["prepared"].prepare(facts, None)
+        arguments["prepared"].give(targets)
+    settings = le.EvaluationSettings(**{"progress_bar": False, **settings})
+    return le.evaluate_single(lm, facts, method, covariance=covariance, settings=settings, **arguments)

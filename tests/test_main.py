@@ -1,6 +1,5 @@
 """The command line, end to end on a tiny model in a folder."""
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,12 @@ import yaml
 
 import lightedit as le
 from lightedit.__main__ import main
-from lightedit.evaluation import single
+from lightedit.evaluation import evaluate as evaluating
+from lightedit.evaluation import scoring, single
 from lightedit.lm import Place
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import covariance_of, scored
+from tests.runs import covariance_of, scored, scored_single
 
-evaluation_module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome", target_true="Paris", paraphrase_prompts=("France's capital is",),
             neighborhood_prompts=("The Eiffel Tower is in",)),
@@ -56,10 +55,10 @@ def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture
 
     saved = le.Edit.load("edits/first")
     assert saved.layers == [1, 2] and saved.facts == FACTS
-    assert saved.provenance["method"]["lambda_"] == 10
+    assert saved.record.method["lambda_"] == 10
     scores = json.loads(Path("scores.json").read_text())["scores"]
-    assert saved.scores["after"] == pytest.approx(scores)
-    assert saved.scores["before"] != pytest.approx(scores)
+    assert saved.after.scores == pytest.approx(scores)
+    assert saved.before.scores != pytest.approx(scores)
 
 
 @pytest.mark.parametrize("wrong", [["--method", "memit"], ["--method=Memit"]])
@@ -104,13 +103,13 @@ def test_evaluate_scores_single_edits(place: Path, capsys: pytest.CaptureFixture
     lm = le.LanguageModel.load("model")
     method = le.MEMIT(layers=(1, 2), lambda_=10.0, values=le.ValueSettings(steps=3))
     stats, before = le.Covariance.load("stats"), scored(lm, FACTS)
-    expected = le.evaluate_single(lm, FACTS, method, stats, progress_bar=False, before=before)
+    expected = scored_single(lm, FACTS, method, stats, before=before)
     assert "retain_accuracy" in expected.scores
     assert json.loads(Path("scores.json").read_text())["scores"] == pytest.approx(expected.scores)
     assert not Path("scores.json.run").exists()
     assert "--protocol single and --method go together" in fails(capsys, arguments)
     assert "--protocol single and --method go together" in fails(capsys, [*arguments[:5], *QUICK])
-    assert "one edited model" in fails(capsys, [*arguments, *QUICK, "--text", "text.txt"])
+    assert "one edited model" in fails(capsys, [*arguments, *QUICK, "--evaluation.text", "text.txt"])
 
 
 def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
@@ -142,7 +141,7 @@ def test_evaluate_of_single_edits_goes_on_after_ctrl_c(
     calls.clear()
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
-    main([*other, "--restart", "true"])
+    main([*other, "--restart"])
     assert not kept.exists()
 
 
@@ -152,7 +151,7 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
     evaluate = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true", "--edit", "whole", "--out"]
     main([*edit, "whole"])
     main([*evaluate, "whole.json"])
-    score, budget = evaluation_module.score_facts, [0]
+    score, budget = scoring.score_facts, [0]
 
     def limited(*args, **kwargs):
         if not budget:
@@ -160,8 +159,8 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
         budget.pop()
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_module, "score_facts", limited)
-    monkeypatch.setattr(evaluation_module, "_KEPT_TOGETHER", 1)
+    monkeypatch.setattr(scoring, "score_facts", limited)
+    monkeypatch.setattr(scoring, "_KEPT_TOGETHER", 1)
     for arguments, out in ((edit, "parts"), (evaluate, "parts.json")):
         for _ in range(2 * len(FACTS) - 1):  # before and after, a fact a process
             budget[:] = [1]
@@ -183,11 +182,11 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
     ("arguments", "message"),
     [
         (["edit", "--out", "edits/x", "--facts", "colliding.jsonl"], "collide"),
-        (["edit", "--out", "edits/x", "--method", "ROME", "--facts_per_round", "2"], "facts_per_round=1"),
-        (["edit", "--out", "edits/x", "--facts_per_round", "0"], "facts_per_round must be at least 1"),
+        (["edit", "--out", "edits/x", "--method", "ROME", "--run.facts_per_round", "2"], "facts_per_round=1"),
+        (["edit", "--out", "edits/x", "--run.facts_per_round", "0"], "facts_per_round must be at least 1"),
         (["evaluate", "--protocol", "single", "--covariance", "other"], "covariance"),
         (["evaluate", "--protocol", "single", "--facts_per_chunk", "0"], "facts_per_chunk must be at least 1"),
-        (["evaluate", "--edit", "edits/other", "--compare", "true"], "load the model it was made for"),
+        (["evaluate", "--edit", "edits/other", "--compare"], "load the model it was made for"),
         (["evaluate", "--out", "stats"], "--out stats is a folder"),
         (["evaluate", "--facts", "stats"], "stats"),
     ],
@@ -201,7 +200,8 @@ def test_wrong_input_is_found_before_anything_is_scored(
     covariance_of(other).save("other")
     le.Edit(other.name, other.fingerprint, facts=FACTS).save("edits/other")
     le.write_facts("colliding.jsonl", [FACTS[0], replace(FACTS[0], prompt="The capital of {} is", target_new="Bonn")])
-    monkeypatch.setattr(evaluation_module, "score_facts", lambda *_, **__: pytest.fail("the model was scored"))
+    for module in (scoring, evaluating, single):
+        monkeypatch.setattr(module, "score_facts", lambda *_, **__: pytest.fail("the model was scored"))
     command, *given = arguments
     defaults = {"--lm": "model", "--facts": "facts.jsonl"}
     if command == "edit" or "single" in given:
@@ -216,7 +216,7 @@ def test_wrong_input_is_found_before_anything_is_scored(
 def test_an_edit_that_ruins_the_model_is_saved_without_scores_after_it(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    score, calls = evaluation_module.score_facts, []
+    score, calls = scoring.score_facts, []
 
     def ruined_at_last(*args, **kwargs):
         calls.append(args)
@@ -224,16 +224,16 @@ def test_an_edit_that_ruins_the_model_is_saved_without_scores_after_it(
             raise FloatingPointError("the NLL is nan")
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_module, "score_facts", ruined_at_last)
+    monkeypatch.setattr(scoring, "score_facts", ruined_at_last)
     main(edit())
     assert "cannot be scored, so the edit is saved without: the NLL is nan" in capsys.readouterr().err
     saved = le.Edit.load("edits/x")
-    assert saved.facts == FACTS and saved.scores.keys() == {"before"}
+    assert saved.facts == FACTS and saved.after is None and saved.before is not None
 
 
 def test_evaluate_lets_the_model_write_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "scores.json"]
-    main([*arguments, "--generate", "true"])
+    main([*arguments, "--evaluation.generate"])
     assert "GE (bits × 100)" in capsys.readouterr().out
     found = le.Evaluation.load("scores.json")
     assert found.scores["GE"] > 0 and 0 <= found.scores["generation_success"] <= 100
@@ -250,7 +250,7 @@ def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: py
     main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--evaluate", "false", "--out", "edits/first"])
     capsys.readouterr()
     main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "edits/first", "--out", "scores.json",
-          "--compare", "true", "--held_out", "others.jsonl", "--text", "text.txt", "--generate", "true",
+          "--compare", "--held_out", "others.jsonl", "--evaluation.text", "text.txt", "--evaluation.generate",
           "--references", "own"])  # fmt: skip
     lm = le.LanguageModel.load("model")
     references = le.write_references(lm, facts[:2], progress_bar=False)
@@ -290,11 +290,21 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert printed["method"]["class_path"].rpartition(".")[2].lower() == config.stem
     assert printed["method"]["init_args"]["values"]["lr"] > 0
     assert bool(printed["method"]["init_args"]["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
-    assert printed["facts_per_chunk"] >= 1
+    assert printed["run"]["facts_per_chunk"] >= 1
 
 
 def test_a_run_with_rounds_makes_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(edit("--facts_per_round", "1", "--validate_every", "1", "--health_text", "text.txt", "--generate", "true"))
+    main(
+        edit(
+            "--run.facts_per_round",
+            "1",
+            "--run.validate_every",
+            "1",
+            "--health_text",
+            "text.txt",
+            "--evaluation.generate",
+        )
+    )
     assert {"before.json", "after.json", "retention.csv", "health.csv"} < {
         path.name for path in Path("edits/x").iterdir()
     }
@@ -328,30 +338,30 @@ def edit(*changes: str) -> list[str]:
         (edit("--facts", "missing.json"), "missing.json"),
         (edit("--lm", "./missing"), "missing"),
         (edit("--limit", "0"), "limit"),
-        (edit("--lm", "nowhere", "--facts_per_round", "0"), "facts_per_round"),
-        (edit("--lm", "nowhere", "--facts_per_chunk", "0"), "facts_per_chunk"),
+        (edit("--lm", "nowhere", "--run.facts_per_round", "0"), "facts_per_round"),
+        (edit("--lm", "nowhere", "--run.facts_per_chunk", "0"), "facts_per_chunk"),
         (edit("--method.layers", "[3,4]"), "layers 0 to 3"),
         (edit("--method.layers", "[2,1]"), "ascending"),
         (edit("--method.values.lr", "-1"), "lr"),
         (edit("--dtype", "float3"), "float3"),
         (edit("--covariance", "nowhere"), "nowhere"),
         (edit("--method", "MEMOT"), "MEMOT"),
-        (edit("--on_collision", "maybe"), "merge"),
-        (edit("--validate_every", "0"), "validate_every"),
+        (edit("--run.on_collision", "maybe"), "merge"),
+        (edit("--run.validate_every", "0"), "validate_every"),
         (edit("--log", "facts.jsonl"), "facts.jsonl is a file"),
-        (edit("--max_kl", "-1"), "max_kl"),
-        (edit("--max_kl", "1", "--on_limit", "pause"), "pause"),
+        (edit("--health.max_kl", "-1"), "max_kl"),
+        (edit("--health.max_kl", "1", "--health.on_limit", "pause"), "pause"),
         (edit("--health_text", "missing.txt"), "missing.txt"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "nowhere"], "nowhere"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--out", "no/where.json"],
          "/no does not exist"),
-        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true"], "--edit"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare"], "--edit"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "missing.json"], "missing.json"),
         (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--held_out", "facts.jsonl"], "its fact 0"),
-        (["evaluate", "--lm", "nowhere", "--facts", "facts.jsonl", "--batch_size", "0"], "--batch_size"),
-        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--text", "missing.txt"], "missing.txt"),
-        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--references", "own"], "--generate"),
-        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--generate", "true", "--references", "text.txt"],
+        (["evaluate", "--lm", "nowhere", "--facts", "facts.jsonl", "--evaluation.batch_size", "0"], "batch_size must be at least 1"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--evaluation.text", "missing.txt"], "missing.txt"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--references", "own"], "--evaluation.generate"),
+        (["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--evaluation.generate", "--references", "text.txt"],
          "text.txt does not hold reference texts"),
         (["covariance", "--lm", "model", "--layers", "[9]", "--out", "stats"], "layers 0 to 3"),
         (["covariance", "--lm", "nowhere", "--layers", "[1]", "--out", "facts.jsonl"], "facts.jsonl is a file"),
@@ -374,19 +384,32 @@ def test_wrong_input(place: Path, capsys: pytest.CaptureFixture[str], arguments:
 
 def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path) -> None:
     with pytest.warns(UserWarning, match="max_update_norm=1e-06"):
-        main(edit("--facts_per_round", "2", "--max_update_norm", "1e-6", "--log", "log", "--validate_every", "5"))
+        main(
+            edit(
+                "--run.facts_per_round",
+                "2",
+                "--health.max_update_norm",
+                "1e-6",
+                "--log",
+                "log",
+                "--run.validate_every",
+                "5",
+            )
+        )
     saved = le.Edit.load("edits/x")
     assert saved.facts == FACTS[:2]
     lm = le.LanguageModel.load("model")
-    assert saved.scores["before"] == pytest.approx(scored(lm, FACTS[:2]).scores)
+    assert saved.before.scores == pytest.approx(scored(lm, FACTS[:2]).scores)
     saved.apply(lm)
-    assert saved.scores["after"] == pytest.approx(scored(lm, FACTS[:2]).scores)
+    assert saved.after.scores == pytest.approx(scored(lm, FACTS[:2]).scores)
     assert {"metrics.csv", "retention.csv", "health.csv"} <= {path.name for path in Path("log").iterdir()}
 
 
 @pytest.mark.filterwarnings("ignore:stopped in round 1")
 def test_nothing_is_saved_when_the_only_round_is_rolled_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = fails(capsys, edit("--max_kl", "1e-9", "--on_limit", "roll_back", "--health_text", "text.txt"))
+    printed = fails(
+        capsys, edit("--health.max_kl", "1e-9", "--health.on_limit", "roll_back", "--health_text", "text.txt")
+    )
     assert "no facts are left to save" in printed and "max_kl" in printed
     assert list(Path("edits").rglob("*")) == []
 
@@ -396,5 +419,5 @@ def test_an_existing_edit_is_kept_unless_asked(place: Path, capsys: pytest.Captu
     first = Path("edits/x/edit.json").read_text()
     assert "exists" in fails(capsys, edit("--evaluate", "false"))
     assert Path("edits/x/edit.json").read_text() == first
-    main(edit("--evaluate", "false", "--overwrite", "true"))
+    main(edit("--evaluate", "false", "--overwrite"))
     assert Path("edits/x/edit.json").read_text() != first

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+from lightedit.errors import LightEditError
+
 PROMPT_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 """The fields of `Fact` that are lists of complete texts."""
 
 _OPTIONAL_TEXTS = ("target_true", "neighborhood_target", "relation", "id", "target_id")
 
 
-class FactError(ValueError):
+class FactError(LightEditError, ValueError):
     """A fact, a file or a set of facts cannot be used; the message names the field and the way out."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightedit.data.fact import Fact, FactError
 from lightedit.data.readers import READERS, format_of, json_name, records
+from lightedit.errors import MissingFileError
 from lightedit.files import whole_file
 
 __all__ = ["Fact", "FactError", "check_facts", "read_facts", "write_facts"]
@@ -32,7 +33,7 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
         format: one of the names above; None recognises it by the fields of the first record.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
         FactError: the file, its format or a record is invalid; names the file, record (from 0) and field.
     """
     path = Path(path)
@@ -41,7 +42,7 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
     if format is not None and format not in READERS:
         raise FactError(f"format: {format!r} is unknown; expected one of {', '.join(READERS)}")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file of facts")
+        raise MissingFileError(f"{path}: no such file of facts")
 
     facts = []
     for number, record in enumerate(records(path, limit)):

@@ -7,6 +7,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightedit.data.facts import Fact, check_facts
+from lightedit.errors import ArgumentError
 
 
 class Chunk:
@@ -70,7 +71,7 @@ class FactsDataModule(LightningDataModule):
 
     Raises:
         FactError: no facts, or a fact that occurs twice.
-        ValueError: a size below 1.
+        ArgumentError: a size below 1.
     """
 
     def __init__(self, facts: Sequence[Fact], facts_per_round: int | None = None, facts_per_chunk: int = 32) -> None:
@@ -78,7 +79,7 @@ class FactsDataModule(LightningDataModule):
         check_facts(facts)
         for name, size in (("facts_per_round", facts_per_round), ("facts_per_chunk", facts_per_chunk)):
             if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+                raise ArgumentError(f"{name} must be at least 1, got {size}")
         self.facts = list(facts)
         self.facts_per_round = facts_per_round or len(self.facts)
         self.facts_per_chunk = facts_per_chunk

@@ -7,6 +7,7 @@ from itertools import accumulate
 from transformers import PreTrainedTokenizerBase
 
 from lightedit.data.facts import Fact, FactError
+from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 
 KL_TEMPLATE = "{} is a"  # where the published loss keeps the subject's essence
@@ -26,9 +27,9 @@ class Contexts:
 
     def __post_init__(self) -> None:
         if self.templates[:1] != ("{}",) or any(template.count("{}") != 1 for template in self.templates):
-            raise ValueError(f"contexts start with the bare '{{}}' and each holds one '{{}}', got {self.templates}")
+            raise ArgumentError(f"contexts start with the bare '{{}}' and each holds one '{{}}', got {self.templates}")
         if len(self.key_weights) != len(self.templates) or abs(sum(self.key_weights) - 1) > 1e-9:
-            raise ValueError(
+            raise ArgumentError(
                 f"{len(self.templates)} contexts need as many weights summing to 1, got {self.key_weights}"
             )
 
@@ -52,12 +53,12 @@ class ContextSettings:
     def __post_init__(self) -> None:
         for word, count, length in self.prefixes:
             if count < 0 or length < 1:
-                raise ValueError(
+                raise ArgumentError(
                     f"prefixes: {count} of {length} tokens that begin with {word!r} cannot be; give (first words, how "
                     "many, length in tokens)"
                 )
         if self.bare_weight is not None and not 0 < self.bare_weight <= 1:
-            raise ValueError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
+            raise ArgumentError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
 
     def sample(self, lm: LanguageModel) -> Contexts:
         """Let `lm` write the prefixes (top-5 sampling)."""

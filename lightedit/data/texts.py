@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
+from lightedit.errors import ArgumentError, MissingFileError, MissingPackageError, UnavailableError
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.lm.sampling import SharedDraws, next_tokens
@@ -27,16 +28,16 @@ def read_texts(source: str | Path) -> Iterator[str]:
             such as "wikitext:wikitext-103-raw-v1", of which the column "text" of the split "train" is read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, or the data set has no column "text".
-        ImportError: a data set is asked for, but `datasets` is not installed.
+        MissingFileError: there is no such file.
+        ArgumentError: the file is not UTF-8, or the data set has no column "text".
+        MissingPackageError: a data set is asked for, but `datasets` is not installed.
         RuntimeError: the data set could not be opened.
     """
     path = Path(source)
     if path.is_file():
         return _paragraphs(path)
     if isinstance(source, Path) or path.suffix == ".txt" or path.is_absolute() or source.startswith("."):
-        raise FileNotFoundError(f"no text file at {source}")
+        raise MissingFileError(f"no text file at {source}")
     return _streamed(source)
 
 
@@ -51,26 +52,26 @@ def _paragraphs(path: Path) -> Iterator[str]:
                     yield "".join(lines)
                     lines = []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+        raise ArgumentError(f"{path} is not UTF-8 text ({error}); convert it first") from error
 
 
 def _streamed(source: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"{source!r} is no file, and reading a data set needs `datasets`: pip install 'lightedit[data]'"
         ) from error
     name, _, configuration = source.partition(":")
     try:
         rows = load_dataset(name, configuration or None, split="train", streaming=True)
     except Exception as error:  # the library raises a different class for each of many causes
-        raise RuntimeError(
+        raise UnavailableError(
             f"{source!r} is no file, and could not be opened as a data set ({type(error).__name__}: {error}); "
             'give a local .txt file, or "name:configuration" of a data set that can be reached'
         ) from error
     if rows.column_names is not None and "text" not in rows.column_names:
-        raise ValueError(f"the data set {source!r} has no column 'text', only {', '.join(rows.column_names)}")
+        raise ArgumentError(f"the data set {source!r} has no column 'text', only {', '.join(rows.column_names)}")
     return (row["text"] for row in rows)
 
 

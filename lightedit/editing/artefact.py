@@ -65,7 +65,8 @@ class Edit:
     def begin(cls, editor: Editor) -> Self:
         """The edit of a run that has written nothing yet."""
         lm = editor.lm
-        record = RunRecord(editor.method.to_dict(), editor.record(), **computing(lm), on_top_of=tuple(lm.weights.edits))
+        method, inputs = json.loads(json.dumps([editor.method.to_dict(), editor.record()]))  # as a file gives them back
+        record = RunRecord(method, inputs, **computing(lm), on_top_of=tuple(lm.weights.edits))
         return cls(lm.name, lm.fingerprint, record)
 
     @property

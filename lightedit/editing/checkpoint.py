@@ -17,6 +17,7 @@ from torch import Tensor
 from lightedit.digests import digest
 from lightedit.editing.journal import Round, RoundCallback
 from lightedit.editing.module import EditModule
+from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
 from lightedit.lm import Place
 from lightedit.lm.changes import Change, change_from
@@ -176,7 +177,7 @@ class KeptRound:
                 # copies, because views into the file may be unaligned, which changes sums' order
                 tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
             if metadata["sha256"] != digest(metadata["record"], tensors):
-                raise ValueError("its checksum is wrong")
+                raise ArgumentError("its checksum is wrong")
             record = json.loads(metadata["record"])
             own = {name: record.pop(name) for name in ("run", "ended", "steps", "batches")}
             changes = _changes(record.pop("changes"), tensors)

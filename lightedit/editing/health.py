@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightedit.data.texts import read_texts
 from lightedit.editing.journal import RoundCallback
 from lightedit.editing.module import EditModule
-from lightedit.errors import ArgumentError
+from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.evaluation.held_out_text import HeldOutText, held_out_windows
 from lightedit.lm import LanguageModel, Place
 from lightedit.runs.tables import log_folder, write_table
@@ -109,7 +109,7 @@ class Health(RoundCallback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Read the text with the unedited model; go on with the records of rounds that an earlier process finished."""
         if not isinstance(module, EditModule):
-            raise TypeError(f"Health watches an EditModule, got {type(module).__name__}")
+            raise ArgumentTypeError(f"Health watches an EditModule, got {type(module).__name__}")
         assert module.edit is not None
         with module.lm.weights.unedited():
             self._text = HeldOutText(module.lm, held_out_windows(module.lm, self.texts))

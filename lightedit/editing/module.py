@@ -11,7 +11,7 @@ from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.journal import Round, RoundCallback
 from lightedit.editing.retention import FILE, RetentionScores, curves, defined
-from lightedit.errors import ArgumentError
+from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.evaluation.scoring import score_facts
 from lightedit.lm import LanguageModel
 from lightedit.methods.protocol import Editor, EditorSettings, Method, check_model_and_method
@@ -100,11 +100,13 @@ class EditModule(LightningModule):
         """The facts of the run.
 
         Raises:
-            TypeError: they come from something else than a `FactsDataModule`.
+            ArgumentTypeError: they come from something else than a `FactsDataModule`.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, FactsDataModule):
-            raise TypeError("EditModule needs its facts from a FactsDataModule: trainer.fit(module, datamodule=...)")
+            raise ArgumentTypeError(
+                "EditModule needs its facts from a FactsDataModule: trainer.fit(module, datamodule=...)"
+            )
         return data
 
     def _round_callbacks(self) -> list[RoundCallback]:
@@ -149,10 +151,10 @@ class EditModule(LightningModule):
         if not self.editor.done:
             figures = self.editor.step(optimizer)
             self.log_dict(figures, prog_bar=True, batch_size=len(chunk))
+            self._seconds["values"] += time.perf_counter() - started
         if self.editor.done:
             chunk.finished = True
             self._chunk = None
-        self._seconds["values"] += time.perf_counter() - started
 
     @property
     def fraction_done(self) -> float:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightedit.data.facts import Fact
+from lightedit.errors import ArgumentError
 from lightedit.metrics import RecordScores
 from lightedit.metrics.functional import unchanged
 
@@ -13,21 +14,23 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
     """Check that the records of an earlier evaluation are those of `facts`.
 
     Raises:
-        ValueError: they are of other facts, in another order, or hold no predictions.
+        ArgumentError: they are of other facts, in another order, or hold no predictions.
     """
     if len(facts) != len(before):
-        raise ValueError(f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones")
+        raise ArgumentError(
+            f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones"
+        )
     for number, (fact, record) in enumerate(zip(facts, before, strict=True)):
         for field in ("prompt", "subject", "target_new", "target_true"):
             if record.get(field) != getattr(fact, field):
-                raise ValueError(
+                raise ArgumentError(
                     f"before: the {field} of its record {number} is {record.get(field)!r}, that of the fact is "
                     f"{getattr(fact, field)!r}; evaluate the same facts in the same order"
                 )
         asked = record.get("neighborhood") or {}
         answered = fact.neighborhood_prompts if fact.neighborhood_target or fact.target_true else ()
         if tuple(asked.get("prompts", ())) != answered or len(asked.get("predicted", ())) != len(answered):
-            raise ValueError(
+            raise ArgumentError(
                 f"before: its record {number} lacks what was predicted on the fact's {len(answered)} neighbourhood "
                 "prompts; evaluate again"
             )

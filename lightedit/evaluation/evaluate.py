@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.data.facts import Fact, FactError
+from lightedit.errors import ArgumentError
 from lightedit.evaluation.comparison import check_same_facts, with_unchanged
 from lightedit.evaluation.harness import check_harness, harness_scores
 from lightedit.evaluation.held_out_text import HeldOutText, held_out_windows
@@ -62,7 +63,7 @@ def evaluate(
     Raises:
         TypeError: `lm` is no language model.
         FactError: there are no facts, or an answer cannot be tokenised.
-        ValueError: `before` is of other facts, a held-out fact is one of `facts`, the held-out text is too short, or
+        ArgumentError: `before` is of other facts, a held-out fact is one of `facts`, the held-out text is too short, or
             `references` come without `settings.generate`.
         FileNotFoundError: there is no such text file, or no such file of a task.
         ImportError: the harness is not installed.
@@ -109,19 +110,19 @@ def _held_out_scores(
 def check_comparison(
     facts: Sequence[Fact], settings: EvaluationSettings, before: Evaluation | None, references: References | None
 ) -> None:
-    """Raise ValueError unless scores of `facts` can be compared with these; see `evaluate`."""
+    """Raise ArgumentError unless scores of `facts` can be compared with these; see `evaluate`."""
     if references is not None and not settings.generate:
-        raise ValueError("references are compared with what the model writes; set generate=True too")
+        raise ArgumentError("references are compared with what the model writes; set generate=True too")
     if before is not None:
         check_same_facts(facts, before.records)
 
 
 def check_held_out(facts: Sequence[Fact], held_out: Sequence[Fact]) -> None:
-    """Raise ValueError if a held-out fact is one of `facts`, so that it says nothing about what was not edited."""
+    """Raise ArgumentError if a held-out fact is one of `facts`, so that it says nothing about what was not edited."""
     asked = {fact.text for fact in facts}
     for number, fact in enumerate(held_out):
         if fact.text in asked:
-            raise ValueError(
+            raise ArgumentError(
                 f"held_out: its fact {number}, {fact.text!r}, is one of the facts scored as edited; leave it out"
             )
 

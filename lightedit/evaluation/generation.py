@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lightedit.digests import digest
+from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 from lightedit.lm.distinct import distinct
 from lightedit.lm.rowwise import RowwiseEdits
@@ -47,13 +48,13 @@ def generate(
         Every prompt with its continuation.
 
     Raises:
-        ValueError: a number is out of range.
+        ArgumentError: a number is out of range.
         FloatingPointError: the model gives NaN or infinite logits.
     """
     numbers = {"max_length": max_length, "max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}
     for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1")
+            raise ArgumentError(f"{name}: got {number}, expected at least 1")
     edits = edits or RowwiseEdits.none(len(prompts))
     asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, strict=True))
     rows = lm.encode([prompt for _, prompt in asked])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightedit.errors import ArgumentError, MissingFileError, MissingPackageError
 from lightedit.lm import LanguageModel
 
 _SHARES = ("exact_match", "em", "f1")  # told in percent, as is whatever has acc in its name
@@ -21,24 +22,24 @@ def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
     """Check before work starts that the tasks can be run.
 
     Raises:
-        ImportError: the harness is not installed.
-        FileNotFoundError: a task that is given as a file is not there.
-        ValueError: a task is not known, its file is no plain YAML, or `limit` is less than 1.
+        MissingPackageError: the harness is not installed.
+        MissingFileError: a task that is given as a file is not there.
+        ArgumentError: a task is not known, its file is no plain YAML, or `limit` is less than 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit} examples of a task, expected at least 1")
+        raise ArgumentError(f"limit: got {limit} examples of a task, expected at least 1")
     if find_spec("lm_eval") is None:
-        raise ImportError("the harness is not installed; pip install 'lightedit[harness]'")
+        raise MissingPackageError("the harness is not installed; pip install 'lightedit[harness]'")
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().all_tasks
     for task in tasks:
         if _is_file(task):
             if not Path(task).is_file():
-                raise FileNotFoundError(f"no task at {task}; give the name of a task of the harness, or its file")
+                raise MissingFileError(f"no task at {task}; give the name of a task of the harness, or its file")
             _read(task)
         elif task not in known:
-            raise ValueError(f"the harness has no task {task!r}; `lm-eval ls tasks` lists those it has")
+            raise ArgumentError(f"the harness has no task {task!r}; `lm-eval ls tasks` lists those it has")
 
 
 def harness_scores(
@@ -90,7 +91,7 @@ def _read(task: str) -> Any:
     try:
         return yaml.safe_load(Path(task).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{task} is no task in plain YAML, without tags such as !function ({error}); name a task of the harness"
         ) from error
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightedit.data.texts import read_texts, token_windows, write_texts
+from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.metrics.functional import bootstrap_interval
@@ -29,7 +30,7 @@ def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | P
 
     Raises:
         FileNotFoundError: there is no such text file.
-        ValueError: no window has two tokens.
+        ArgumentError: no window has two tokens.
     """
     longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
     if texts is None:
@@ -40,7 +41,7 @@ def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | P
         windows = [list(window) for window in texts]
     windows = [window for window in windows if len(window) > 1]  # nothing follows a single token
     if not windows:
-        raise ValueError("the held-out text has no window of two tokens or more; give a longer text")
+        raise ArgumentError("the held-out text has no window of two tokens or more; give a longer text")
     return windows
 
 
@@ -76,7 +77,7 @@ class HeldOutText:
         """Perplexity, and KL(now || then) in nats per token; and their 95 % intervals, bootstrapped over windows.
 
         Raises:
-            FloatingPointError: one of them is NaN or infinite.
+            NumericalError: one of them is NaN or infinite.
         """
         sums = self.sums()
         statistics: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,7 +87,7 @@ class HeldOutText:
         values = {name: statistic(sums.sum(0, keepdim=True)).item() for name, statistic in statistics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(
+                raise NumericalError(
                     f"{name} on held-out text is {value}; an edit may have ruined the model (revert it; without that "
                     "text the other scores are to be had)"
                 )

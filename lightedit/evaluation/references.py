@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightedit.data.facts import Fact, FactError
+from lightedit.errors import ArgumentError
 from lightedit.evaluation import generation
 from lightedit.lm import LanguageModel
 from lightedit.metrics import RecordScores
@@ -44,7 +45,7 @@ def read_references(path: str | os.PathLike[str], facts: Sequence[Fact]) -> Refe
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file holds something else, or only one of the two lies beside it.
+        ArgumentError: a file holds something else, or only one of the two lies beside it.
         FactError: there are passages for none of the facts.
     """
     path = Path(path)
@@ -57,7 +58,7 @@ def read_references(path: str | os.PathLike[str], facts: Sequence[Fact]) -> Refe
             passages.setdefault((entry["relation_id"], entry["target_id"]), []).extend(found)
             documents += found
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{path} does not hold reference texts ({error!r}); expected a list of objects with relation_id, target_id "
             'and samples, each sample with a "text", as in attribute_snippets.json'
         ) from error
@@ -77,14 +78,14 @@ def _published_frequencies(folder: Path) -> dict[str, float] | None:
         return None
     for path in (numbers, vocabulary):
         if not path.exists():
-            raise ValueError(
+            raise ArgumentError(
                 f"{path} is missing beside the other of idf.npy and tfidf_vocab.json; keep both or neither"
             )
     try:
         values = np.load(numbers, allow_pickle=False)
         return {str(term): float(values[place]) for term, place in json.loads(vocabulary.read_text("utf-8")).items()}
     except (ValueError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{numbers} and {vocabulary} do not hold one number a term ({error!r}); remove both"
         ) from error
 

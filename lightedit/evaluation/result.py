@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
 from lightedit.metrics.scores import METRICS
 
@@ -103,7 +104,7 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file holds something else, or is truncated.
+            ArgumentError: the file holds something else, or is truncated.
         """
         return cls.load_with_before(path)[0]
 
@@ -115,7 +116,7 @@ class Evaluation:
             before = content.get("before")
             return cls._from_content(content), None if before is None else cls._from_content(before)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a saved evaluation ({error!r}); evaluate again") from error
+            raise ArgumentError(f"{path} is not a saved evaluation ({error!r}); evaluate again") from error
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> "Evaluation":

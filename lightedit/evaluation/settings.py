@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightedit.data.texts import read_texts
+from lightedit.errors import ArgumentError
 from lightedit.evaluation.harness import check_harness
 
 
@@ -13,7 +14,7 @@ class EvaluationSettings:
     """How a model is evaluated on facts, and what is evaluated beside them.
 
     Raises:
-        ValueError: `batch_size` or `harness_limit` is below 1, or `harness` is one name rather than several.
+        ArgumentError: `batch_size` or `harness_limit` is below 1, or `harness` is one name rather than several.
     """
 
     batch_size: int = 64
@@ -32,12 +33,12 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise ArgumentError(f"batch_size must be at least 1, got {self.batch_size}")
         if isinstance(self.harness, str):
-            raise ValueError(f"harness: expected a list of tasks, got {self.harness!r}; give [{self.harness!r}]")
+            raise ArgumentError(f"harness: expected a list of tasks, got {self.harness!r}; give [{self.harness!r}]")
         object.__setattr__(self, "harness", tuple(self.harness))
         if self.harness_limit is not None and self.harness_limit < 1:
-            raise ValueError(f"harness_limit: got {self.harness_limit} examples of a task, expected at least 1")
+            raise ArgumentError(f"harness_limit: got {self.harness_limit} examples of a task, expected at least 1")
 
     def check(self) -> None:
         """Find out what is missing before a model is loaded.
@@ -45,7 +46,7 @@ class EvaluationSettings:
         Raises:
             FileNotFoundError: there is no such text file, or no such file of a task.
             ImportError: the harness, or the reader of data sets, is not installed.
-            ValueError: the harness does not know a task, or the text cannot be read.
+            ArgumentError: the harness does not know a task, or the text cannot be read.
             RuntimeError: the data set of texts could not be opened.
         """
         if self.harness:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightedit.data.facts import Fact
 from lightedit.digests import digest
-from lightedit.errors import ArgumentError
+from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
@@ -242,7 +242,7 @@ def search(
 
 
 def check_model_and_method(lm: object, method: object) -> None:
-    """Raise ArgumentError if the first arguments are of another kind, such as swapped ones."""
+    """Raise ArgumentTypeError if the first arguments are of another kind, such as swapped ones."""
     for name, value, kind in (("lm", lm, LanguageModel), ("method", method, Method)):
         if not isinstance(value, kind):
-            raise ArgumentError(f"{name}: expected a {kind.__name__}, got a {type(value).__name__}")
+            raise ArgumentTypeError(f"{name}: expected a {kind.__name__}, got a {type(value).__name__}")

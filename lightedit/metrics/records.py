@@ -7,6 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lightedit.errors import ArgumentError
+
 _KINDS = ("efficacy", "paraphrase", "neighborhood", "portability", "held_out")
 
 
@@ -141,5 +143,5 @@ class RecordScores:
         """
         scores = {kind: PromptScores.from_dict(fields[kind]) for kind in _KINDS if kind in fields}
         if not scores:
-            raise ValueError(f"no scores: expected one of {', '.join(_KINDS)}")
+            raise ArgumentError(f"no scores: expected one of {', '.join(_KINDS)}")
         return cls(**scores, generations=Generations.from_dict(fields) if "generations" in fields else None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightedit.data.prompts import encode_targets
+from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.lm.distinct import distinct
@@ -57,12 +58,12 @@ def score_targets(
         edits: what each pair sees beside what is written into the model, n rows.
 
     Raises:
-        ValueError: `batch_size` is less than 1.
+        ArgumentError: `batch_size` is less than 1.
         FactError: a target cannot be tokenised; raised before any forward pass.
-        FloatingPointError: a score is NaN or infinite.
+        NumericalError: a score is NaN or infinite.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        raise ArgumentError(f"batch_size: got {batch_size}, expected at least 1")
     edits = edits or RowwiseEdits.none(len(prompts))
     asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, strict=True))
     encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in asked], [target for *_, target in asked])
@@ -98,7 +99,7 @@ def score_targets(
 def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str]]) -> None:
     for index in (~nll.isfinite()).nonzero().flatten().tolist()[:1]:
         _, prompt, target = asked[index]
-        raise FloatingPointError(
+        raise NumericalError(
             f"the negative log-likelihood of {target!r} after {prompt!r} is {nll[index].item()}; an edit may "
             "have ruined the model (revert it), or its dtype is too narrow (load it in float32)"
         )

@@ -14,7 +14,8 @@ def rowwise_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y[b] = (x[b] right[b]) left[b]ᵀ: the outputs of ΔW[b] = left[b] right[b]ᵀ, without that matrix.
 
     So one forward pass runs many differently edited models. Sums are in float32, or in float64 for a float64 x, and y
-    is rounded once. Differentiable with respect to x alone. NaN and infinity spread as in the products.
+    is rounded once. Differentiable; nothing is kept for the gradients of factors that require none. NaN and infinity
+    spread as in the products.
 
         >>> x = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
         >>> left, right = torch.ones(2, 3, 1), torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
@@ -31,11 +32,9 @@ def rowwise_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         [b, t, d_out] in the dtype of x.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or left or right requires a gradient.
+        ValueError: a shape, dtype or device does not fit.
     """
     _check(x, left, right)
-    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
-        raise ValueError("rowwise_low_rank is differentiable with respect to x alone; detach left and right")
     return _product(x, left, right)
 
 
@@ -75,13 +74,26 @@ def _(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, left, right = inputs
-    ctx.save_for_backward(left, right)
+    x, left, right = inputs
+    of_factors = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(x if of_factors else None, left, right)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    left, right = ctx.saved_tensors
-    return _product(gradient, right, left), None, None  # xᵀ's map is the factors' swapped
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, left, right = ctx.saved_tensors
+    for_x, for_left, for_right = ctx.needs_input_grad[:3]
+    return (
+        _product(gradient, right, left) if for_x else None,  # xᵀ's map is the factors' swapped
+        _factor(gradient, x, right, left.dtype) if for_left else None,
+        _factor(x, gradient, left, right.dtype) if for_right else None,
+    )
+
+
+def _factor(outer: Tensor, inner: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """outerᵀ (inner factor), [b, d, r]: the gradient of the other factor, summed as the op sums."""
+    wide = torch.promote_types(outer.dtype, torch.float32)
+    with whole_float32(outer.device):
+        return (outer.to(wide).mT @ (inner.to(wide) @ factor.to(wide))).to(dtype)
 
 
 _op.register_autograd(_backward, setup_context=_save)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightedit.evaluation.result import label
-from lightedit.reports.chart import Line, legend, line_chart, thinned
+from lightedit.figures import Axis, Line, Panel, thinned
+from lightedit.reports.charts import legend, line_figure
 from lightedit.reports.html import Html, element, group, scrolling_table
-from lightedit.reports.run import Run
+from lightedit.reports.reading import ReportedRun
 from lightedit.reports.scores import ACCURACIES, HEADLINES
 
 _FIRST, _ALL, _LATEST = "facts of the first round", "all facts so far", "facts of the latest round"
@@ -18,7 +19,7 @@ _HEALTH = (
 )
 
 
-def curves_section(runs: Sequence[Run]) -> Html | None:
+def curves_section(runs: Sequence[ReportedRun]) -> Html | None:
     """Curves of all runs that have rounds or figures of rounds; None if no run has."""
     parts = [_retention(runs), _health(runs)]
     if not any(parts):
@@ -26,7 +27,7 @@ def curves_section(runs: Sequence[Run]) -> Html | None:
     return element("section", element("h2", "Over the rounds"), *parts, id="rounds")
 
 
-def _retention(runs: Sequence[Run]) -> Html | None:
+def _retention(runs: Sequence[ReportedRun]) -> Html | None:
     known = {name for run in runs for row in run.retention for name in row}
     metrics = [name for name in HEADLINES if name in known] or [name for name in ACCURACIES if name in known]
     if not metrics:
@@ -52,7 +53,7 @@ def _retention(runs: Sequence[Run]) -> Html | None:
     return group(element("p", about), legend(keys), element("div", *panels, class_="panels"))
 
 
-def _over_rounds(runs: Sequence[Run], metric: str) -> list[Line]:
+def _over_rounds(runs: Sequence[ReportedRun], metric: str) -> list[Line]:
     lines = []
     for index, run in _with(runs, "retention"):
         validations: dict[int, list[dict[str, Any]]] = {}
@@ -68,7 +69,7 @@ def _over_rounds(runs: Sequence[Run], metric: str) -> list[Line]:
     return lines
 
 
-def _by_origin(runs: Sequence[Run], metric: str) -> list[Line]:
+def _by_origin(runs: Sequence[ReportedRun], metric: str) -> list[Line]:
     lines = []
     for index, run in _with(runs, "retention"):
         last = max(row["round"] for row in run.retention)
@@ -81,7 +82,7 @@ def _average(rows: Sequence[dict[str, Any]], metric: str) -> float:
     return sum(row["facts"] * row[metric] for row in rows) / sum(row["facts"] for row in rows)
 
 
-def _health(runs: Sequence[Run]) -> Html | None:
+def _health(runs: Sequence[ReportedRun]) -> Html | None:
     panels = [_panel("Size of each round's update", _update_norms(runs), "round", "‖ΔW‖")]
     for name, title, unit, unedited in _HEALTH:
         lines = [
@@ -97,11 +98,11 @@ def _health(runs: Sequence[Run]) -> Html | None:
     return group(element("p", about), keys, element("div", *panels, class_="panels"))
 
 
-def _update_norms(runs: Sequence[Run]) -> list[Line]:
+def _update_norms(runs: Sequence[ReportedRun]) -> list[Line]:
     return [Line(run.name, points, index) for index, run in enumerate(runs) if len(points := _norms(run)) > 1]
 
 
-def _norms(run: Run) -> list[tuple[float, float]]:
+def _norms(run: ReportedRun) -> list[tuple[float, float]]:
     """Norm of each round's update of all matrices, from the edit itself; from the log where there is none."""
     if run.edit is not None:
         norms = [[update.norm() for update in updates.values()] for updates in run.edit.rounds]
@@ -133,14 +134,17 @@ def _panel(
         )
         for x in places
     ]
+    # an axis of percentages is fixed, any other may be logarithmic
+    y = Axis(y_label, limits, logarithmic=None, base=base)
+    panel = Panel(title, lines, Axis(x_label, whole=True), y)
     table = scrolling_table(f"{title}, as figures", element("tr", *heads), *rows)
     details = element("details", element("summary", "as a table"), table)
-    return element("div", line_chart(title, lines, x_label, y_label, limits, base), details)
+    return element("div", line_figure(panel), details)
 
 
-def _with(runs: Sequence[Run], table: str) -> list[tuple[int, Run]]:
+def _with(runs: Sequence[ReportedRun], table: str) -> list[tuple[int, ReportedRun]]:
     return [(index, run) for index, run in enumerate(runs) if getattr(run, table)]
 
 
-def _named(run: Run, name: str, runs: Sequence[Run]) -> str:
+def _named(run: ReportedRun, name: str, runs: Sequence[ReportedRun]) -> str:
     return name if len(runs) == 1 else f"{run.name}, {name}"

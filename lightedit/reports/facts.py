@@ -6,7 +6,7 @@ from statistics import fmean, harmonic_mean
 from typing import Any
 
 from lightedit.reports.html import Html, element, group, scrolling_table
-from lightedit.reports.run import Run
+from lightedit.reports.reading import ReportedRun
 from lightedit.reports.scores import ACCURACIES, fact_key, number
 
 EACH = 3
@@ -23,7 +23,7 @@ _RULE = (
 )
 
 
-def facts_section(runs: Sequence[Run]) -> Html | None:
+def facts_section(runs: Sequence[ReportedRun]) -> Html | None:
     """The best, median and worst facts of each run; None if no run has records of facts."""
     parts = [part for run in runs if (part := _of_run(run, len(runs) > 1)) is not None]
     if not parts:
@@ -67,7 +67,7 @@ def _margin(record: dict[str, Any]) -> float:
     return fmean(margins) if margins else -math.inf
 
 
-def _of_run(run: Run, named: bool) -> Html | None:
+def _of_run(run: ReportedRun, named: bool) -> Html | None:
     evaluation = next((scores for scores in (run.after, run.before) if scores is not None and scores.records), None)
     if evaluation is None:
         return None

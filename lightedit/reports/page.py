@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import facts_section
 from lightedit.reports.html import Html, element, group
-from lightedit.reports.run import Run, read_runs
+from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import scores_section
 from lightedit.reports.settings import settings_section
 
@@ -23,7 +24,9 @@ _SECTIONS = (
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
-def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.html", overwrite: bool = False) -> Path:
+def report(
+    runs: str | Path | Sequence[str | Path], out: str | Path = "report.html", *, overwrite: bool = False
+) -> Path:
     """Write one HTML file about one run, or about several side by side.
 
         report(["edits/memit", "edits/encore"], "report.html")
@@ -41,8 +44,8 @@ def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.ht
         `out`.
 
     Raises:
-        FileNotFoundError: there is no such run, or no folder for `out`.
-        ValueError: a path holds no run, or a damaged one, or `out` exists and is no report.
+        MissingFileError: there is no such run, or no folder for `out`.
+        ArgumentError: a path holds no run, or a damaged one, or `out` exists and is no report.
     """
     out = Path(out)
     _check_free(out, overwrite)
@@ -53,7 +56,7 @@ def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.ht
     return out
 
 
-def page(runs: Sequence[Run]) -> Html:
+def page(runs: Sequence[ReportedRun]) -> Html:
     """The whole page as HTML."""
     title = f"Edit report: {', '.join(run.name for run in runs)}"
     style = files("lightedit.reports").joinpath("style.css").read_text(encoding="utf-8")
@@ -80,7 +83,7 @@ def page(runs: Sequence[Run]) -> Html:
     return Html(f"<!doctype html>\n{element('html', head, body, lang='en')}\n")
 
 
-def _summary(run: Run) -> Html:
+def _summary(run: ReportedRun) -> Html:
     """A sentence on what a run did, and a warning if a limit ended it."""
     edit = run.edit
     if edit is None:
@@ -104,11 +107,11 @@ def _count(facts: int) -> str:
 
 def _check_free(out: Path, overwrite: bool) -> None:
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+        raise MissingFileError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
+        raise ArgumentError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
     if out.exists() and not overwrite:
         with out.open("rb") as file:
             start = file.read(1000)
         if _MADE.encode() not in start:
-            raise ValueError(f"{out} exists and is no report; choose another file, or allow overwriting")
+            raise ArgumentError(f"{out} exists and is no report; choose another file, or allow overwriting")

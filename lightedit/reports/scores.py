@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from lightedit.evaluation.result import Evaluation, decimals, label
 from lightedit.metrics.scores import METRICS
-from lightedit.reports.chart import Interval, interval_chart, legend
+from lightedit.reports.charts import Interval, interval_figure, legend
 from lightedit.reports.html import Html, element, group, scrolling_table
-from lightedit.reports.run import Run
+from lightedit.reports.reading import ReportedRun
 
 HEADLINES = ("S", "ES", "PS", "NS")
 ACCURACIES = ("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy")
@@ -38,7 +38,7 @@ class Column(NamedTuple):
     compared: bool
 
 
-def scores_section(runs: Sequence[Run]) -> Html | None:
+def scores_section(runs: Sequence[ReportedRun]) -> Html | None:
     """The table and figures of all scores; None if no run has any."""
     columns = score_columns(runs)
     if not columns:
@@ -61,7 +61,7 @@ def scores_section(runs: Sequence[Run]) -> Html | None:
     )
 
 
-def score_columns(runs: Sequence[Run]) -> list[Column]:
+def score_columns(runs: Sequence[ReportedRun]) -> list[Column]:
     """The evaluations of all runs.
 
     One run is compared with its own unedited model, several with one another. An unedited model whose scores are the
@@ -190,7 +190,7 @@ def _figures(columns: Sequence[Column]) -> Html | None:
         shown = [name for name in names if name in found]
         if shown:
             rows = [(label(name), [_interval(column, name) for column in columns]) for name in shown]
-            panels.append(interval_chart(title, rows))
+            panels.append(interval_figure(title, rows))
     if not panels:
         return None
     keys = legend([(column.head, column.series, 0) for column in columns])

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightedit.reports.html import Html, element, scrolling_table
-from lightedit.reports.run import Run
+from lightedit.reports.reading import ReportedRun
 
 _SHORT = 60  # characters of a list that stands as it is; a longer one unfolds
 
 
-def settings_section(runs: Sequence[Run]) -> Html | None:
+def settings_section(runs: Sequence[ReportedRun]) -> Html | None:
     """One row a setting, one column a run; None if nothing but scores is known of any."""
     known = [dict(_settings(run)) for run in runs]
     names = list(dict.fromkeys(name for settings in known for name in settings))
@@ -35,7 +35,7 @@ def _row(differs: bool) -> str | None:
     return "differs" if differs else None
 
 
-def _settings(run: Run) -> Iterator[tuple[str, Any]]:
+def _settings(run: ReportedRun) -> Iterator[tuple[str, Any]]:
     """Names with dots for what is nested, and their values."""
     edit = run.edit
     if edit is None:
@@ -49,7 +49,8 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
         "rounds": len(rounds),
         "facts in each round": rounds[0] if len(set(rounds)) == 1 else rounds,
     }.items()
-    yield from _flat(edit.record.to_dict(), "")
+    record = edit.record.to_dict()
+    yield from _flat({**record.pop("inputs"), **record}, "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

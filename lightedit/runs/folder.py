@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightedit.errors import LightEditError
 from lightedit.files import whole_file
 
 _FORMAT = 3
@@ -26,7 +27,7 @@ _ANEW = (
 )
 
 
-class ResumeError(ValueError):
+class ResumeError(LightEditError, ValueError):
     """A run cannot go on from its folder; the message names the file or setting and the way out."""
 
 

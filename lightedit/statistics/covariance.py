@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightedit.digests import digest
+from lightedit.errors import LightEditError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel, Place
 
@@ -28,7 +29,7 @@ FILE = "covariance.safetensors"
 TOKENS_PER_DIMENSION = 10  # keep at least 95 % of the full score (arXiv 2506.04226)
 
 
-class CovarianceError(ValueError):
+class CovarianceError(LightEditError, ValueError):
     """A covariance that cannot be estimated, read, or used with a model."""
 
 
@@ -154,14 +155,14 @@ class Covariance:
         """Read what `save` wrote, from its folder or file; or a folder of published `.npz` files (see `from_npz`).
 
         Raises:
-            FileNotFoundError: there is no covariance.
+            MissingFileError: there is no covariance.
             CovarianceError: the file is truncated or something else.
         """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.is_file() and any(Path(path).glob("*_mom2_*.npz")):
             return cls.from_npz(path)
         if not file.is_file():
-            raise FileNotFoundError(f"no covariance at {file}")
+            raise MissingFileError(f"no covariance at {file}")
         try:
             with safe_open(file, "pt") as opened:
                 provenance = Provenance(**json.loads((opened.metadata() or {})["provenance"]))
@@ -183,7 +184,7 @@ class Covariance:
             model: name of the model they were collected on.
 
         Raises:
-            FileNotFoundError: a file is missing, or the folder holds none.
+            MissingFileError: a file is missing, or the folder holds none.
             CovarianceError: a file is damaged, or lacks `mom2.mom2` or `mom2.count`.
         """
         if not isinstance(files, Mapping):
@@ -236,5 +237,5 @@ def _published_files(folder: Path) -> dict[int, Path]:
             raise CovarianceError(f"{files[layer]} and {file} are both of layer {layer}; pass a mapping to choose")
         files[layer] = file
     if not files:
-        raise FileNotFoundError(f"no files named *_mom2_*.npz in {folder}")
+        raise MissingFileError(f"no files named *_mom2_*.npz in {folder}")
     return files

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
 from lightedit.digests import file_digest
+from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.arguments import check_model
 from lightedit.lm.batch import Batch
@@ -132,7 +133,7 @@ def estimate_covariance(
 
     Raises:
         TypeError: `lm` is no language model.
-        ValueError: there are no places, a layer does not exist, or `sequence_length` is out of range.
+        ArgumentError: there are no places, a layer does not exist, or `sequence_length` is out of range.
         CovarianceError: the model is edited, or there are fewer tokens than a positive definite matrix needs.
     """
     check_model(lm)
@@ -178,11 +179,11 @@ def estimate_covariance(
 
 def _places(lm: LanguageModel, given: NeedsCovariance | Sequence[Place | int]) -> set[Place]:
     if not isinstance(given, Sequence) and not hasattr(given, "covariance_places"):
-        raise TypeError(f"places: expected a method, or a list of places or layers, got {given!r}")
+        raise ArgumentTypeError(f"places: expected a method, or a list of places or layers, got {given!r}")
     found = given if isinstance(given, Sequence) else given.covariance_places
     places = {Place(place) if isinstance(place, int) else place for place in found}
     if not places:
-        raise ValueError("places: none are given; give a method that needs a covariance, or the layers to edit")
+        raise ArgumentError("places: none are given; give a method that needs a covariance, or the layers to edit")
     lm.check_layers(sorted({place.layer for place in places}))
     return places
 
@@ -225,7 +226,7 @@ class _Sample:
         if tokens < least:
             raise CovarianceError(f"{tokens} tokens give no positive definite covariance; {_enough(least)}")
         if not 2 <= length <= limit:
-            raise ValueError(f"sequence_length must be from 2 to the {limit} positions of {lm.name}, got {length}")
+            raise ArgumentError(f"sequence_length must be from 2 to the {limit} positions of {lm.name}, got {length}")
         return cls(text, tokens, length, seed if text is None else None, _corpus(text), least)
 
     def windows(self, lm: LanguageModel, progress_bar: bool) -> list[list[int]]:

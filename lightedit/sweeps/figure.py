@@ -1,105 +1,80 @@
 """The figure of a sweep: ES, PS, NS and S against what is swept."""
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightedit.files import whole_file
+from lightedit.figures import Axis, Level, Line, Panel, line_chart, save
 from lightedit.sweeps.plan import Run, shown
 from lightedit.sweeps.table import SCORES, UNEDITED, Row, Table
 
 _TITLES = {"ES": "Efficacy", "PS": "Paraphrase", "NS": "Neighborhood", "S": "Score"}
 _NAMES = {"facts": "facts", "facts_per_round": "facts a round", "lambda_": "λ"}
-_STYLES = ("-", "-.")
-"""Of the first ten lines, of the next ten."""
+_SIZE = (720, 520)  # points
+_LEGEND_COLUMNS = 3
 
-Line = dict[Any, Row]
-"""Position on the horizontal axis -> row."""
+Series = dict[Any, Row]
+"""Swept value -> row; None where a method does not have what is swept."""
 
 
 def draw(path: Path, runs: Sequence[Run], table: Table, fields: Sequence[str]) -> None:
-    """Draw one line for each method and setting, with 95 % intervals, and the unedited model dashed.
+    """Draw one line for each method and setting, with 95 % intervals, and the unedited model in grey.
 
     The horizontal axis is the swept quantity with the most values; a method without it is a level dotted line.
-    Runs without a row are left out.
+    Runs without a row are left out. Equal tables give equal files.
 
     Args:
         path: an .svg or .png file.
         runs: the sweep's runs.
         table: their rows.
         fields: the swept fields.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError as error:
-        raise RuntimeError(
-            f"{path.name} needs matplotlib: pip install 'lightedit[report]' and start again; the runs in {table.path} "
-            "are finished"
-        ) from error
+    swept = _axis(runs, fields)
+    axis, places = _horizontal(swept, [_key(run.row[swept]) for run in runs if _has(run, swept)])
+    found = _lines(runs, table, swept, fields)
+    edited = [label for label in found if not label.startswith(UNEDITED)]
+    panels: list[Panel] = []
+    for score in SCORES:
+        lines = [
+            _line(label, series, score, edited.index(label) if label in edited else None, places)
+            for label, series in found.items()
+        ]
+        # the panels of a column share the label of the lower one
+        x = axis if len(panels) >= len(SCORES) - 2 else replace(axis, label="")
+        panels.append(Panel(f"{_TITLES[score]} ({score})", lines, x, Axis("%", (0, 100)), grid="both"))
+    save(line_chart(panels, _SIZE, columns=2, legend_columns=_LEGEND_COLUMNS), path)
 
-    axis = _axis(runs, fields)
-    values = list(dict.fromkeys(_key(run.row[axis]) for run in runs if _has(run, axis)))
+
+def _horizontal(swept: str, values: Sequence[Any]) -> tuple[Axis, dict[Any, float]]:
+    """The horizontal axis, and where on it each swept value stands: at itself, or in its order if it is no number."""
+    values = list(dict.fromkeys(values))
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     values = sorted(values) if numeric else values
-    places = {value: value if numeric else index for index, value in enumerate(values)}
-    lines = _lines(runs, table, axis, fields)
-    edited = [label for label in lines if not label.startswith(UNEDITED)]
-    before = [label for label in lines if label.startswith(UNEDITED)]
-    greys = {label: f"{0.7 - 0.5 * (place + 1) / len(before):.2f}" for place, label in enumerate(before)}
+    places = {value: float(value) if numeric else float(index) for index, value in enumerate(values)}
+    logarithmic = numeric and min(values) > 0 and max(values) >= 10 * min(values)
+    named = not numeric or len(values) == 1
+    names = {place: shown(value) for value, place in places.items()} if named else None
+    low, high = min(places.values()), max(places.values())
+    limits = (low - 1, high + 1) if low == high else (low, high)
+    return Axis(_NAMES.get(swept, swept), limits, logarithmic, names), places
 
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).flatten()
-    for panel, score in zip(panels, SCORES, strict=True):
-        for label, line in lines.items():
-            unedited = label in greys
-            index = 0 if unedited else edited.index(label)
-            color = greys.get(label, f"C{index % 10}")
-            points = {x: row for x, row in line.items() if row[score] is not None}
-            if None in points:
-                style = "--" if unedited else ":"
-                panel.axhline(points[None][score], color=color, linestyle=style, label=label)
-                continue
-            order = [value for value in values if value in points]
-            panel.errorbar(
-                [places[value] for value in order],
-                [points[value][score] for value in order],
-                [points[value][f"{score}_half_width"] or math.nan for value in order],
-                color=color,
-                linestyle="--" if unedited else _STYLES[index // 10 % len(_STYLES)],
-                marker="" if unedited else "os^Dv<>Pp*"[index % 10],
-                markersize=4,
-                elinewidth=0 if unedited else 0.8,
-                capsize=0 if unedited else 2,
-                label=label,
-            )
-        panel.set_title(f"{_TITLES[score]} ({score})", fontsize=10)
-        panel.set_ylim(-3, 103)
-        panel.set_ylabel("%")
-        panel.grid(alpha=0.3)
-        if numeric and min(values) > 0 and max(values) >= 10 * min(values):
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: shown(x)))
-        if not numeric or len(values) == 1:
-            panel.set_xticks(list(places.values()), [shown(value) for value in places])
-    for panel in panels[2:]:
-        panel.set_xlabel(_NAMES.get(axis, axis))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
-    content = io.BytesIO()
-    # letters stay letters, and equal sweeps give equal files
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightedit"}):
-        kind = path.suffix.removeprefix(".")
-        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    with whole_file(path) as unfinished:
-        unfinished.write_bytes(content.getvalue())
+def _line(label: str, rows: Series, score: str, series: int | None, places: Mapping[Any, float]) -> Line | Level:
+    points = {value: row for value, row in rows.items() if row[score] is not None}
+    dashed = 1 if series is None else 0
+    if None in points:
+        return Level(label, points[None][score], series, dashed or 2)
+    order = [value for value in places if value in points]
+    widths = {} if series is None else {places[value]: points[value][f"{score}_half_width"] for value in order}
+    return Line(
+        label,
+        [(places[value], points[value][score]) for value in order],
+        series,
+        dashed,
+        {place: math.nan if width is None else width for place, width in widths.items()},
+    )
 
 
 def _axis(runs: Sequence[Run], fields: Sequence[str]) -> str:
@@ -122,9 +97,9 @@ def _key(value: Any) -> Any:
     return tuple(map(_key, value)) if isinstance(value, list) else value
 
 
-def _lines(runs: Sequence[Run], table: Table, axis: str, fields: Sequence[str]) -> dict[str, Line]:
-    """Label -> line; a line that has no place on the axis stands at None."""
-    lines: dict[str, Line] = {}
+def _lines(runs: Sequence[Run], table: Table, axis: str, fields: Sequence[str]) -> dict[str, Series]:
+    """Label -> its rows; a row that has no place on the axis stands at None."""
+    lines: dict[str, Series] = {}
     counts = len({run.facts for run in runs})
     for run in runs:
         counted = f", {run.facts} facts" if counts > 1 and axis != "facts" else ""

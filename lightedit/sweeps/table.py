@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightedit.errors import ArgumentError
 from lightedit.evaluation.result import Evaluation
 from lightedit.files import whole_file
 from lightedit.sweeps.plan import Run, shown
@@ -40,7 +41,7 @@ class Table:
         rows: column -> value, one for each finished run.
 
     Raises:
-        ValueError: the file has other columns or is damaged.
+        ArgumentError: the file has other columns or is damaged.
     """
 
     def __init__(self, path: Path, fields: Sequence[str], generation: bool = False) -> None:
@@ -83,7 +84,7 @@ class Table:
         with self.path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != self._columns:
-                raise ValueError(f"{self.path} has the columns {reader.fieldnames}, expected {self._columns}")
+                raise ArgumentError(f"{self.path} has the columns {reader.fieldnames}, expected {self._columns}")
             try:
                 return [
                     {
@@ -93,7 +94,7 @@ class Table:
                     for row in reader
                 ]
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path} is damaged ({error}); correct the row, or delete it") from error
+                raise ArgumentError(f"{self.path} is damaged ({error}); correct the row, or delete it") from error
 
     def _write(self) -> None:
         text = io.StringIO()

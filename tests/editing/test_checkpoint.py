@@ -25,6 +25,7 @@ import lightedit as le
 from lightedit.__main__ import main
 from lightedit.data.prompts import ContextSettings
 from lightedit.lm import Place
+from lightedit.methods.closed_form.editor import ClosedFormEditor
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.runs.folder import kept_rounds
 from lightedit.statistics.covariance import Provenance

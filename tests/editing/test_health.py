@@ -209,7 +209,9 @@ def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
 
 
 def test_the_round_that_stays_is_validated_even_between_validations(lm: le.LanguageModel, tmp_path: Path) -> None:
-    health = le.Health(WINDOWS, limits=le.HealthLimits(**limits_that_round_two_passes(torch.float32), on_limit="roll_back"))
+    health = le.Health(
+        WINDOWS, limits=le.HealthLimits(**limits_that_round_two_passes(torch.float32), on_limit="roll_back")
+    )
     with pytest.warns(UserWarning):
         run(lm, facts_per_round=2, callbacks=[health], validate_every=2, log=tmp_path)
     with (tmp_path / "retention.csv").open() as file:

@@ -209,7 +209,10 @@ def test_rome_writes_one_fact_a_round_and_exactly(lm: le.LanguageModel) -> None:
     module = le.EditModule(lm, ROME, covariance=covariance_of(lm, (1,)))
     targets: list[torch.Tensor] = []
     write = module.editor.write
-    module.editor.write = lambda indices, owner: (targets.extend(module.editor.results.values()), write(indices, owner))[1]
+    module.editor.write = lambda indices, owner: (
+        targets.extend(module.editor.results.values()),
+        write(indices, owner),
+    )[1]
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, limit_val_batches=0)  # fmt: skip
     trainer.fit(module, datamodule=le.FactsDataModule(FACTS[:3], facts_per_round=1))
@@ -315,10 +318,14 @@ def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
     exact = le.EMMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS)
     with pytest.raises(le.FactError, match=r"round 1 of 1: the keys of 6 facts are linearly dependent.*mu above 0"):
-        prepare(lm, facts, exact, covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep"))  # it finds no values
+        prepare(
+            lm, facts, exact, covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep")
+        )  # it finds no values
     for settings in ({"facts_per_round": 5, "on_collision": "keep"}, {"on_collision": "merge"}):
         prepare(lm, facts, exact, covariance=covariance_of(lm), settings=le.RunSettings(**settings))
-    prepare(lm, facts, replace(exact, mu=0.1), covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep"))
+    prepare(
+        lm, facts, replace(exact, mu=0.1), covariance=covariance_of(lm), settings=le.RunSettings(on_collision="keep")
+    )
 
 
 def test_an_edit_names_those_that_it_was_made_on_top_of(lm: le.LanguageModel) -> None:

@@ -12,7 +12,7 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation import single
 from lightedit.runs.folder import kept_chunks, locked, remove_run
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, scored, state
+from tests.runs import assert_unedited, covariance_of, scored, scored_single, state
 from tests.sweeps.runs import FACTS, MEMIT, of, sweep
 
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
@@ -64,7 +64,7 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
 def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.Method) -> None:
     before = state(lm)
     unedited = scored(lm, FACTS)
-    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), 7, facts_per_chunk=3, progress_bar=False)
+    found = scored_single(lm, FACTS, method, covariance_of(lm), batch_size=7, facts_per_chunk=3)
     assert_unedited(lm, before)
     assert_equal_to_the_loop(lm, method, found)
     for record, other in zip(found.records, unedited.records, strict=True):
@@ -74,7 +74,7 @@ def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.
 def test_each_edit_is_compared_with_the_model_that_it_starts_from(lm: le.LanguageModel) -> None:
     facts = [replace(fact, neighborhood_prompts=(*fact.neighborhood_prompts, "The king is in")) for fact in FACTS]
     method, before = METHODS["MEMIT"], scored(lm, facts)
-    found = le.evaluate_single(lm, facts, method, covariance_of(lm), progress_bar=False, before=before)
+    found = scored_single(lm, facts, method, covariance_of(lm), before=before)
     expected = []
     for index, fact in enumerate(facts):
         edit = run(lm, [fact], method, covariance=covariance_of(lm))
@@ -84,33 +84,33 @@ def test_each_edit_is_compared_with_the_model_that_it_starts_from(lm: le.Languag
     assert [record["retain_accuracy"] for record in found.records] == expected
     assert 0 < found.scores["retain_accuracy"] < 100 and "success_rate" in found.scores
     with pytest.raises(ValueError, match="before: it evaluated"):
-        le.evaluate_single(lm, facts[:1], method, covariance_of(lm), before=before)
+        scored_single(lm, facts[:1], method, covariance_of(lm), before=before)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "opt"])
 def test_other_architectures(architecture: str) -> None:
     lm = le.LanguageModel(tiny_model(architecture), tiny_tokenizer("bytelevel"))
     method = METHODS["MEMIT"]
-    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False)
+    found = scored_single(lm, FACTS, method, covariance_of(lm))
     assert_equal_to_the_loop(lm, method, found)
 
 
 def test_the_edited_models_write_too() -> None:
     lm = le.LanguageModel(tiny_model("llama", dtype=torch.float64), tiny_tokenizer("bytelevel"))
     method = METHODS["MEMIT"]
-    found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False, generate=True)
+    found = scored_single(lm, FACTS, method, covariance_of(lm), generate=True)
     assert_equal_to_the_loop(lm, method, found, generate=True)
     assert "GE" in found.scores
 
 
 def test_a_fact_may_come_twice_and_known_targets_are_used(lm: le.LanguageModel) -> None:
     method, covariance = METHODS["MEMIT"], covariance_of(lm)
-    once = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False)
-    twice = le.evaluate_single(lm, [*FACTS[:2], FACTS[0]], method, covariance, progress_bar=False)
+    once = scored_single(lm, FACTS[:2], method, covariance)
+    twice = scored_single(lm, [*FACTS[:2], FACTS[0]], method, covariance)
     assert_same_record(twice.records[2], twice.records[0])
     assert twice.records[0]["EM"] == pytest.approx(once.records[0]["EM"], abs=0.01)
     known = {0: torch.zeros(lm.d_model)}
-    other = le.evaluate_single(lm, FACTS[:2], method, covariance, progress_bar=False, targets=known)
+    other = scored_single(lm, FACTS[:2], method, covariance, targets=known)
     before, after = ([record["efficacy"]["nll_wanted"][0] for record in found.records] for found in (once, other))
     assert abs(after[0] - before[0]) > 0.02
     assert after[1] == pytest.approx(before[1], abs=1e-4)
@@ -133,8 +133,8 @@ def test_an_interrupted_evaluation_goes_on(
     lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: bool
 ) -> None:
     def run(checkpoint: Path | None) -> le.Evaluation:
-        return le.evaluate_single(
-            lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=2, progress_bar=False, generate=generate,
+        return scored_single(
+            lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=2, generate=generate,
             checkpoint=checkpoint,
         )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_an_interrupted_evaluation_goes_on(
     some = [fact for chunk in kept_chunks(folder)[:1] for fact in json.loads(chunk.read_text())["records"]]
     for chunk in kept_chunks(folder)[1:]:
         chunk.unlink()
-    again = le.evaluate_single(lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=5, progress_bar=False,
+    again = scored_single(lm, FACTS, METHODS["MEMIT"], covariance_of(lm), facts_per_chunk=5,
                                generate=generate, checkpoint=folder)  # fmt: skip
     assert len(some) == 2 and [again.records[int(i)] == whole.records[int(i)] for i in some] == [True, True]
     assert again.scores == pytest.approx(whole.scores, abs=0.1)
@@ -164,8 +164,8 @@ def test_a_folder_of_another_evaluation_or_a_damaged_one_is_refused(
     folder, method, covariance = tmp_path / "scores.run", METHODS["MEMIT"], covariance_of(lm)
 
     def run(lm: le.LanguageModel = lm, facts=FACTS, method=method, **changes) -> le.Evaluation:
-        changes = {"facts_per_chunk": 2, "progress_bar": False, "checkpoint": folder} | changes
-        return le.evaluate_single(lm, facts, method, covariance, **changes)
+        changes = {"facts_per_chunk": 2, "checkpoint": folder} | changes
+        return scored_single(lm, facts, method, covariance, **changes)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 1)
@@ -190,23 +190,23 @@ def test_a_folder_of_another_evaluation_or_a_damaged_one_is_refused(
 
 def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
     with pytest.raises(le.FactError, match="empty"):
-        le.evaluate_single(lm, [], MEMIT, covariance_of(lm))
+        scored_single(lm, [], MEMIT, covariance_of(lm))
     with pytest.raises(ValueError, match="out of range"):
-        le.evaluate_single(lm, FACTS, replace(MEMIT, layers=(9,)), covariance_of(lm))
+        scored_single(lm, FACTS, replace(MEMIT, layers=(9,)), covariance_of(lm))
     with pytest.raises(le.CovarianceError, match="layer 2"):
-        le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm, (1,)))
+        scored_single(lm, FACTS, MEMIT, covariance_of(lm, (1,)))
     for size in ("batch_size", "facts_per_chunk"):
         with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
-            le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm), **{size: 0})
+            scored_single(lm, FACTS, MEMIT, covariance_of(lm), **{size: 0})
     with pytest.raises(ValueError, match="batch_size"):
-        le.evaluate(lm, FACTS, batch_size=0)
+        le.EvaluationSettings(batch_size=0)
 
 
 def test_a_sweep_has_rows_of_single_edits(lm: le.LanguageModel, tmp_path: Path) -> None:
     methods = {"MEMIT": MEMIT, "ROME": le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS)}
     rows = sweep(lm, tmp_path / "s", methods, facts_per_round=[None, "single"])
     for name, method in methods.items():
-        expected = le.evaluate_single(lm, FACTS, method, covariance_of(lm), progress_bar=False)
+        expected = scored_single(lm, FACTS, method, covariance_of(lm))
         row = of(rows, method=name, facts_per_round="single")
         assert {score: row[score] for score in ("ES", "PS", "NS", "S")} == pytest.approx(
             {score: expected.scores[score] for score in ("ES", "PS", "NS", "S")}

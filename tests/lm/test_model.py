@@ -8,8 +8,8 @@ from transformers.models.byt5 import ByT5Tokenizer
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
-from lightedit.lm.hooks import capture
 from lightedit.lm.changes import LowRankUpdate
+from lightedit.lm.hooks import capture
 from tests.models import ARCHITECTURES, EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
 ROWS = [[5, 60, 70, 8], [9], [30, 31, 32, 33, 34, 35, 36]]
@@ -115,7 +115,7 @@ def test_an_edit_changes_one_matrix_and_no_other_parameter(architecture: str) ->
     tied = lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight
     lm.weights.add("edit", Place(2), random_update(lm, 2))
     changed = [name for name, value in lm.model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == [f"{lm.architecture.blocks}.2.{lm.architecture.mlp_output}.weight"]
+    assert changed == [f"{lm.module_name(Place(2))}.weight"]
     assert tied == (lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight)
 
 

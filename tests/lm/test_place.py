@@ -8,8 +8,8 @@ import torch
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
-from lightedit.lm.hooks import capture
 from lightedit.lm.changes import LowRankUpdate
+from lightedit.lm.hooks import capture
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 ROWS = [[5, 60, 70, 8], [9], [30, 31, 32, 33, 34, 35, 36]]

@@ -6,8 +6,8 @@ import torch
 from lightedit.evaluation import generation
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
-from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.changes import LowRankUpdate
+from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import score_targets
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 

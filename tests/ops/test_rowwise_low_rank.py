@@ -1,5 +1,7 @@
 """Each row's own low-rank product and its gradient, against plain autograd in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,19 +43,48 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradient_equal_plain_autograd(
+def test_output_and_gradients_equal_plain_autograd(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    x, left, right = problem(shape, dtype, device)
-    exact_x, x = x.double().requires_grad_(), x.requires_grad_()
-    y, exact = rowwise_low_rank(x, left, right), plain(exact_x, left.double(), right.double())
+    given = [tensor.requires_grad_() for tensor in problem(shape, dtype, device)]
+    exact_given = [tensor.detach().double().requires_grad_() for tensor in given]
+    y, exact = rowwise_low_rank(*given), plain(*exact_given)
     assert y.dtype == dtype and y.is_contiguous()
     assert_close(y.detach(), exact.detach())
     gradient = torch.randn_like(y)
     y.backward(gradient)
     exact.backward(gradient.double())
-    assert x.grad is not None and exact_x.grad is not None
-    assert_close(x.grad, exact_x.grad)
+    for tensor, exact_tensor in zip(given, exact_given, strict=True):
+        assert tensor.grad is not None and exact_tensor.grad is not None and tensor.grad.dtype == dtype
+        assert_close(tensor.grad, exact_tensor.grad)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_each_gradient_is_that_of_finite_differences(device: torch.device, wanted: tuple[bool, ...]) -> None:
+    tensors = problem((2, 3, 4, 5, 2), torch.float64, device)
+    given = [tensor.requires_grad_(wants) for tensor, wants in zip(tensors, wanted, strict=True)]
+    if not any(wanted):
+        assert not rowwise_low_rank(*given).requires_grad
+        return
+    assert torch.autograd.gradcheck(rowwise_low_rank, given)
+    assert torch.autograd.gradgradcheck(rowwise_low_rank, given)
+    torch.autograd.backward(rowwise_low_rank(*given).sum())
+    assert [tensor.grad is not None for tensor in given] == list(wanted)
+
+
+def test_the_input_is_kept_for_the_gradients_of_factors_alone(device: torch.device) -> None:
+    x, left, right = problem((2, 3, 4, 5, 2), torch.float32, device)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    for trained in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            rowwise_low_rank(x.requires_grad_(), left.requires_grad_(trained), right)
+        assert (x.data_ptr() in kept) == trained
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,18 +144,17 @@ def test_shapes_that_do_not_fit_are_refused(
         rowwise_low_rank(torch.zeros(x), torch.zeros(left), torch.zeros(right))
 
 
-def test_other_dtypes_devices_and_trained_factors_are_refused() -> None:
+def test_other_dtypes_and_devices_are_refused() -> None:
     x, left, right = torch.zeros(2, 3, 4), torch.zeros(2, 5, 1), torch.zeros(2, 4, 1)
     with pytest.raises(ValueError, match="int64"):
         rowwise_low_rank(x.long(), left, right)
     with pytest.raises(ValueError, match="one device"):
         rowwise_low_rank(x, left.to("meta"), right)
-    with pytest.raises(ValueError, match="with respect to x alone"):
-        rowwise_low_rank(x, left.requires_grad_(), right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
-    x, left, right = problem((3, 4, 20, 30, 2), dtype, device)
+    given = problem((3, 4, 20, 30, 2), dtype, device)
     # as float32, since in bfloat16 it compares two roundings of one gradient
-    opcheck(torch.ops.lightedit.rowwise_low_rank.default, (x.requires_grad_(dtype == torch.float32), left, right))
+    trained = [tensor.requires_grad_(dtype == torch.float32) for tensor in given]
+    opcheck(torch.ops.lightedit.rowwise_low_rank.default, tuple(trained))

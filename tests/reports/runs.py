@@ -12,6 +12,7 @@ from lightedit.evaluation.evaluate import Evaluation, summarize
 from lightedit.lm import Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.metrics import Generations, PromptScores, RecordScores
+from lightedit.runs.provenance import RunRecord
 
 MARKUP = "<script>alert(1)</script>"
 ROUNDS, EACH = 4, 5
@@ -87,18 +88,19 @@ def save_run(folder: Path, quality: float = 3.0, method: str = "MEMIT", rounds: 
     edit = Edit(
         "tiny",
         "92608895c307eeb1",
-        provenance={
-            "method": {"name": method, "layers": [1, 2], "lambda_": 1000.0 * quality, "values": {"lr": 0.5}},
-            "contexts": {"templates": ["{}", f"{MARKUP} {{}}", "The river rises in the hills, and. {}"]},
-            "seconds": {"values": 12.5, "update": 0.25},
-        },
+        RunRecord(
+            {"name": method, "layers": [1, 2], "lambda_": 1000.0 * quality, "values": {"lr": 0.5}},
+            {"contexts": {"templates": ["{}", f"{MARKUP} {{}}", "The river rises in the hills, and. {}"]}},
+            seconds={"values": 12.5, "update": 0.25},
+        ),
         facts=FACTS[: rounds * EACH],
         rounds=[
             {Place(layer): LowRankUpdate(torch.randn(8, EACH), torch.randn(20, EACH)) for layer in (1, 2)}
             for _ in range(rounds)
         ],
         facts_in_round=[EACH] * rounds,
-        scores={"before": before.scores, "after": after.scores},
+        before=before,
+        after=after,
         tables={"retention": retention, "health": health},
     )
-    return edit.save(folder, before=before, after=after)
+    return edit.save(folder)

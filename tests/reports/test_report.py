@@ -1,25 +1,26 @@
 """What a report says: its runs, its figures and facts, all text escaped; and what it refuses."""
 
 import doctest
-import itertools
 import math
 import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 import torch
 
 import lightedit as le
 from lightedit.evaluation.evaluate import summarize
+from lightedit.figures import PALETTE, Axis, Line, Panel
 from lightedit.metrics import PromptScores, RecordScores
 from lightedit.reports import html
-from lightedit.reports.chart import Line, interval_chart, line_chart, thinned
+from lightedit.reports.charts import Interval, interval_figure, legend, line_figure
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import EACH, chosen, facts_section, ranked
 from lightedit.reports.page import page, report
-from lightedit.reports.run import Run, read_runs
+from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import better, explanation, higher_is_better, scores_section
 from lightedit.reports.settings import settings_section
 from tests.reports.runs import FACTS, MARKUP, evaluation, records, save_run
@@ -246,16 +247,16 @@ def test_one_run_is_set_beside_its_unedited_model(run):
 
 
 def test_several_runs_share_the_unedited_model_and_are_compared_with_one_another(run):
-    weak = Run("weak", before=run.before, after=evaluation(-1.0))
+    weak = ReportedRun("weak", before=run.before, after=evaluation(-1.0))
     cells = rows_of(scores_section([run, weak]))["PS"]
     assert len(cells) == 3
     assert ["better" in cell for cell in cells] == [False, True, False]
-    alike = Run("alike", before=run.before, after=run.after)
+    alike = ReportedRun("alike", before=run.before, after=run.after)
     assert "better</span>" not in scores_section([run, alike])
 
 
 def test_runs_scored_on_other_facts_are_not_compared(run):
-    weak = Run("weak", after=evaluation(-1.0, facts=FACTS[:15]))
+    weak = ReportedRun("weak", after=evaluation(-1.0, facts=FACTS[:15]))
     section = scores_section([run, weak])
     assert "different facts" in section and 'class="better"' not in section
 
@@ -268,7 +269,7 @@ def test_every_metric_is_explained_and_says_which_way_is_better(run):
 
 
 def test_of_perplexity_and_kl_less_is_better_and_both_have_their_unit():
-    columns = [Run(name, after=le.Evaluation({"kl": kl}, {"kl": (kl - 0.001, kl + 0.001)}, []))
+    columns = [ReportedRun(name, after=le.Evaluation({"kl": kl}, {"kl": (kl - 0.001, kl + 0.001)}, []))
                for name, kl in (("a", 0.0123), ("b", 0.5))]  # fmt: skip
     cells = rows_of(scores_section(columns))["KL (nats per token)"]
     assert cells == ["0.0123 ± 0.0010better", "0.5000 ± 0.0010"]
@@ -332,23 +333,44 @@ def test_curves_hold_what_the_tables_hold(run):
 def test_an_edit_in_one_round_has_no_curves(folder):
     edit = le.Edit.load(folder)
     edit.rounds, edit.facts_in_round = edit.rounds[:1], [len(edit.facts)]
-    assert curves_section([Run("one", edit)]) is None
+    assert curves_section([ReportedRun("one", edit)]) is None
+
+
+def chart(points):
+    return line_figure(Panel("t", [Line("a", points, 0)], Axis("x", whole=True), Axis("y", logarithmic=None)))
 
 
 def test_charts_stand_values_that_are_not_numbers_alike_or_far_apart():
     for points in ([(1, math.nan), (2, 3.0), (3, math.inf)], [(1, 0.0)], [(1, 1e-3), (2, 1e9)], [(1, -2.0), (2, 5.0)]):
-        drawn = line_chart("t", [Line("a", points, 0)], "x", "y")
+        drawn = chart(points)
         assert not re.search(r"\b(nan|inf)\b", drawn), points
         _Reader(drawn)
-    assert "10" in line_chart("t", [Line("a", [(1, 1.0), (2, 1000.0)], 0)], "x", "y")
-    assert interval_chart("t", [("ES", [None])])
+    assert ">10<" in chart([(1, 1.0), (2, 1000.0)]) and "logarithmic scale" in chart([(1, 1.0), (2, 1000.0)])
+    assert ">ES<" in interval_figure("t", [("ES", [None])])
 
 
-def test_a_line_of_many_points_is_thinned_to_its_ends_and_what_is_between():
-    points = [(float(x), float(x)) for x in range(1000)]
-    kept = thinned(points)
-    assert len(kept) == 200 and kept[0] == points[0] and kept[-1] == points[-1]
-    assert max(b[0] - a[0] for a, b in itertools.pairwise(kept)) <= 6
+def test_a_chart_names_its_points_and_says_in_words_what_it_shows():
+    reader = _Reader(chart([(1, 20.0), (2, 1234.5)]))
+    assert ("aria-label", "t: y by x.") in reader.attributes and ("role", "img") in reader.attributes
+    assert "a, 1: 20" in reader.text and "a, 2: 1234" in reader.text
+    known = interval_figure("t", [("ES", [Interval("before", 50.0, 40.0, 60.5, None)])])
+    assert "before: ES 50.0, from 40.0 to 60.5" in _Reader(known).text
+    unknown = interval_figure("t", [("ES", [Interval("before", 50.0, math.nan, math.nan, 0)])])
+    assert "before: ES 50.0" in _Reader(unknown).text and "from" not in _Reader(unknown).text
+
+
+def test_charts_can_stand_together_in_a_page_and_take_its_colours_and_font():
+    page_style = files("lightedit.reports").joinpath("style.css").read_text(encoding="utf-8")
+    drawn = chart([(1, 2.0), (2, 5.0)]) + legend([("x", None, 1), ("y", 13, 2)])
+    reader = _Reader(drawn)
+    names = {name for name, _ in reader.attributes}
+    assert not names & {"id", "href", "xlink:href", "clip-path", "xmlns"}
+    assert not {"style", "defs", "metadata"} & set(reader.tags)
+    assert "font-family" not in drawn and "#" not in drawn
+    used = set(re.findall(r"var\(--([\w-]+)\)", drawn))
+    assert {"text", "faint", "line", "page", "series-0", "series-1"} == used
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w+);", part)) for part in page_style.split("@media")[:2])
+    assert PALETTE.items() <= light.items() and PALETTE.keys() <= dark.keys()
 
 
 def test_settings_of_several_runs_say_where_they_differ(run, tmp_path):
@@ -364,7 +386,7 @@ def test_settings_of_several_runs_say_where_they_differ(run, tmp_path):
 def test_a_run_that_was_stopped_says_so(folder):
     edit = le.Edit.load(folder)
     edit.record.stopped = "stopped in round 4, which is kept: kl is 2, past max_kl=1"
-    assert "past max_kl=1" in _Reader(page([Run("x", edit)])).text
+    assert "past max_kl=1" in _Reader(page([ReportedRun("x", edit)])).text
 
 
 def test_zsre_scores_make_a_report(tmp_path):
@@ -383,7 +405,7 @@ def test_zsre_scores_make_a_report(tmp_path):
 def test_an_evaluation_before_of_other_prompts_is_no_hindrance():
     fewer = evaluation(facts=[replace(fact, paraphrase_prompts=fact.paraphrase_prompts[:1]) for fact in FACTS])
     edit = le.Edit("model", "fingerprint", facts=FACTS)
-    text = _Reader(str(facts_section([Run("x", edit, before=fewer, after=evaluation())]))).text
+    text = _Reader(str(facts_section([ReportedRun("x", edit, before=fewer, after=evaluation())]))).text
     assert "every prompt" in text
 
 
@@ -393,5 +415,5 @@ def test_cards_hold_portability_questions_with_their_answers(tmp_path):
     asked = PromptScores(torch.tensor([0.5, 2.0]), None, torch.tensor([1.0, 0.0]))
     found = summarize([fact], [replace(scores, portability=asked)])
     edit = le.Edit("model", "fingerprint", facts=[fact])
-    text = _Reader(str(facts_section([Run("x", edit, after=found)]))).text
+    text = _Reader(str(facts_section([ReportedRun("x", edit, after=found)]))).text
     assert "50 % right" in text and "The neighbours speak → Dutch" in text and "Read in → Leiden" in text

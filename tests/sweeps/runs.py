@@ -26,7 +26,13 @@ FACTS = [
 def sweep(lm: le.LanguageModel, out: Path, methods: Any = None, **changes: Any) -> list[dict[str, Any]]:
     facts = changes.pop("facts", FACTS)
     covariance = changes.pop("covariance", None) or covariance_of(lm)
-    return le.sweep(lm, facts, methods or {"MEMIT": MEMIT}, covariance, out, **{"progress_bar": False, **changes})
+    run = {name: changes.pop(name) for name in ("facts_per_chunk", "on_collision", "progress_bar") if name in changes}
+    scores = {name: changes.pop(name) for name in ("generate",) if name in changes}
+    return le.sweep(
+        lm, facts, methods or {"MEMIT": MEMIT}, covariance=covariance, out=out,
+        settings=le.RunSettings(**{"progress_bar": False, **run}),
+        evaluation=le.EvaluationSettings(**{"progress_bar": False, **scores}), **changes,
+    )  # fmt: skip
 
 
 def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:

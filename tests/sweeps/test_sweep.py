@@ -1,7 +1,6 @@
 """Sweeps: rows that equal separate runs, step 1 done once, resuming, and what is refused before work starts."""
 
 import csv
-import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +12,18 @@ import yaml
 
 import lightedit as le
 from lightedit.__main__ import main
+from lightedit.evaluation import evaluate, scoring
 from lightedit.evaluation.kept_scores import KeptScores
+from lightedit.figures import PALETTE
 from lightedit.lm import Place
 from lightedit.runs.folder import locked
-from lightedit.sweeps import run, targets
-from lightedit.sweeps.plan import LOG17, plan, shown
+from lightedit.sweeps import run as sweeping
+from lightedit.sweeps import targets
+from lightedit.sweeps.plan import LOG17, Run, plan, shown
 from lightedit.sweeps.table import Table, best
 from lightedit.sweeps.targets import TargetStore
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import assert_unedited, covariance_of, scored, state
+from tests.runs import assert_unedited, covariance_of, run, scored, state
 from tests.sweeps.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, of, sweep
 
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
@@ -56,12 +58,20 @@ def test_rows_equal_separate_runs(lm: le.LanguageModel, tmp_path: Path) -> None:
         if row["lambda_"] is not None:
             method = replace(method, lambda_=row["lambda_"])
         covariance = covariance_of(lm)
-        edit = le.edit(lm, chosen, method, covariance, row["facts_per_round"], progress_bar=False)
+        edit = run(lm, chosen, method, covariance=covariance, facts_per_round=row["facts_per_round"])
         assert_scores(row, scored(lm, chosen))
         edit.revert(lm)
     assert of(rows, method="ROME", facts=5)["facts_per_round"] == 1
     seen = {tuple(row[name] for name in SCORES) for row in rows}
     assert len(seen) > 4  # or equal rows would say nothing
+
+
+def found(folder: Path, lm: le.LanguageModel, facts: list[le.Fact], runs: list[Run]) -> tuple[dict, float]:
+    """What a store finds for the first of `runs`."""
+    quiet = le.RunSettings(progress_bar=False)
+    editor = runs[0].method.editor(lm, covariance=covariance_of(lm), settings=quiet)
+    editor.prepare(facts, None)
+    return TargetStore(folder, lm, facts, runs, quiet).find(runs[0], editor)
 
 
 @pytest.mark.parametrize("kind", [le.MEMIT, le.EMMET, le.PMET, le.AlphaEdit, le.ENCORE], ids=lambda kind: kind.__name__)
@@ -73,7 +83,7 @@ def test_known_targets_give_the_same_bits_as_a_run_of_its_own(
     method = kind(layers=(1, 2), values=replace(VALUES, stopping=stopping), contexts=CONTEXTS, **threshold)
     runs = plan({"it": method}, 5)
     for _ in range(2):  # found, then read
-        known, seconds = TargetStore(tmp_path, lm, FACTS, runs).find(runs[0], progress_bar=False)
+        known, seconds = found(tmp_path, lm, FACTS, runs)
         assert sorted(known) == [0, 1, 2, 3, 4] and seconds > 0
         edit = run(lm, FACTS, method, covariance=covariance_of(lm), targets=known)
         weights = {layer: lm.weight(Place(layer)).clone() for layer in (1, 2)}
@@ -89,29 +99,29 @@ def test_known_targets_give_the_same_bits_as_a_run_of_its_own(
 
 
 def test_targets_serve_the_first_round_only(lm: le.LanguageModel) -> None:
-    expected = le.edit(lm, FACTS[:4], MEMIT, covariance_of(lm), 2, progress_bar=False)
+    expected = run(lm, FACTS[:4], MEMIT, covariance=covariance_of(lm), facts_per_round=2)
     known = {index: torch.zeros(lm.d_model) for index in range(4)}
     expected.revert(lm)
-    edit = le.edit(lm, FACTS[:4], MEMIT, covariance_of(lm), 2, progress_bar=False, targets=known)
+    edit = run(lm, FACTS[:4], MEMIT, covariance=covariance_of(lm), facts_per_round=2, targets=known)
     assert edit.record.seconds["values"] > 0  # the second round searched
     first, second = (edit.rounds[index][Place(2)].left for index in range(2))
     assert not torch.allclose(first, expected.rounds[0][Place(2)].left)  # the zeros were written
     assert (second.norm() / expected.rounds[1][Place(2)].left.norm()).log().abs() < 2  # but not in the second round
     edit.revert(lm)
     # the zeros serve the one fact they are for; the other is searched
-    partly = le.edit(lm, FACTS[:4], MEMIT, covariance_of(lm), 2, progress_bar=False, targets={0: known[0]})
+    partly = run(lm, FACTS[:4], MEMIT, covariance=covariance_of(lm), facts_per_round=2, targets={0: known[0]})
     left, whole = partly.rounds[0][Place(2)].left, expected.rounds[0][Place(2)].left
     assert not torch.allclose(left[:, 0], whole[:, 0]) and not torch.allclose(left[:, 1], first[:, 1])
 
 
 def test_merged_facts_are_searched_anew(lm: le.LanguageModel, tmp_path: Path) -> None:
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is near")]
-    expected = le.edit(lm, facts, MEMIT, covariance_of(lm), on_collision="merge", progress_bar=False)
+    expected = run(lm, facts, MEMIT, covariance=covariance_of(lm), on_collision="merge")
     expected.revert(lm)
     runs = plan({"MEMIT": MEMIT}, 6)
-    known, _ = TargetStore(tmp_path, lm, facts, runs).find(runs[0], progress_bar=False)
-    edit = le.edit(
-        lm, facts, MEMIT, covariance_of(lm), on_collision="merge", progress_bar=False,
+    known, _ = found(tmp_path, lm, facts, runs)
+    edit = run(
+        lm, facts, MEMIT, covariance=covariance_of(lm), on_collision="merge",
         targets={0: 0 * known[0], 5: 0 * known[5]},
     )  # fmt: skip
     for one, other in zip(edit.rounds[0].values(), expected.rounds[0].values(), strict=True):
@@ -152,8 +162,8 @@ def test_values_are_kept_apart_by_all_that_they_depend_on(lm: le.LanguageModel, 
         other = le.ROME(layers=(2,), values=VALUES, contexts=CONTEXTS)  # type: ignore[assignment]
     else:
         facts = [replace(FACTS[0], target_new="Berlin"), *FACTS[1:]]
-    key = TargetStore(tmp_path, lm, FACTS, []).key
-    assert TargetStore(tmp_path, lm, facts, []).key(other) != key(MEMIT)
+    key = TargetStore(tmp_path, lm, FACTS, [], le.RunSettings()).key
+    assert TargetStore(tmp_path, lm, facts, [], le.RunSettings()).key(other) != key(MEMIT)
     assert key(replace(MEMIT, lambda_=7.0, layers=(2,))) == key(MEMIT)
 
 
@@ -227,10 +237,9 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
 def test_scores_of_the_unedited_model_are_kept(
     lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("lightedit.evaluation.evaluate")  # whose name is that of the function, too
-    monkeypatch.setattr(module, "_KEPT_TOGETHER", 2)
+    monkeypatch.setattr(scoring, "_KEPT_TOGETHER", 2)
     expected = sweep(lm, tmp_path / "whole")
-    score, calls = module.score_facts, iter([0, 1])
+    score, calls = scoring.score_facts, iter([0, 1])
 
     def interrupted(*args, **kwargs):
         if next(calls, None) is None:
@@ -238,13 +247,16 @@ def test_scores_of_the_unedited_model_are_kept(
         return score(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "score_facts", interrupted)
+        patch.setattr(scoring, "score_facts", interrupted)
         sweep(lm, tmp_path / "s")
     seconds = KeptScores(tmp_path / "s" / "unedited").seconds
-    scored = []
-    monkeypatch.setattr(module, "score_facts", lambda lm, facts, *rest: scored.append(facts) or score(lm, facts, *rest))
+    seen: list[list[le.Fact]] = []
+    for module in (scoring, evaluate):
+        monkeypatch.setattr(
+            module, "score_facts", lambda lm, facts, **rest: seen.append(facts) or score(lm, facts, **rest)
+        )
     rows = sweep(lm, tmp_path / "s")
-    assert scored == [FACTS[4:], FACTS]  # what was missing of the unedited model, and the run
+    assert seen == [FACTS[4:], FACTS]  # what was missing of the unedited model, and the run
     for row, other in zip(rows, expected, strict=True):
         assert [row[name] for name in SCORES] == pytest.approx([other[name] for name in SCORES], rel=1e-5, abs=1e-5)
     assert rows[0]["seconds_evaluation"] > seconds > 0
@@ -285,7 +297,7 @@ def test_a_sweep_does_not_go_on_with_other_tensors_or_versions(
     other = le.Covariance({matrix: 2 * moment for matrix, moment in known.moments.items()}, known.provenance)
     with pytest.raises(ValueError, match="a sweep with other covariance tensors"):
         sweep(lm, tmp_path / "s", covariance=other)
-    monkeypatch.setattr(run, "computing", lambda lm: {"dtype": "float32", "versions": {"torch": "1.0"}})
+    monkeypatch.setattr(sweeping, "computing", lambda lm: {"dtype": "float32", "versions": {"torch": "1.0"}})
     with pytest.raises(ValueError, match="a sweep with other versions"):
         sweep(lm, tmp_path / "s")
 
@@ -294,15 +306,15 @@ def test_values_of_finished_chunks_are_kept(
     lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched = []
-    search = targets.optimize_values
+    search = targets.search
 
-    def stop_in_the_third_chunk(lm, prompts, *args, **kwargs):
-        searched.append(len(prompts))
+    def stop_in_the_third_chunk(editor, indices, *args):
+        searched.append(len(indices))
         if len(searched) == 3:
             raise KeyboardInterrupt
-        return search(lm, prompts, *args, **kwargs)
+        search(editor, indices, *args)
 
-    monkeypatch.setattr(targets, "optimize_values", stop_in_the_third_chunk)
+    monkeypatch.setattr(targets, "search", stop_in_the_third_chunk)
     with pytest.raises(KeyboardInterrupt):
         sweep(lm, tmp_path / "s", facts_per_chunk=2)
     sweep(lm, tmp_path / "s", facts_per_chunk=2)
@@ -461,7 +473,7 @@ def series(svg: str) -> list[dict[str, int]]:
     """For each panel, colour -> points of the line drawn in it inside the axes."""
     panels = []
     for panel in re.split(r'<g id="axes_\d+">', svg)[1:]:
-        lines = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; [^"]*stroke: (#\w+)', panel)
+        lines = re.findall(r'<path d="([^"]*)" style="fill: none; [^"]*stroke: (#\w+)', panel)
         panels.append({color: 0 for _, color in lines})
         for points, color in lines:
             panels[-1][color] = max(panels[-1][color], len(re.findall("[ML]", points)))
@@ -469,14 +481,13 @@ def series(svg: str) -> list[dict[str, int]]:
 
 
 def test_the_figure_shows_every_series(lm: le.LanguageModel, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     sweep(lm, tmp_path / "s", {"MEMIT": MEMIT, "ROME": ROME}, counts=[1, 2, 5], grid={"lambda_": [5.0, 50.0]})
     svg = (tmp_path / "s" / "sweep.svg").read_text()
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     for label in ("unedited", "MEMIT, λ 5", "MEMIT, λ 50", "ROME", "facts", "Score (S)", "Neighborhood (NS)"):
         assert label in texts, label
     # three counts each; the fourth is the unedited model, and lines of two points are the grid and the intervals
-    wanted = {"#1f77b4", "#ff7f0e", "#2ca02c"}
+    wanted = {PALETTE["series-0"], PALETTE["series-1"], PALETTE["series-2"]}
     panels = series(svg)
     assert len(panels) == 4
     for panel in panels:
@@ -485,35 +496,27 @@ def test_the_figure_shows_every_series(lm: le.LanguageModel, tmp_path: Path) -> 
 
 
 def test_a_method_without_the_swept_field_is_a_level_line(lm: le.LanguageModel, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     sweep(lm, tmp_path / "s", {"MEMIT": MEMIT, "ROME": ROME}, facts=FACTS[:2], grid={"lambda_": [5.0, 50.0, 500.0]})
     svg = (tmp_path / "s" / "sweep.svg").read_text()
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert {"unedited", "MEMIT", "ROME", "λ"} <= set(texts)
     for panel in series(svg):
-        assert panel["#1f77b4"] == 3 and panel["#ff7f0e"] == 2
+        assert panel[PALETTE["series-0"]] == 3 and panel[PALETTE["series-1"]] == 2
 
 
 def test_lists_of_lists_are_swept_too(lm: le.LanguageModel, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     prefixes = [[["The", 1, 4]], [["The", 1, 4], ["I", 1, 4]], [["Because", 1, 4]]]
     rows = sweep(lm, tmp_path / "s", facts=FACTS[:2], grid={"contexts.prefixes": prefixes})
     assert [row["contexts.prefixes"] for row in rows[1:]] == prefixes
     assert "The,1,4,I,1,4" in (tmp_path / "s" / "sweep.svg").read_text()
 
 
-def test_without_matplotlib_the_table_is_whole_and_the_error_tells_what_to_install(
-    lm: le.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "matplotlib", None)
-        with pytest.raises(RuntimeError, match=r"pip install 'lightedit\[report\]'"):
-            sweep(lm, tmp_path / "s")
-    text = (tmp_path / "s" / "runs.csv").read_text()
-    assert text.count("\n") == 3 and not (tmp_path / "s" / "sweep.svg").exists()
-    pytest.importorskip("matplotlib")
-    sweep(lm, tmp_path / "s")
-    assert (tmp_path / "s" / "runs.csv").read_text() == text and (tmp_path / "s" / "sweep.svg").exists()
+def test_equal_tables_give_equal_figures(lm: le.LanguageModel, tmp_path: Path) -> None:
+    sweep(lm, tmp_path / "s", counts=[1, 2])
+    first = (tmp_path / "s" / "sweep.svg").read_bytes()
+    (tmp_path / "s" / "sweep.svg").unlink()
+    sweep(lm, tmp_path / "s", counts=[1, 2])
+    assert (tmp_path / "s" / "sweep.svg").read_bytes() == first
 
 
 # The command

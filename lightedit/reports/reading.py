@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.editing.artefact import Edit
+from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.evaluation.result import Evaluation
 from lightedit.runs.tables import read_table
 
@@ -17,7 +18,7 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run, as far as it is known.
 
     Attributes:
@@ -37,7 +38,7 @@ class Run:
     health: Sequence[dict[str, Any]] = ()
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
     """Read runs. Each path is one of these:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
@@ -47,28 +48,28 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     - a folder of nothing but such files, which stands for each of them.
 
     Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: none is given, one is given twice, or one holds something else or is damaged.
+        MissingFileError: there is no such path.
+        ArgumentError: none is given, one is given twice, or one holds something else or is damaged.
     """
     if not paths:
-        raise ValueError(f"runs: none given; {_WAY_OUT}")
+        raise ArgumentError(f"runs: none given; {_WAY_OUT}")
     places = [place for path in paths for place in _places(Path(path))]
     for place, times in Counter(place.resolve() for place in places).items():
         if times > 1:
-            raise ValueError(f"{place} is given {times} times; give each run once")
+            raise ArgumentError(f"{place} is given {times} times; give each run once")
     return [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
 
 
 def _places(path: Path) -> list[Path]:
     """The path itself, or the files for which a folder stands."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such run; {_WAY_OUT}")
+        raise MissingFileError(f"{path}: there is no such run; {_WAY_OUT}")
     known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv")
     if path.is_file() or any((path / name).is_file() for name in known):
         return [path]
     files = sorted(path.glob("*.json"))
     if not files:
-        raise ValueError(f"{path} holds no run: none of {', '.join(known)}, and no scores; {_WAY_OUT}")
+        raise ArgumentError(f"{path} holds no run: none of {', '.join(known)}, and no scores; {_WAY_OUT}")
     return files
 
 
@@ -83,12 +84,12 @@ def _names(places: Sequence[Path]) -> list[str]:
     return [str(place) for place in places]
 
 
-def _read(place: Path, name: str) -> Run:
+def _read(place: Path, name: str) -> ReportedRun:
     if place.is_file():
         after, before = Evaluation.load_with_before(place)
-        return Run(name, before=before, after=after)
+        return ReportedRun(name, before=before, after=after)
     edit = Edit.load(place) if (place / "edit.json").is_file() else None
-    return Run(
+    return ReportedRun(
         name,
         edit,
         _evaluation(place, "before", edit),
@@ -110,4 +111,4 @@ def _table(file: Path, edit: Edit | None) -> Rows:
     try:
         return read_table(file, sys.maxsize if edit is None else len(edit.rounds))
     except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); correct or delete it") from error
+        raise ArgumentError(f"{file} is damaged ({error!r}); correct or delete it") from error
