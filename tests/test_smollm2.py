@@ -6,7 +6,10 @@ import torch
 import lightedit as le
 from benchmarks.published import published_values
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.methods.closed_form.values import optimize_values
+
+QUIET = EvaluationSettings(progress_bar=False)
 
 FACTS = [
     le.Fact("The capital of {} is", "France", "Rome", target_true="Paris"),
@@ -36,7 +39,7 @@ def assert_published(lm: le.LanguageModel, contexts: Contexts, settings: le.Valu
 
 def test_it_knows_and_continues_facts(lm: le.LanguageModel) -> None:
     assert lm.decode(lm.generate([FACTS[0].text], 1)[0]).strip() == "Paris"
-    assert le.evaluate(lm, FACTS[:1], progress_bar=False).scores["ES"] == 0
+    assert le.evaluate(lm, FACTS[:1], settings=QUIET).scores["ES"] == 0
 
 
 def test_targets_equal_the_published_loop_for_a_few_steps(lm: le.LanguageModel) -> None:
@@ -54,7 +57,7 @@ def test_facts_are_edited_saved_and_undone(lm: le.LanguageModel, method: le.Meth
     before = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
     covariance = le.estimate_covariance(lm, [4, 5, 6, 7, 8], cache=True, progress_bar=False)
     edit = le.edit(lm, FACTS, method, covariance, progress_bar=False)
-    assert le.evaluate(lm, FACTS, progress_bar=False).scores["ES"] == 100
+    assert le.evaluate(lm, FACTS, settings=QUIET).scores["ES"] == 100
     batch = lm.tokenizer([fact.text for fact in FACTS], return_tensors="pt", padding=True)
     logits = lm.model(**batch).logits
     edit.save(tmp_path / "edit")

@@ -121,8 +121,8 @@ def write_texts(
             start = pad([[lm.text_start]] * rows, lm.pad_id).to(lm.device)
             columns = [start.ids[:, 0]]
             stream = next_tokens(lm.forward, DynamicCache(config=lm.model.config), start, draw)
-            for tokens in islice(stream, length - 1):
-                columns.append(tokens)
+            for following in islice(stream, length - 1):
+                columns.append(following)
                 report(len(windows) * length + rows * len(columns), count * length)
             windows += torch.stack(columns, 1).tolist()
     return windows

@@ -10,10 +10,13 @@ import torch
 import lightedit as le
 from lightedit.data.prompts import ContextSettings
 from lightedit.evaluation import single
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.runs.folder import kept_chunks, locked, remove_run
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import assert_unedited, covariance_of, state
 from tests.sweeps.runs import FACTS, MEMIT, of, sweep
+
+QUIET = EvaluationSettings(progress_bar=False)
 
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 5), ("I", 1, 5)))
 VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)
@@ -55,7 +58,7 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
     assert [record["subject"] for record in found.records] == [fact.subject for fact in FACTS]
     for fact, record in zip(FACTS, found.records, strict=True):
         edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
-        (expected,) = le.evaluate(lm, [fact], progress_bar=False, **kwargs).records
+        (expected,) = le.evaluate(lm, [fact], settings=QUIET, **kwargs).records
         edit.revert(lm)
         assert_same_record(record, expected)
 
@@ -63,7 +66,7 @@ def assert_equal_to_the_loop(lm: le.LanguageModel, method: le.Method, found: le.
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.Method) -> None:
     before = state(lm)
-    unedited = le.evaluate(lm, FACTS, progress_bar=False)
+    unedited = le.evaluate(lm, FACTS, settings=QUIET)
     found = le.evaluate_single(lm, FACTS, method, covariance_of(lm), 7, facts_per_chunk=3, progress_bar=False)
     assert_unedited(lm, before)
     assert_equal_to_the_loop(lm, method, found)
@@ -73,13 +76,13 @@ def test_scores_equal_those_of_edit_score_undo(lm: le.LanguageModel, method: le.
 
 def test_each_edit_is_compared_with_the_model_that_it_starts_from(lm: le.LanguageModel) -> None:
     facts = [replace(fact, neighborhood_prompts=(*fact.neighborhood_prompts, "The king is in")) for fact in FACTS]
-    method, before = METHODS["MEMIT"], le.evaluate(lm, facts, progress_bar=False)
+    method, before = METHODS["MEMIT"], le.evaluate(lm, facts, settings=QUIET)
     found = le.evaluate_single(lm, facts, method, covariance_of(lm), progress_bar=False, before=before)
     expected = []
     for index, fact in enumerate(facts):
         edit = le.edit(lm, [fact], method, covariance_of(lm), progress_bar=False)
         alone = replace(before, records=before.records[index : index + 1])
-        expected.append(le.evaluate(lm, [fact], progress_bar=False, before=alone).scores["retain_accuracy"])
+        expected.append(le.evaluate(lm, [fact], settings=QUIET, before=alone).scores["retain_accuracy"])
         edit.revert(lm)
     assert [record["retain_accuracy"] for record in found.records] == expected
     assert 0 < found.scores["retain_accuracy"] < 100 and "success_rate" in found.scores
@@ -199,7 +202,7 @@ def test_wrong_input_is_refused(lm: le.LanguageModel) -> None:
         with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
             le.evaluate_single(lm, FACTS, MEMIT, covariance_of(lm), **{size: 0})
     with pytest.raises(ValueError, match="batch_size"):
-        le.evaluate(lm, FACTS, batch_size=0)
+        le.evaluate(lm, FACTS, settings=EvaluationSettings(batch_size=0))
 
 
 def test_a_sweep_has_rows_of_single_edits(lm: le.LanguageModel, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ METHOD = PMET(
     values=le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0),
     contexts=ContextSettings(prefixes=(("The", 1, 5),)),
     lambda_=0.5,
-    write_attention=True,
+    write_places=BOTH,
 )
 
 
@@ -241,8 +241,8 @@ def test_known_targets_hold_the_attentions_first() -> None:
 
 
 def test_writing_what_is_not_found_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"write_attention=True .* attention_delta=False"):
-        PMET(layers=LAYERS, attention_delta=False, write_attention=True)
+    with pytest.raises(ValueError, match=r"write_places=BOTH .* attention_delta=False"):
+        PMET(layers=LAYERS, attention_delta=False, write_places=BOTH)
 
 
 def test_a_covariance_without_the_attention_is_refused_with_the_way_out() -> None:
@@ -252,7 +252,7 @@ def test_a_covariance_without_the_attention_is_refused_with_the_way_out() -> Non
         [BOTH[1::2], "only MLP matrices"],
         [[*BOTH[1::2], BOTH[0]], r"no layer 2 attention_out, only \[1\]"],
     ):
-        with pytest.raises(CovarianceError, match=rf"{named}.*attention=True .*--attention true"):
+        with pytest.raises(CovarianceError, match=rf"{named}.*places=BOTH .*--attention true"):
             le.edit(lm, FACTS, METHOD, covariance_of(lm, held), progress_bar=False)
     covariance_of(lm, BOTH[1::2]).check(lm, PMET(layers=LAYERS).places)
     assert all(torch.equal(lm.model.get_parameter(name), parameter) for name, parameter in before.items())
@@ -291,14 +291,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def estimate(lm: LanguageModel, **options: Any) -> Covariance:
-    return le.estimate_covariance(lm, **{"layers": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
+    return le.estimate_covariance(lm, **{"places": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "opt", "falcon", "gemma2", "bloom"])
 def test_the_attentions_inputs_equal_a_plain_loop(architecture: str, text: Path) -> None:
     lm = language_model(architecture)
     alone = estimate(lm, text=text, tokens=850)
-    covariance = estimate(lm, text=text, tokens=850, attention=True)
+    covariance = estimate(lm, text=text, tokens=850, places=BOTH)
     assert list(covariance.moments) == BOTH and list(alone.moments) == BOTH[1::2]
     for layer in LAYERS:
         torch.testing.assert_close(covariance[Place(layer)], alone[Place(layer)])  # nothing changes for the MLP
@@ -319,7 +319,7 @@ def test_one_pass_serves_both(text: Path) -> None:
     lm = language_model()
     calls: list[int] = []
     handle = lm.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    estimate(lm, text=text, tokens=850, attention=True, max_batch_tokens=128)
+    estimate(lm, text=text, tokens=850, places=BOTH, max_tokens=128)
     handle.remove()
     assert len(calls) == -(-850 // 128)
 
@@ -327,7 +327,7 @@ def test_one_pass_serves_both(text: Path) -> None:
 def test_it_is_kept_by_name_and_the_cache_grows(text: Path, tmp_path: Path) -> None:
     lm = language_model()
     estimate(lm, text=text, tokens=850, cache=tmp_path / "cache")
-    both = estimate(lm, text=text, tokens=850, cache=tmp_path / "cache", attention=True)
+    both = estimate(lm, text=text, tokens=850, cache=tmp_path / "cache", places=BOTH)
     (file,) = (tmp_path / "cache").rglob("covariance.safetensors")
     with safe_open(file, "pt") as opened:
         assert set(opened.keys()) == {"layer.1", "layer.2", "layer.1_attention_out", "layer.2_attention_out"}
