@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightedit.files import whole_file, whole_folder
+from lightedit.runs.folder import locked
 
 
 def mode(path: Path) -> int:
@@ -45,3 +47,44 @@ def test_a_file_stays_as_it_was_if_its_successor_breaks_off(tmp_path: Path) -> N
         unfinished.write_text("sec")
         raise OSError("disk full")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_another_process_finished_first_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with whole_folder(folder, finished_by="done") as unfinished:
+        (unfinished / "ours").touch()
+        folder.mkdir()
+        (folder / "done").touch()
+    assert [path.name for path in folder.iterdir()] == ["done"] and list(tmp_path.iterdir()) == [folder]
+    (folder / "done").rename(folder / "half")
+    with whole_folder(folder, finished_by="done") as unfinished:  # what never was finished is replaced
+        (unfinished / "ours").touch()
+    assert [path.name for path in folder.iterdir()] == ["ours"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_content_is_on_the_disk_before_its_name_and_then_the_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, place, rename = os.fsync, os.replace, Path.rename
+
+    def synced(opened: int) -> None:
+        events.append(f"sync {'folder' if os.path.isdir(f'/proc/self/fd/{opened}') else 'file'}")
+        sync(opened)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *args: (events.append("appears"), place(*args)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("appears"), rename(path, to))[1])
+    with whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("content")
+    assert events == ["sync file", "appears", "sync folder"]
+    events.clear()
+    with whole_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_text("content")
+    assert events == ["sync file", "sync folder", "appears", "sync folder"]
+
+
+def test_what_a_killed_process_left_is_deleted_when_its_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".round-0001.safetensors.17.tmp").touch()
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []

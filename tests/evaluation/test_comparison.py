@@ -14,12 +14,15 @@ from lightedit.editing.health import Health
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.held_out_text import POSITIONS, HeldOutText
 from lightedit.evaluation.result import Evaluation
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from tests.evaluation.facts import FRANCE, ITALY, QUESTION
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS, distributions, perplexity
 from tests.runs import run
+
+QUIET = EvaluationSettings(progress_bar=False)
 
 KNOWLEDGE_EDITOR = {"success_rate", "retain_accuracy", "equivalence_accuracy"}
 
@@ -73,11 +76,11 @@ def teach(lm, facts):
 def test_knowledge_editors_metrics_on_real_records_are_their_definitions(lm, data_dir, name):
     facts = read_facts(data_dir / name, limit=20)
     teach(lm, facts[:4])
-    before = evaluate(lm, facts, progress_bar=False)
+    before = evaluate(lm, facts, settings=QUIET)
     earlier = neighborhood_answers(lm, facts)
     disturb(lm, 0.3)
-    plain = evaluate(lm, facts, progress_bar=False)
-    found = evaluate(lm, facts, progress_bar=False, before=before)
+    plain = evaluate(lm, facts, settings=QUIET)
+    found = evaluate(lm, facts, settings=QUIET, before=before)
     assert not KNOWLEDGE_EDITOR & set(before.scores) and set(found.scores) - set(plain.scores) == KNOWLEDGE_EDITOR
     assert {name: found.scores[name] for name in plain.scores} == plain.scores
 
@@ -98,9 +101,9 @@ def test_knowledge_editors_metrics_on_real_records_are_their_definitions(lm, dat
 
 
 def test_an_unchanged_model_retains_everything_also_beside_a_saved_evaluation(lm, tmp_path):
-    evaluate(lm, [FRANCE, QUESTION], progress_bar=False).save(tmp_path / "before.json")
+    evaluate(lm, [FRANCE, QUESTION], settings=QUIET).save(tmp_path / "before.json")
     before = Evaluation.load(tmp_path / "before.json")
-    found = evaluate(lm, [FRANCE, QUESTION], progress_bar=False, before=before)
+    found = evaluate(lm, [FRANCE, QUESTION], settings=QUIET, before=before)
     assert found.scores["retain_accuracy"] == 100
     # a model that is always wrong retains, too
     assert found.scores["neighborhood_accuracy"] < 100
@@ -128,7 +131,7 @@ def test_an_unchanged_model_retains_everything_also_beside_a_saved_evaluation(lm
     ],
 )
 def test_an_evaluation_of_other_facts_is_refused_before_any_pass(lm, monkeypatch, change, message):
-    before = evaluate(lm, [FRANCE, ITALY], progress_bar=False)
+    before = evaluate(lm, [FRANCE, ITALY], settings=QUIET)
     monkeypatch.setattr(lm, "forward", lambda *_, **__: pytest.fail("a forward pass was run"))
     with pytest.raises(ValueError, match=message):
         evaluate(lm, [FRANCE, ITALY], before=replace(before, records=change(before.records)))
@@ -142,8 +145,8 @@ def test_trr_and_err_on_real_records_are_their_definitions(lm, data_dir, name):
     teach(lm, facts[:1] + [replace(fact, target_new=fact.target_true or fact.target_new, target_true=None)
                            for fact in held_out[:1]])  # fmt: skip
     share = statistics.fmean if facts[0].target_true is None else all
-    plain = evaluate(lm, edited, progress_bar=False)
-    found = evaluate(lm, edited, progress_bar=False, held_out=held_out)
+    plain = evaluate(lm, edited, settings=QUIET)
+    found = evaluate(lm, edited, settings=QUIET, held_out=held_out)
     assert set(found.scores) - set(plain.scores) == {"ERR", "TRR"}
     assert {name: found.scores[name] for name in plain.scores} == plain.scores
     kept = [[share(right(lm, fact.text, answer))] for fact, answer in zip(held_out, answers, strict=True)]
@@ -162,7 +165,7 @@ def test_held_out_facts_are_asked_for_the_answer_that_was_right_before():
     true, new = Fact("{} is", "He", "of", target_true="the"), Fact("{} is", "She", "the")
     wrong = Fact("{} is", "He", "the", target_true="of")
     for held_out, expected in ((true, 100), (new, 100), (wrong, 0)):
-        assert evaluate(lm, [FRANCE], progress_bar=False, held_out=[held_out]).scores["TRR"] == expected
+        assert evaluate(lm, [FRANCE], settings=QUIET, held_out=[held_out]).scores["TRR"] == expected
 
 
 def test_a_held_out_fact_that_is_edited_is_refused(lm):
@@ -174,13 +177,13 @@ def test_portability_questions_are_scored_where_facts_have_them(lm):
     questions = (("The people of France speak", "Italian"), ("She moved from France to", "Rome"))
     asked = replace(FRANCE, portability=questions)
     teach(lm, [Fact("{}", "x", "Rome")])
-    found = evaluate(lm, [asked, ITALY, replace(QUESTION, portability=questions[1:])], progress_bar=False)
+    found = evaluate(lm, [asked, ITALY, replace(QUESTION, portability=questions[1:])], settings=QUIET)
     shares = [right(lm, prompt, answer) for prompt, answer in questions]
     # whole answers for a fact with a true target, shares of tokens for one without
     expected = mean([[all(share) for share in shares], [statistics.fmean(shares[1])]])
     assert found.scores["portability_accuracy"] == pytest.approx(expected)
     assert len(found.records[0]["portability"]["accuracy"]) == 2 and "portability" not in found.records[1]
-    assert "portability_accuracy" not in evaluate(lm, [FRANCE], progress_bar=False).scores
+    assert "portability_accuracy" not in evaluate(lm, [FRANCE], settings=QUIET).scores
 
 
 def test_perplexity_and_kl_are_their_definitions_and_those_of_health():
@@ -188,7 +191,7 @@ def test_perplexity_and_kl_are_their_definitions_and_those_of_health():
     then = [distributions(lm, window)[:-1] for window in WINDOWS]
     health = Health(WINDOWS)
     run(lm, callbacks=[health])
-    found = evaluate(lm, [FRANCE, ITALY], progress_bar=False, text=WINDOWS)
+    found = evaluate(lm, [FRANCE, ITALY], settings=EvaluationSettings(progress_bar=False, text=WINDOWS))
     now = [distributions(lm, window)[:-1] for window in WINDOWS]
     kl = [F.kl_div(old, new, log_target=True, reduction="none").sum(-1) for old, new in zip(then, now, strict=True)]
     assert found.scores["perplexity"] == pytest.approx(perplexity(lm, WINDOWS), rel=1e-5)
@@ -199,7 +202,7 @@ def test_perplexity_and_kl_are_their_definitions_and_those_of_health():
     assert sum(len(window) - 1 for window in long) > POSITIONS  # so that KL is read at some of them only
     with lm.weights.unedited():
         text = HeldOutText(lm, long)
-    scores = evaluate(lm, [FRANCE], progress_bar=False, text=long).scores
+    scores = evaluate(lm, [FRANCE], settings=EvaluationSettings(progress_bar=False, text=long)).scores
     assert (math.log(scores["perplexity"]), scores["kl"]) == pytest.approx(text.measure(), rel=1e-12)
     assert list(found.scores)[-2:] == ["perplexity", "kl"]
 
@@ -224,7 +227,7 @@ def test_intervals_on_text_are_bootstrapped_over_windows(lm):
 
 
 def test_an_unedited_model_has_no_kl_and_one_window_no_interval(lm, tmp_path):
-    found = evaluate(lm, [FRANCE], progress_bar=False, text=WINDOWS[:1])
+    found = evaluate(lm, [FRANCE], settings=EvaluationSettings(progress_bar=False, text=WINDOWS[:1]))
     assert found.scores["kl"] == 0
     assert all(math.isnan(end) for name in ("perplexity", "kl") for end in found.intervals[name])
     found.save(tmp_path / "evaluation.json")
@@ -234,9 +237,9 @@ def test_an_unedited_model_has_no_kl_and_one_window_no_interval(lm, tmp_path):
 def test_text_that_cannot_be_read_is_refused_before_any_pass(lm, monkeypatch):
     monkeypatch.setattr(lm, "forward", lambda *_, **__: pytest.fail("a forward pass was run"))
     with pytest.raises(ValueError, match="two tokens"):
-        evaluate(lm, [FRANCE], text=[[5], []])
+        evaluate(lm, [FRANCE], settings=EvaluationSettings(text=[[5], []]))
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
-        evaluate(lm, [FRANCE], text="missing.txt")
+        evaluate(lm, [FRANCE], settings=EvaluationSettings(text="missing.txt"))
 
 
 def test_table_keeps_the_order_of_the_metrics_and_shows_small_kl():

@@ -9,13 +9,17 @@ import torch
 
 from lightedit.data.facts import Fact, FactError, read_facts
 from lightedit.evaluation import generation
-from lightedit.evaluation.evaluate import Evaluation, evaluate, score_facts
+from lightedit.evaluation.evaluate import Evaluation, evaluate
+from lightedit.evaluation.scoring import score_facts
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.metrics.functional import generation_entropy
 from lightedit.runs.folder import ResumeError, kept_chunks
 from tests.evaluation.facts import FRANCE, ITALY, QUESTION
 from tests.models import tiny_model, tiny_tokenizer
+
+QUIET, WRITING = EvaluationSettings(progress_bar=False), EvaluationSettings(generate=True, progress_bar=False)
 
 COUNTERFACT_KEYS = {"ES", "PS", "NS", "EM", "PM", "NM", "S"}
 ACCURACY_KEYS = {"efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy"}
@@ -68,7 +72,7 @@ def plain_counterfact(lm, facts):
 
 def test_scores_are_the_published_definitions(lm):
     facts = [FRANCE, ITALY, BARE]
-    found = evaluate(lm, facts, progress_bar=False)
+    found = evaluate(lm, facts, settings=QUIET)
     assert found.scores == pytest.approx(plain_counterfact(lm, facts), abs=1e-3)
 
 
@@ -77,12 +81,12 @@ def test_scores_of_real_counterfact_records_are_the_published_definitions(lm, da
     expected = plain_counterfact(lm, facts)
     assert 0 < expected["ES"] < 100
     assert 0 < expected["NS"] < 100
-    assert evaluate(lm, facts, progress_bar=False).scores == pytest.approx(expected, abs=1e-3)
+    assert evaluate(lm, facts, settings=QUIET).scores == pytest.approx(expected, abs=1e-3)
 
 
 def test_flat_counterfact_records_give_neighborhood_scores(lm, data_dir):
     facts = read_facts(data_dir / "counterfact_edits_flat.json", limit=5)
-    found = evaluate(lm, facts, progress_bar=False)
+    found = evaluate(lm, facts, settings=QUIET)
     assert set(found.scores) == {"ES", "NS", "EM", "NM", "efficacy_accuracy", "neighborhood_accuracy"}
     for fact, record in zip(facts, found.records, strict=True):
         true = score_alone(lm, fact.neighborhood_prompts[0], fact.target_true)[0]
@@ -92,7 +96,7 @@ def test_flat_counterfact_records_give_neighborhood_scores(lm, data_dir):
 
 def test_real_zsre_records_give_token_accuracies_alone(lm, data_dir):
     facts = read_facts(data_dir / "zsre_700.json", limit=20)
-    found = evaluate(lm, facts, progress_bar=False)
+    found = evaluate(lm, facts, settings=QUIET)
 
     def mean(rows):
         return 100 * statistics.fmean(statistics.fmean(score_alone(lm, *row)[1]) for row in rows)
@@ -110,13 +114,13 @@ def test_without_a_true_target_accuracy_counts_tokens_and_with_one_whole_answers
     tokens = lm.encode([" Rome"])[0]
     lm.model.lm_head.bias[tokens[-1]] += 1000  # now it says nothing else
     untold = Fact(FRANCE.prompt, FRANCE.subject, "Rome")
-    assert evaluate(lm, [FRANCE], progress_bar=False).scores["efficacy_accuracy"] == 0
-    assert evaluate(lm, [untold], progress_bar=False).scores == pytest.approx({"efficacy_accuracy": 100 / len(tokens)})
+    assert evaluate(lm, [FRANCE], settings=QUIET).scores["efficacy_accuracy"] == 0
+    assert evaluate(lm, [untold], settings=QUIET).scores == pytest.approx({"efficacy_accuracy": 100 / len(tokens)})
 
 
 def test_neighborhood_with_an_answer_of_its_own_has_no_competitor(lm):
     fact = Fact("{} is in", "Rome", "Spain", "Italy", (), ("The king is in",), neighborhood_target="London")
-    found = evaluate(lm, [fact, fact], progress_bar=False)
+    found = evaluate(lm, [fact, fact], settings=QUIET)
     assert set(found.scores) == {"ES", "EM", "efficacy_accuracy", "neighborhood_accuracy"}
     nll, _ = score_alone(lm, "The king is in", "London")
     assert found.records[0]["neighborhood"]["nll_wanted"] == pytest.approx([nll], abs=1e-4)
@@ -125,16 +129,16 @@ def test_neighborhood_with_an_answer_of_its_own_has_no_competitor(lm):
 
 def test_neighborhood_without_a_right_answer_is_not_scored(lm):
     fact = Fact("{} is in", "Rome", "Spain", neighborhood_prompts=("The king is in",))
-    assert set(evaluate(lm, [fact], progress_bar=False).scores) == {"efficacy_accuracy"}
+    assert set(evaluate(lm, [fact], settings=QUIET).scores) == {"efficacy_accuracy"}
 
 
 def test_edit_score_needs_paraphrases_and_neighborhood(lm):
-    assert set(evaluate(lm, [BARE], progress_bar=False).scores) == {"ES", "EM", "efficacy_accuracy"}
+    assert set(evaluate(lm, [BARE], settings=QUIET).scores) == {"ES", "EM", "efficacy_accuracy"}
 
 
 def test_mixed_facts_count_where_they_can(lm):
-    alone = evaluate(lm, [FRANCE, ITALY], progress_bar=False)
-    mixed = evaluate(lm, [FRANCE, QUESTION, ITALY], progress_bar=False)
+    alone = evaluate(lm, [FRANCE, ITALY], settings=QUIET)
+    mixed = evaluate(lm, [FRANCE, QUESTION, ITALY], settings=QUIET)
     for key in COUNTERFACT_KEYS:
         assert mixed.scores[key] == pytest.approx(alone.scores[key], abs=1e-3)
     assert len(mixed.records) == 3
@@ -142,7 +146,7 @@ def test_mixed_facts_count_where_they_can(lm):
 
 
 def test_records_hold_each_fact_in_order(lm):
-    found = evaluate(lm, [ITALY, FRANCE], progress_bar=False)
+    found = evaluate(lm, [ITALY, FRANCE], settings=QUIET)
     record = found.records[1]
     assert [record[key] for key in ("id", "subject", "prompt", "target_new", "target_true")] == [
         "7",
@@ -162,9 +166,9 @@ def test_records_hold_each_fact_in_order(lm):
 
 def test_order_duplicates_and_batch_size_do_not_matter(lm):
     facts = [FRANCE, ITALY, BARE]
-    expected = evaluate(lm, facts, progress_bar=False)
-    shuffled = evaluate(lm, facts[::-1], batch_size=2, progress_bar=False)
-    doubled = evaluate(lm, facts * 2, progress_bar=False)
+    expected = evaluate(lm, facts, settings=QUIET)
+    shuffled = evaluate(lm, facts[::-1], settings=EvaluationSettings(batch_size=2, progress_bar=False))
+    doubled = evaluate(lm, facts * 2, settings=QUIET)
     assert shuffled.scores == pytest.approx(expected.scores, abs=1e-3)
     assert doubled.scores == pytest.approx(expected.scores)
     assert doubled.records[3:] == doubled.records[:3]
@@ -172,51 +176,51 @@ def test_order_duplicates_and_batch_size_do_not_matter(lm):
 
 def test_a_checkpoint_of_another_evaluation_is_refused(lm, tmp_path, monkeypatch):
     folder = tmp_path / "scores.run"
-    found = evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
-    assert found == evaluate(lm, [FRANCE, ITALY], progress_bar=False)
-    assert found == evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+    found = evaluate(lm, [FRANCE, ITALY], settings=QUIET, checkpoint=folder)
+    assert found == evaluate(lm, [FRANCE, ITALY], settings=QUIET)
+    assert found == evaluate(lm, [FRANCE, ITALY], settings=QUIET, checkpoint=folder)
     (kept,) = kept_chunks(folder)
-    for changes, name in (({"facts": [FRANCE, BARE]}, "facts"), ({"generate": True}, "generate")):
+    for changes, name in (({"facts": [FRANCE, BARE]}, "facts"), ({"settings": WRITING}, "generate")):
         with pytest.raises(ResumeError, match=f"differs in {name}"):
-            evaluate(lm, **{"facts": [FRANCE, ITALY], "progress_bar": False, "checkpoint": folder} | changes)
+            evaluate(lm, **{"facts": [FRANCE, ITALY], "settings": QUIET, "checkpoint": folder} | changes)
     update = LowRankUpdate(torch.ones(lm.d_model, 1), torch.ones(lm.weight(Place(1)).shape[1], 1))
     lm.weights.add("other", Place(1), update)
     try:
         with pytest.raises(ResumeError, match="differs in weights"):
-            evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+            evaluate(lm, [FRANCE, ITALY], settings=QUIET, checkpoint=folder)
     finally:
         lm.weights.remove(["other"])
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(importlib.import_module("lightedit.evaluation.evaluate"), "score_facts", interrupted)
-        evaluate(lm, [FRANCE], progress_bar=False, checkpoint=tmp_path / "other.run" / "before")
+        patch.setattr(importlib.import_module("lightedit.evaluation.scoring"), "score_facts", interrupted)
+        evaluate(lm, [FRANCE], settings=QUIET, checkpoint=tmp_path / "other.run" / "before")
     assert list(tmp_path.iterdir()) == [folder]  # nothing is left of what never began
     kept.write_text(kept.read_text()[:-5])
     with pytest.raises(ResumeError, match=f"{kept.name} is truncated"):
-        evaluate(lm, [FRANCE, ITALY], progress_bar=False, checkpoint=folder)
+        evaluate(lm, [FRANCE, ITALY], settings=QUIET, checkpoint=folder)
 
 
 def test_intervals_hold_their_scores_and_one_fact_has_none(lm):
-    found = evaluate(lm, [FRANCE, ITALY, BARE], progress_bar=False)
+    found = evaluate(lm, [FRANCE, ITALY, BARE], settings=QUIET)
     assert found.intervals.keys() == found.scores.keys()
     for key, (low, high) in found.intervals.items():
         assert low - 1e-9 <= found.scores[key] <= high + 1e-9
     values = [record["EM"] for record in found.records]
     half = 1.96 * statistics.stdev(values) / 3**0.5
     assert found.intervals["EM"] == pytest.approx((statistics.fmean(values) - half, statistics.fmean(values) + half))
-    alone = evaluate(lm, [FRANCE], progress_bar=False)
+    alone = evaluate(lm, [FRANCE], settings=QUIET)
     assert alone.intervals.keys() == alone.scores.keys()
     assert all(math.isnan(end) for ends in alone.intervals.values() for end in ends)
 
 
 def test_model_is_scored_as_it_is_now():
     lm = LanguageModel(tiny_model("gptj"), tiny_tokenizer("bytelevel"))
-    before = evaluate(lm, [FRANCE], progress_bar=False)
+    before = evaluate(lm, [FRANCE], settings=QUIET)
     lm.weight(Place(2)).mul_(3)
-    assert evaluate(lm, [FRANCE], progress_bar=False).scores["EM"] != pytest.approx(before.scores["EM"])
+    assert evaluate(lm, [FRANCE], settings=QUIET).scores["EM"] != pytest.approx(before.scores["EM"])
 
 
 def test_no_facts_are_refused(lm):
@@ -226,7 +230,7 @@ def test_no_facts_are_refused(lm):
 
 def test_progress_goes_to_standard_error_only_when_asked(lm, capsys, monkeypatch):
     monkeypatch.setattr("lightedit.progress._LINE_EVERY", 0.0)
-    evaluate(lm, [FRANCE], progress_bar=False)
+    evaluate(lm, [FRANCE], settings=QUIET)
     assert capsys.readouterr() == ("", "")
     evaluate(lm, [FRANCE])
     out, err = capsys.readouterr()
@@ -236,7 +240,7 @@ def test_progress_goes_to_standard_error_only_when_asked(lm, capsys, monkeypatch
 
 @pytest.mark.parametrize("facts", [[FRANCE, ITALY], [FRANCE], [QUESTION, QUESTION]], ids=["two", "one", "zsre"])
 def test_saved_evaluation_reads_back(lm, tmp_path, facts):
-    found = evaluate(lm, facts, progress_bar=False)
+    found = evaluate(lm, facts, settings=QUIET)
     path = tmp_path / "evaluation.json"
     path.write_text("older")
     found.save(path)
@@ -293,8 +297,8 @@ TOLD = replace(FRANCE, generation_prompts=("France is", "The towns of France are
 
 def test_generation_adds_entropy_and_success_and_leaves_the_rest(lm):
     facts = [TOLD, ITALY, BARE]
-    plain = evaluate(lm, facts, progress_bar=False)
-    found = evaluate(lm, facts, progress_bar=False, generate=True)
+    plain = evaluate(lm, facts, settings=QUIET)
+    found = evaluate(lm, facts, settings=WRITING)
     assert set(found.scores) - set(plain.scores) == {"GE", "generation_success"}
     assert {name: found.scores[name] for name in plain.scores} == plain.scores
     # a fact's prompts; its text and paraphrases, where it has none
@@ -318,21 +322,21 @@ def test_generation_adds_entropy_and_success_and_leaves_the_rest(lm):
 def test_success_is_the_share_of_facts_that_the_model_states_by_itself(lm):
     said = generation.generate(lm, [FRANCE.text], max_new_tokens=32, greedy=True)[0].removeprefix(FRANCE.text)
     stated = replace(FRANCE, target_new=said.strip()[:3].strip())
-    found = evaluate(lm, [stated, ITALY, BARE], progress_bar=False, generate=True)
+    found = evaluate(lm, [stated, ITALY, BARE], settings=WRITING)
     assert [record["generation_success"] for record in found.records] == [100, 0, 0]
     assert found.scores["generation_success"] == pytest.approx(100 / 3)
 
 
 def test_the_model_writes_as_it_is_now():
     lm = LanguageModel(tiny_model("gptj"), tiny_tokenizer("bytelevel"))
-    before = evaluate(lm, [TOLD], progress_bar=False, generate=True)
+    before = evaluate(lm, [TOLD], settings=WRITING)
     lm.weight(Place(2)).mul_(3)
-    after = evaluate(lm, [TOLD], progress_bar=False, generate=True)
+    after = evaluate(lm, [TOLD], settings=WRITING)
     assert after.records[0]["generations"] != before.records[0]["generations"]
 
 
 def test_generations_are_saved_and_read_back(lm, tmp_path):
-    found = evaluate(lm, [TOLD, ITALY], progress_bar=False, generate=True)
+    found = evaluate(lm, [TOLD, ITALY], settings=WRITING)
     found.save(tmp_path / "evaluation.json")
     again = Evaluation.load(tmp_path / "evaluation.json")
     assert again == found
@@ -347,7 +351,8 @@ def test_table_tells_the_unit_of_generation_entropy():
 
 def test_progress_covers_scoring_and_writing(lm):
     seen = []
-    score_facts(lm, [TOLD, ITALY, BARE], report=lambda done, total: seen.append((done, total)), generate=True)
+    asked = EvaluationSettings(generate=True)
+    score_facts(lm, [TOLD, ITALY, BARE], settings=asked, report=lambda done, total: seen.append((done, total)))
     assert len({total for _, total in seen}) == 1
     shares = [done / total for done, total in seen]
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)

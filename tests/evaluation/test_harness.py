@@ -10,9 +10,12 @@ import yaml
 
 import lightedit as le
 from lightedit.evaluation.harness import _scores, harness_scores
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import Place
 from lightedit.lm.changes import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
+
+QUIET = EvaluationSettings(progress_bar=False)
 
 QUESTIONS = [
     ("The capital of France is", ["Paris", "Rome", "Tokyo"], 0),
@@ -82,19 +85,19 @@ def test_scores_are_those_of_a_plain_reading_before_and_after_an_edit(task: str)
 
 def test_evaluate_has_a_row_for_each_task(task: str) -> None:
     lm, facts = model(), [le.Fact("The capital of {}", "France", "Rome", target_true="Paris")]
-    found = le.evaluate(lm, facts, progress_bar=False, harness=[task], harness_limit=2)
+    found = le.evaluate(lm, facts, settings=EvaluationSettings(progress_bar=False, harness=[task], harness_limit=2))
     assert "questions acc" in found.table() and found.scores["questions acc"] in (0, 50, 100)
-    assert found.scores.keys() > le.evaluate(lm, facts, progress_bar=False).scores.keys()
+    assert found.scores.keys() > le.evaluate(lm, facts, settings=QUIET).scores.keys()
 
 
 def test_wrong_tasks_are_refused_before_work_starts(task: str) -> None:
     facts = [le.Fact("The capital of {}", "France", "Rome")]
     with pytest.raises(ValueError, match="no task 'piqua'"):
-        le.evaluate(model(), facts, harness=["piqua"])
+        le.evaluate(model(), facts, settings=EvaluationSettings(harness=["piqua"]))
     with pytest.raises(FileNotFoundError, match=r"no task at nowhere\.yaml"):
-        le.evaluate(model(), facts, harness=["nowhere.yaml"])
+        le.evaluate(model(), facts, settings=EvaluationSettings(harness=["nowhere.yaml"]))
     with pytest.raises(ValueError, match="limit"):
-        le.evaluate(model(), facts, harness=[task], harness_limit=0)
+        le.evaluate(model(), facts, settings=EvaluationSettings(harness=[task], harness_limit=0))
 
 
 def test_a_task_that_is_no_plain_yaml_is_refused_before_work_starts(task: str, tmp_path: Path) -> None:
@@ -116,4 +119,6 @@ def test_numbers_that_are_none_are_left_out_and_accuracies_are_in_percent() -> N
 def test_without_the_harness_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightedit.evaluation.harness.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="lightedit\\[harness\\]"):
-        le.evaluate(model(), [le.Fact("The capital of {}", "France", "Rome")], harness=["piqa"])
+        le.evaluate(
+            model(), [le.Fact("The capital of {}", "France", "Rome")], settings=EvaluationSettings(harness=["piqa"])
+        )

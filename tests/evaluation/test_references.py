@@ -11,12 +11,14 @@ from lightedit.data.facts import FactError, read_facts
 from lightedit.evaluation import generation
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references
+from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from tests.evaluation.facts import FRANCE, ITALY
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import plain_frequencies, plain_reference_score
 
+WRITING = EvaluationSettings(generate=True, progress_bar=False)
 PASSAGES = [
     {"relation_id": "P36", "target_id": "Q220", "samples": [{"text": "Rome is old.", "name": "Rome"}]},
     {"relation_id": "P36", "target_id": "Q64", "samples": [{"text": "Berlin has the Spree."}, {"text": "It is big."}]},
@@ -91,8 +93,13 @@ def test_score_on_real_records_is_the_published_definition_and_tells_its_referen
     facts = read_facts(data_dir / "counterfact_1000.json", limit=4)
     texts = {fact: " ".join(fact.attribute_prompts) for fact in facts[:3]}
     frequencies = plain_frequencies([prompt for fact in facts for prompt in fact.attribute_prompts])
-    plain = evaluate(lm, facts, progress_bar=False, generate=True)
-    found = evaluate(lm, facts, progress_bar=False, generate=True, references=References(texts, frequencies, own))
+    plain = evaluate(lm, facts, settings=WRITING)
+    found = evaluate(
+        lm,
+        facts,
+        settings=WRITING,
+        references=References(texts, frequencies, own),
+    )
     assert set(found.scores) - set(plain.scores) == {name}
     assert {name: found.scores[name] for name in plain.scores} == plain.scores
     expected = [

@@ -197,7 +197,7 @@ def test_greedy_generation_equals_a_loop_over_single_rows(architecture: str) -> 
     lm = language_model(architecture)
     expected = [greedy(lm, row, 6) for row in ROWS]
     assert lm.generate(ROWS, 6, stop_at_end=False) == expected
-    assert lm.generate(ROWS, 6, stop_at_end=False, max_batch=1) == expected
+    assert lm.generate(ROWS, 6, stop_at_end=False, batch_size=1) == expected
 
 
 def test_generation_heeds_only_its_arguments_and_not_the_models_own_defaults() -> None:

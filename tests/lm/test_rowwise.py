@@ -70,14 +70,14 @@ def test_scores_of_pairs_with_edits_of_their_own(architecture: str, batch_size: 
     assert abs(found.nll[0] - found.nll[3]) > 0.01  # one question, two edits
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 64])
-def test_texts_of_prompts_with_edits_of_their_own(max_rows: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_texts_of_prompts_with_edits_of_their_own(batch_size: int) -> None:
     lm = build("llama", torch.float64)
     updates = random_edits(lm, 2)
     prompts = ["The river", "The capital of France is", "The river", "The river"]
     of_row = [0, 1, 1, 0]
     edits = RowwiseEdits(updates, torch.tensor(of_row))
-    found = generation.generate(lm, prompts, max_length=30, max_rows=max_rows, edits=edits)
+    found = generation.generate(lm, prompts, max_length=30, batch_size=batch_size, edits=edits)
     for prompt, edit, text in zip(prompts, of_row, found, strict=True):
         write(lm, updates, edit)
         assert text == generation.generate(lm, [prompt], max_length=30)[0]

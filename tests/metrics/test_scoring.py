@@ -138,7 +138,7 @@ def test_answers_that_branch_off_one_prompt(model_type):
     answers = ["through three countries", "through three hundred", "to the sea", "t", "through three countries"]
     calls = []
     assert_naive(lm, [prompt] * 5, answers)
-    score_targets(lm, [prompt] * 5, answers, progress=lambda *call: calls.append(call))
+    score_targets(lm, [prompt] * 5, answers, report=lambda *call: calls.append(call))
     texts = {tuple(lm.encode([f"{prompt} {answer}"])[0][:-1]) for answer in answers}
     beginnings = {text[: end + 1] for text in texts for end in range(len(text))}
     tokens = calls[-1][1]
@@ -161,7 +161,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
 
 def test_progress_reaches_the_total():
     calls = []
-    score_targets(build(), PROMPTS, TARGETS, batch_size=2, progress=lambda *call: calls.append(call))
+    score_targets(build(), PROMPTS, TARGETS, batch_size=2, report=lambda *call: calls.append(call))
     done, totals = zip(*calls, strict=True)
     assert len(calls) > 1
     assert list(done) == sorted(set(done))

@@ -16,6 +16,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from lightedit.data.texts import TextDataModule, read_texts, token_windows, write_texts
+from lightedit.evaluation.held_out_text import held_out_windows
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
 from lightedit.lm.changes import LowRankUpdate
@@ -43,7 +44,7 @@ def make(
 
 
 def estimate(lm: LanguageModel, **options: Any) -> Covariance:
-    return estimate_covariance(lm, **{"layers": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
+    return estimate_covariance(lm, **{"places": LAYERS, "sequence_length": 32, "progress_bar": False} | options)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_one_pass_serves_all_layers_and_ends_at_the_deepest(lm: LanguageModel, t
 
     handles = [lm.blocks[layer].register_forward_pre_hook(count(layer)) for layer in calls]
     try:
-        estimate(lm, text=text, tokens=850, max_batch_tokens=128)
+        estimate(lm, text=text, tokens=850, max_tokens=128)
     finally:
         for handle in handles:
             handle.remove()
@@ -332,7 +333,7 @@ def test_estimate_without_text_uses_the_models_own_writing(lm: LanguageModel) ->
 
 
 def test_default_is_ten_tokens_per_dimension(lm: LanguageModel) -> None:
-    covariance = estimate(lm, layers=[1])
+    covariance = estimate(lm, places=[1])
     assert covariance.provenance.tokens == 10 * D_IN
     covariance.check(lm, [Place(1)])
 
@@ -365,8 +366,8 @@ def test_too_short_text_is_refused_and_a_shorter_one_warned_of(lm: LanguageModel
         ({"tokens": 79}, "79 tokens"),
         ({"sequence_length": 257}, "256 positions .* got 257"),
         ({"sequence_length": 1}, "got 1"),
-        ({"layers": [4]}, "layers 0 to 3"),
-        ({"layers": []}, "layers"),
+        ({"places": [4]}, "layers 0 to 3"),
+        ({"places": []}, "places: none"),
     ],
 )
 def test_impossible_requests_are_refused(lm: LanguageModel, options: dict[str, Any], message: str) -> None:
@@ -518,8 +519,8 @@ def test_cache_spares_a_second_pass_and_grows_by_layers(
     lm: LanguageModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIGHTEDIT_CACHE", str(tmp_path / "cache"))
-    first = estimate(lm, text=text, layers=[1], cache=True)
-    wider = estimate(lm, text=text, layers=[2], cache=True)
+    first = estimate(lm, text=text, places=[1], cache=True)
+    wider = estimate(lm, text=text, places=[2], cache=True)
     assert sorted(wider.moments) == [Place(1), Place(2)]
     torch.testing.assert_close(wider[Place(1)], first[Place(1)])
     monkeypatch.setattr(estimation, "token_windows", None)  # whatever reads text now fails
@@ -544,3 +545,24 @@ def test_damaged_cache_is_named(lm: LanguageModel, tmp_path: Path) -> None:
     next(tmp_path.rglob("covariance.safetensors")).write_bytes(b"half")
     with pytest.raises(CovarianceError, match="delete it"):
         estimate(lm, tokens=850, cache=tmp_path)
+
+
+def test_a_methods_places_are_those_estimated(lm: LanguageModel, text: Path) -> None:
+    method = types.SimpleNamespace(covariance_places=(Place(2), Place(1, "attention_out")))
+    found = estimate(lm, places=method, text=text, tokens=850)
+    alone = estimate(lm, places=[Place(1, "attention_out"), 2], text=text, tokens=850)
+    assert list(found.moments) == list(alone.moments) == [Place(1, "attention_out"), Place(2)]
+    assert all(torch.equal(found[place], alone[place]) for place in found.moments)
+
+
+def test_held_out_text_is_not_what_the_covariance_was_estimated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, seen = make(), []
+    write = write_texts
+    monkeypatch.setattr(
+        estimation, "write_texts", lambda *args, **kwargs: seen.append(write(*args, **kwargs)) or seen[0]
+    )
+    held_out = held_out_windows(lm, None)
+    # as much text as is held out: with one seed, as many windows of equal length are equal
+    estimate_covariance(lm, [1], tokens=sum(map(len, held_out)), progress_bar=False)
+    assert list(map(len, seen[0])) == list(map(len, held_out))
+    assert not {tuple(window) for window in seen[0]} & {tuple(window) for window in held_out}
