@@ -219,7 +219,7 @@ def test_a_run_that_had_ended_early_ends_there_again(tmp_path: Path) -> None:
 
 def test_keys_random_numbers_and_counts_go_on(tmp_path: Path) -> None:
     keys: list[dict[int, torch.Tensor]] = []
-    restored: list[dict[int, torch.Tensor]] = []
+    restored: list[dict[Place, torch.Tensor]] = []
     drawn: list[tuple[Any, ...]] = []
 
     class Draw(Callback):
@@ -245,9 +245,9 @@ def test_keys_random_numbers_and_counts_go_on(tmp_path: Path) -> None:
     assert drawn == expected and len(drawn) == ROUNDS
     assert len(restored) == 2
     for found, wanted in zip([*restored, keys[2]], expected_keys, strict=True):
-        for layer in METHOD.layers:
-            assert torch.equal(found[layer], wanted[layer]) and found[layer].dtype == torch.float64
-            assert found[layer].stride() == wanted[layer].stride()  # as a sum over them may hang on it
+        for place in METHOD.places:
+            assert torch.equal(found[place], wanted[place]) and found[place].dtype == torch.float64
+            assert found[place].stride() == wanted[place].stride()  # as a sum over them may hang on it
 
 
 def test_loggers_and_validation_go_on(tmp_path: Path) -> None:
