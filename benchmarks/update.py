@@ -47,7 +47,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
     contexts = method.contexts.sample(lm)
     prompts = tokenize_facts(lm.tokenizer, facts, contexts)
     covariance = _random_covariance(lm, method.layers)
-    present = KeyWalk(lm, prompts, Place(method.layers[0])).outputs(method.value_layer)
+    present = KeyWalk(lm, prompts, Place(method.layers[0])).outputs(Place(method.value_layer, "block"))
     generator = torch.Generator().manual_seed(0)
     targets = present + 0.3 * present.norm(dim=0) * torch.randn(present.shape, generator=generator).double() / 24
 

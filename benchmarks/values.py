@@ -132,10 +132,9 @@ def search_values(
         prompts = tokenize_facts(lm.tokenizer, facts, contexts)
         search = ValueOptimization(lm, prompts, layer, SITE, settings)
         optimizer = search.make_optimizer()
-        evaluations, passes = torch.zeros(len(facts), dtype=torch.long), 0
+        evaluations = torch.zeros(len(facts), dtype=torch.long)
         while not search.done:
             evaluations += search.active
-            passes += search.n_passes
             search.backward()
             optimizer.step()
             search.after_step()
@@ -143,7 +142,7 @@ def search_values(
         values = search.values()
         seconds = time.perf_counter() - start
     reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
-    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), passes)
+    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), search.tokens.passes)
 
 
 def _reference(
@@ -275,6 +274,7 @@ def _result(
     ours = median([first.seconds, second.seconds]) / count
     theirs = reference.seconds / len(reference.targets)
     ratios = [theirs / (run.seconds / count) for run in (first, second)]
+    padding = 1 - first.tokens.real / first.tokens.computed
     # 2 flops a parameter and token forward, and 2 backward to the input; weights get no gradient
     matrices = sum(p.numel() for block in lm.blocks[layer + 1 :] for p in block.parameters() if p.ndim == 2)
     head = lm.model.get_output_embeddings().weight.numel()
@@ -298,7 +298,7 @@ def _result(
         "tokens_real": first.tokens.real,
         "tokens_computed": first.tokens.computed,
         "tokens_per_fact_and_evaluation": first.tokens.computed / first.evaluations,
-        "padding": first.tokens.padding,
+        "padding": padding,
         "head_reads": first.head_reads,
         "matrix_rates": rates,
         "floor_seconds_per_fact": floor,
@@ -318,7 +318,7 @@ def _result(
         ("largest relative difference of a target", f"{difference:.1e}"),
         ("steps per fact", f"{figures['steps_per_fact']:.1f}"),
         ("tokens computed per fact and evaluation", f"{figures['tokens_per_fact_and_evaluation']:.1f}"),
-        ("share of padding", f"{first.tokens.padding:.1%}"),
+        ("share of padding", f"{padding:.1%}"),
         *((f"matrix rate, {size}", f"{rate / 1e9:.0f} Gflop/s") for size, rate in rates.items()),
         ("floor: the blocks' arithmetic", f"{floor:.2f} s/fact"),
         ("time over the floor", f"{ours / floor:.2f}"),

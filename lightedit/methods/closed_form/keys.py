@@ -1,23 +1,22 @@
-"""Keys and present values of facts, read while walking the edited matrices from first to last."""
+"""Keys and outputs of facts, read while walking the edited matrices from first to last."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightedit.data.prompts import FactPrompts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import Batch, by_length, pad
-from lightedit.lm.hooks import capture, stop_after
-from lightedit.lm.place import Name
+from lightedit.lm.hooks import At, stop_after
 from lightedit.lm.rowwise import RowwiseEdits
 
 
 class KeyWalk:
-    """Walks the edited matrices once, keeping the hidden states at the input of the present one's layer.
+    """Walks the edited matrices once, keeping the hidden states at the input of the current one's layer.
 
-    Only tokens up to the subject's last are run, since nothing after it can reach a key. All that is
-    asked for is read under the weights of the moment, and `advance` finishes a block with what was written into it.
+    Only tokens up to the subject's last are run, since nothing after it can reach a key. Keys and outputs are read
+    under the weights of the moment. `advance` runs a block with what was written into it.
 
     Args:
         lm: the language model.
@@ -26,7 +25,7 @@ class KeyWalk:
         max_tokens: tokens of one forward pass at most.
 
     Attributes:
-        place: the present one.
+        place: the current one.
         edits: an edit of its own that each fact's rows see beside what is written, B in all; none at first.
     """
 
@@ -55,32 +54,31 @@ class KeyWalk:
                 facts = torch.tensor([part[j][0] for j in group])
                 weights = torch.tensor([part[j][2:] for j in group], dtype=torch.float64)
                 self._groups.append((batch, facts, weights[:, 0], weights[:, 1]))
-                block = lm.blocks[self.layer]
-                with capture({0: block}, len(group), inputs=True) as states, stop_after(block):
+                block = Place(self.layer, "block")
+                with lm.capture([block], len(group), inputs=True) as states, stop_after(lm.module(block)):
                     lm.forward(batch)
-                self._hidden.append(states[0])
+                self._hidden.append(states[block])
 
     @property
     def layer(self) -> int:
-        """The layer of the present matrix."""
+        """The layer of the current matrix."""
         return self.place.layer
 
     def keys(self, bare: bool = False) -> Tensor:
-        """K: the averaged inputs of the present matrix, [d_in, B] float64.
+        """K: the averaged inputs of the current matrix, [d_in, B] float64.
 
         Args:
             bare: average over the bare prompts alone.
         """
-        return self._mean(self.lm.module(self.place), inputs=True, bare=bare)
+        return self._mean(self.place, inputs=True, bare=bare)
 
-    def outputs(self, layer: int, site: Name = "block") -> Tensor:
-        """What the block, or the matrix in it, gives at `layer` on the bare prompts, [d, B] float64."""
-        module = self.lm.blocks[layer] if site == "block" else self.lm.module(Place(layer, site))
-        return self._mean(module, inputs=False, bare=True)
+    def outputs(self, place: Place) -> Tensor:
+        """What leaves `place` on the bare prompts, [d, B] float64."""
+        return self._mean(place, inputs=False, bare=True)
 
     @torch.no_grad()
-    def _mean(self, module: nn.Module, inputs: bool, bare: bool) -> Tensor:
-        """Each fact's mean of what enters or leaves `module` at the subject's last token, [width, B] float64."""
+    def _mean(self, place: Place, inputs: bool, bare: bool) -> Tensor:
+        """Each fact's mean of what enters or leaves `place` at the subject's last token, [width, B] float64."""
         total: Tensor | None = None
         for (batch, facts, averaged, of_bare), hidden in zip(self._groups, self._hidden, strict=True):
             weights = of_bare if bare else averaged
@@ -88,12 +86,12 @@ class KeyWalk:
                 continue
             with (
                 self.lm.with_edits(self.edits.rows(facts)),
-                capture({0: module}, len(batch.ids), _last(batch), inputs=inputs) as states,
-                stop_after(module),
+                self.lm.capture([place], len(batch.ids), _last(batch), inputs=inputs) as states,
+                stop_after(self.lm.module(place)),
                 self.lm.starting_at(self.layer, hidden),
             ):
                 self.lm.forward(batch)
-            state = states[0].double()
+            state = states[place].double()
             if total is None:
                 total = state.new_zeros(self.count, state.shape[1])
             total.index_add_(0, facts.to(state.device), state * weights.to(state.device)[:, None])
@@ -103,21 +101,21 @@ class KeyWalk:
     @torch.no_grad()
     def advance(self, place: Place) -> None:
         """Move on to `place`, running the blocks up to its layer with the weights of the moment."""
-        present, self.place = self.layer, place
-        if self.layer == present:
+        start, self.place = self.layer, place
+        if self.layer == start:
             return
-        block = self.lm.blocks[self.layer - 1]
+        block = Place(self.layer - 1, "block")
         for index, (batch, facts, *_) in enumerate(self._groups):
             with (
                 self.lm.with_edits(self.edits.rows(facts)),
-                capture({0: block}, len(batch.ids)) as states,
-                stop_after(block),
-                self.lm.starting_at(present, self._hidden[index]),
+                self.lm.capture([block], len(batch.ids)) as states,
+                stop_after(self.lm.module(block)),
+                self.lm.starting_at(start, self._hidden[index]),
             ):
                 self.lm.forward(batch)
-            self._hidden[index] = states[0]
+            self._hidden[index] = states[block]
 
 
-def _last(batch: Batch) -> tuple[Tensor, Tensor]:
+def _last(batch: Batch) -> At:
     """(rows, position of each row's last token)."""
     return torch.arange(len(batch.ids)), batch.mask.sum(1) - 1

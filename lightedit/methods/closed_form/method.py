@@ -128,8 +128,8 @@ class ClosedForm(Method):
             targets: v at the site, [d, B]; [2 d, B] for two sites.
         """
         if self.site == "block":
-            return _before_norm(walk, targets - walk.outputs(self.value_layer))
-        return targets - walk.outputs(self.value_layer, walk.place.name)
+            return _before_norm(walk, targets - walk.outputs(Place(self.value_layer, "block")))
+        return targets - walk.outputs(replace(walk.place, layer=self.value_layer))
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         """The change of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
@@ -151,7 +151,7 @@ def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals
-    rms = walk.outputs(walk.layer, "mlp").square().mean(0).sqrt()
+    rms = walk.outputs(Place(walk.layer)).square().mean(0).sqrt()
     residuals = residuals.to(rms.device)  # the value layer may lie elsewhere
     gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
     return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)

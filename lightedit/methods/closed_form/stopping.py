@@ -1,25 +1,25 @@
 """When the value optimisation of a fact ends, beside its loss falling below a threshold."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluated:
     """One evaluation of the loss of B facts in C contexts.
 
     Attributes:
         kl: the weighted KL term, [B].
-        right: target tokens that are the most probable ones, [B, C].
+        most_probable: how many target tokens are the most probable ones, [B, C].
         tokens: target tokens, [B, C].
-        times: evaluations up to this one after which `reached` held, [B]; kept by the optimisation.
+        times: at how many evaluations `Stopping.reached` has held so far, [B].
     """
 
     kl: Tensor
-    right: Tensor
+    most_probable: Tensor
     tokens: Tensor
     times: Tensor
 
@@ -31,9 +31,13 @@ class Stopping(ABC):
     def reached(self, step: Evaluated) -> Tensor:
         """Which facts have their target as the most probable continuation, [B] bool."""
 
+    def counted(self, step: Evaluated) -> Evaluated:
+        """The same evaluation with itself counted in `times`."""
+        return replace(step, times=step.times + self.reached(step))
+
     @abstractmethod
     def done(self, step: Evaluated) -> Tensor:
-        """Which facts are finished, [B] bool."""
+        """Which facts are finished, [B] bool; `step` is counted in its `times`."""
 
     def nll_factor(self, step: Evaluated) -> Tensor:
         """Weight of the target's NLL at the next evaluation, [B]."""
@@ -61,8 +65,8 @@ class MostProbable(Stopping):
 
     def reached(self, step: Evaluated) -> Tensor:
         if self.published:
-            return step.right[:, 1:].sum(1) == step.right.shape[1] - 1
-        return (step.right == step.tokens).all(1)
+            return step.most_probable[:, 1:].sum(1) == step.most_probable.shape[1] - 1
+        return (step.most_probable == step.tokens).all(1)
 
     def done(self, step: Evaluated) -> Tensor:
         return step.times > self.extra_steps
@@ -85,7 +89,7 @@ class KLBelow(Stopping):
             raise ValueError(f"max_kl and nll_factor_after must not be negative, got {self}")
 
     def reached(self, step: Evaluated) -> Tensor:
-        return (step.right == step.tokens).all(1)
+        return (step.most_probable == step.tokens).all(1)
 
     def done(self, step: Evaluated) -> Tensor:
         return self.reached(step) & (step.kl <= self.max_kl)

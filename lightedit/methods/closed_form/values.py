@@ -1,32 +1,27 @@
 """Step 1: find, for each fact, the activation at the subject's last token that makes the model state the target.
 
 Weights stay frozen; one vector δ per fact is trained with Adam (Meng et al., 2022, arXiv 2202.05262, eq. 4; Meng et
-al., 2023, arXiv 2210.07229, eq. 16, with the published code's loss). What cannot depend on δ is computed once: the
-tokens before the subject's last one live on as a prefix cache, and the blocks up to the edited layer as the captured
-output of the last of them. The LM head is applied at target positions only. All of this is exact.
+al., 2023, arXiv 2210.07229, eq. 16, with the published code's loss). What cannot depend on δ is computed once (see
+`rows`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightedit.data.prompts import FactPrompts, Row
+from lightedit.data.prompts import FactPrompts
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.batch import PASS_COST, Batch, pad, rectangles
-from lightedit.lm.cache import PrefixCache
-from lightedit.lm.hooks import capture, stop_after
-from lightedit.lm.packed import Span
-from lightedit.lm.prefix import prefix_cache
+from lightedit.lm.place import Name
+from lightedit.methods.closed_form.rows import Rows, capture_rows, first_block, head_states, passes
 from lightedit.methods.closed_form.stopping import Evaluated, KLBelow, MostProbable
 from lightedit.ops import target_nll_kl
 from lightedit.progress import Report
 
 Site = Literal["block", "mlp", "attention+mlp"]
+_NAMES: dict[Site, tuple[Name, ...]] = {"block": ("block",), "mlp": ("mlp",), "attention+mlp": ("attention_out", "mlp")}
 
 
 @dataclass(frozen=True)
@@ -77,56 +72,23 @@ class Values:
 
 @dataclass
 class TokenCount:
-    """Suffix tokens that went through the blocks above the edited one, summed over steps."""
+    """Suffix tokens that went through the blocks above the edited one, summed over steps.
+
+    Attributes:
+        real: those of texts.
+        computed: with padding.
+        passes: forward and backward passes that computed them.
+    """
 
     real: int = 0
     computed: int = 0
+    passes: int = 0
 
     def __iadd__(self, other: "TokenCount") -> "TokenCount":
         self.real += other.real
         self.computed += other.computed
+        self.passes += other.passes
         return self
-
-    @property
-    def padding(self) -> float:
-        """Share of computed tokens that were padding."""
-        return 1 - self.real / self.computed if self.computed else 0.0
-
-
-@dataclass
-class _Rows:
-    """Rows of one rectangle: the suffix from the subject's last token on, and what precedes and underlies it."""
-
-    batch: Batch  # ids and positions [rows, suffix], mask [rows, prefix + suffix]
-    cache: PrefixCache | None
-    hidden: Tensor  # output of the edited block, [rows, suffix, d]; its input where δ is added inside of it
-    mlp: Tensor | None  # MLP output at the subject's last token, [rows, d], where a norm follows it
-    fact: Tensor  # index of each row's fact, [rows]
-    context: Tensor  # index of each row's context in its fact, [rows]
-    at: tuple[Tensor, Tensor]  # rows and positions where the head is read, [n] each: m targets, then the KL term's
-    targets: Tensor  # target ids, [m]
-    weight: Tensor  # weight of each read position in its fact's loss, [n]
-
-    def keep(self, rows: Tensor) -> "_Rows":
-        """The sub-rectangle of `rows`, a boolean [rows]."""
-        index = rows.nonzero().squeeze(1)
-        read = rows[self.at[0]]
-        renumber = rows.cumsum(0) - 1
-
-        def kept(tensor: Tensor) -> Tensor:
-            return tensor[index.to(tensor.device)]
-
-        return _Rows(
-            Batch(kept(self.batch.ids), kept(self.batch.mask), kept(self.batch.positions)),
-            None if self.cache is None else self.cache.rows(index),
-            kept(self.hidden),
-            None if self.mlp is None else kept(self.mlp),
-            kept(self.fact),
-            kept(self.context),
-            (renumber[self.at[0][read]], self.at[1][read]),
-            self.targets[read[: len(self.targets)].to(self.targets.device)],
-            self.weight[read],
-        )
 
 
 class ValueOptimization:
@@ -165,26 +127,9 @@ class ValueOptimization:
     ) -> None:
         self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
         self.tokens = TokenCount()
-        rows = [
-            (index, context, row)
-            for index, fact in enumerate(prompts)
-            for context, row in enumerate((*fact.rows, fact.subject))
-        ]
-        initial: dict[int, Tensor] = {}
-        self._rows = []
         self._max_tokens = max_tokens
-        prefixes = prefix_cache(lm, [row.ids[: row.lookup] for _, _, row in rows])
-        pass_cost = 0 if lm.architecture.packs else PASS_COST  # packed rectangles share a pass, and need no padding
-        for group in rectangles([len(row.ids) - row.lookup for _, _, row in rows], max_tokens, pass_cost):
-            captured, activations = self._capture([rows[i] for i in group], torch.tensor(group), *prefixes)
-            self._rows.append(captured)
-            for i, activation in zip(group, activations, strict=True):
-                index, context, _ = rows[i]
-                if context in prompts[index].bare:
-                    share = activation / len(prompts[index].bare)
-                    initial[index] = initial[index] + share if index in initial else share
-        self.initial = torch.stack([initial[index] for index in range(len(prompts))])
-        self._sites = 2 if site == "attention+mlp" else 1
+        self._places = tuple(Place(layer, name) for name in _NAMES[site])
+        self._rows, self.initial = capture_rows(lm, prompts, self._places, settings.kl_factor, max_tokens)
         device = self.initial.device
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -201,11 +146,6 @@ class ValueOptimization:
             self._tokens[index, : len(fact.rows)] = torch.tensor([len(row.targets) for row in fact.rows])
         self._times = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self._nll_factor = torch.ones_like(self._losses)
-
-    @property
-    def _first_block(self) -> int:
-        """The first block that runs again at every step."""
-        return self.layer if self.site == "attention+mlp" else self.layer + 1
 
     @property
     def done(self) -> bool:
@@ -237,9 +177,9 @@ class ValueOptimization:
         losses = self._weight_decay()
         losses[self.active].sum().backward()
         losses = losses.detach()
-        kl, right = torch.zeros_like(losses), torch.zeros_like(self._tokens)
-        for rows_of_pass in self._passes():
-            nll_of_pass, kl_of_pass = self._loss(rows_of_pass, right)
+        kl, most_probable = torch.zeros_like(losses), torch.zeros_like(self._tokens)
+        for together in passes(self.lm, self._rows, self._max_tokens):
+            nll_of_pass, kl_of_pass = self._loss(together, most_probable)
             partial = self._nll_factor * nll_of_pass + kl_of_pass
             partial.sum().backward()
             losses += partial.detach()
@@ -254,8 +194,8 @@ class ValueOptimization:
         self._losses = torch.where(self.active, losses, self._losses)
         done = self._losses < self.settings.loss_threshold
         if (rule := self.settings.stopping) is not None:
-            step = Evaluated(kl, right, self._tokens, self._times)
-            self._times += rule.reached(step)
+            step = rule.counted(Evaluated(kl, most_probable, self._tokens, self._times))
+            self._times = step.times
             done |= rule.done(step)
             self._nll_factor = rule.nll_factor(step)
         self._finish(self.active & done)
@@ -267,7 +207,7 @@ class ValueOptimization:
         norm, initial = self._norms(self.delta), self._norms(self.initial)
         bound = self.settings.clamp_norm_factor * initial
         shrink = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
-        self.delta.mul_(shrink.repeat_interleave(self.delta.shape[1] // self._sites, dim=1))
+        self.delta.mul_(shrink.repeat_interleave(self.delta.shape[1] // len(self._places), dim=1))
         self._steps += self.active
         self._finish(self.active & (self._steps >= self.settings.steps - 1))
 
@@ -291,99 +231,43 @@ class ValueOptimization:
 
     def _norms(self, vectors: Tensor) -> Tensor:
         """Norm of each site's part of [facts, sites * d] vectors, [facts, sites]."""
-        return vectors.unflatten(1, (self._sites, -1)).norm(dim=2)
+        return vectors.unflatten(1, (len(self._places), -1)).norm(dim=2)
 
     def _weight_decay(self) -> Tensor:
         return self.settings.weight_decay * (self._norms(self.delta) / self._norms(self.initial).square()).sum(1)
 
-    @property
-    def n_passes(self) -> int:
-        """Forward and backward passes that the next evaluation of the loss takes."""
-        return len(self._passes())
-
-    def _passes(self) -> list[list[_Rows]]:
-        """The rectangles of each forward and backward pass: one alone, or as many as fit where they can be packed."""
-        passes: list[list[_Rows]] = []
-        room = 0
-        for rows in self._rows:
-            tokens = rows.batch.ids.numel()
-            if not self.lm.architecture.packs or tokens > room:
-                passes.append([])
-                room = self._max_tokens
-            passes[-1].append(rows)
-            room -= tokens
-        return passes
-
-    def _loss(self, together: list[_Rows], right: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, together: list[Rows], most_probable: Tensor) -> tuple[Tensor, Tensor]:
         """What the rows of one pass contribute to each fact's NLL and weighted KL, each [facts].
 
-        Counts the targets that are most probable into `right` [facts, contexts].
+        Counts the targets that are most probable into `most_probable` [facts, contexts].
         """
-        hidden = [self._with_delta(rows) for rows in together]
-        lengths = [rows.batch.ids.shape[1] for rows in together]
-        reads = [(rows, slice(None, len(rows.targets))) for rows in together]
-        reads += [(rows, slice(len(rows.targets), None)) for rows in together]  # targets of all rows, then KL terms
-        starts = accumulate((rows.batch.ids.numel() for rows in together), initial=0)
-        first = [  # place of each row's first token, were all rows laid end to end
-            start + length * torch.arange(len(rows.batch.ids), device=rows.fact.device)
-            for rows, start, length in zip(together, starts, lengths, strict=False)
-        ]
-        if self.lm.architecture.packs:
-            flat = torch.cat([states.flatten(0, 1) for states in hidden])
-            places = {id(rows): begin[rows.at[0]] + rows.at[1] for rows, begin in zip(together, first, strict=True)}
-            at = torch.cat([places[id(rows)][read] for rows, read in reads])
-            with (
-                self._inside(together, first),
-                self.lm.starting_at(self._first_block, flat[None]),
-                self.lm.before_head(1, (torch.zeros_like(at), at)) as states,
-            ):
-                self.lm.forward_packed(
-                    torch.cat([rows.batch.ids.flatten() for rows in together]),
-                    torch.cat([rows.batch.positions.flatten() for rows in together]),
-                    [Span.of(r.batch.mask, n, r.cache, flat.dtype) for r, n in zip(together, lengths, strict=True)],
-                )
-        else:
-            (rows,) = together
-            with (
-                self._inside(together, first),
-                self.lm.starting_at(self._first_block, hidden[0]),
-                self.lm.before_head(len(rows.batch.ids), rows.at) as states,
-            ):
-                self.lm.forward(rows.batch, rows.cache)
-        for rows, length in zip(together, lengths, strict=True):
-            self.tokens.real += int(rows.batch.mask[:, -length:].sum())
-            self.tokens.computed += rows.batch.ids.numel()
-        targets = torch.cat([rows.targets for rows in together])
-        count = len(targets)
-        fact = torch.cat([rows.fact[rows.at[0][read]] for rows, read in reads])
-        context = torch.cat([rows.context[rows.at[0][read]] for rows, read in reads])[:count]
-        weight = torch.cat([rows.weight[read] for rows, read in reads])
-        reference = self._unedited(states[0][count:], fact[count:])
-        loss, leads = target_nll_kl(states[0], self.lm.head, targets, reference)
-        loss = (loss * weight.to(loss.device)).to(self.delta.device)
-        right.index_put_((fact[:count], context), leads.to(right), accumulate=True)
+        hidden, shifts = self._with_delta(together)
+        states, reads = head_states(self.lm, together, hidden, first_block(self._places), shifts)
+        for rows in together:
+            self.tokens.real += int(rows.batch.mask[:, -rows.length :].sum())
+            self.tokens.computed += rows.n_tokens
+        self.tokens.passes += 1
+        count = len(reads.targets)
+        reference = self._unedited(states[count:], reads.fact[count:])
+        loss, is_argmax = target_nll_kl(states, self.lm.head, reads.targets, reference)
+        loss = (loss * reads.weight.to(loss.device)).to(self.delta.device)
+        fact = reads.fact
+        most_probable.index_put_((fact[:count], reads.context), is_argmax.to(most_probable), accumulate=True)
         zeros = self.delta.new_zeros(len(self.prompts))
         return zeros.index_add(0, fact[:count], loss[:count]), zeros.index_add(0, fact[count:], loss[count:])
 
-    @contextmanager
-    def _inside(self, together: list[_Rows], first: list[Tensor]) -> Iterator[None]:
-        """Within the context, each row's δ is added inside the edited block, where the site lies there."""
-        with ExitStack() as stack:
-            if self._sites == 2:
-                delta = torch.cat([self.delta[rows.fact] for rows in together]).chunk(2, dim=1)
-                at = torch.cat(first)
-                modules = [self.lm.module(Place(self.layer, name)) for name in ("attention_out", "mlp")]
-                for module, shift in zip(modules, delta, strict=True):
-                    stack.callback(module.register_forward_hook(_add(at, shift)).remove)
-            yield
+    def _with_delta(self, together: list[Rows]) -> tuple[list[Tensor], dict[Place, Tensor]]:
+        """The states at which a pass starts, [rows, suffix, d] each, and what it adds inside of the edited block.
 
-    def _with_delta(self, rows: _Rows) -> Tensor:
-        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d].
-
-        Where δ is added inside of the block, its input as it is.
+        One δ is added at the block's output, two where they belong.
         """
-        if self._sites == 2:
-            return rows.hidden
+        if len(self._places) > 1:
+            delta = torch.cat([self.delta[rows.fact] for rows in together]).chunk(len(self._places), dim=1)
+            return [rows.hidden for rows in together], dict(zip(self._places, delta, strict=True))
+        return [self._at_output(rows) for rows in together], {}
+
+    def _at_output(self, rows: Rows) -> Tensor:
+        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d]."""
         delta = self.delta[rows.fact]
         if rows.mlp is not None:
             norm = self.lm.mlp_norm(self.layer)
@@ -402,77 +286,6 @@ class ValueOptimization:
         if index[0] not in self._reference:
             self._reference.update(zip(index, self.lm.head.log_probs(hidden), strict=True))
         return torch.stack([self._reference[fact] for fact in index])
-
-    @torch.no_grad()
-    def _capture(
-        self, group: list[tuple[int, int, Row]], places: Tensor, prefixes: PrefixCache | None, prefix_mask: Tensor
-    ) -> tuple[_Rows, Tensor]:
-        """Run the skipped blocks once. Returns the rows and the site's activation at the lookup, [rows, d].
-
-        `places` [rows] are the group's rows in the prefixes, whose mask is [all rows, prefix].
-        """
-        lm = self.lm
-        facts, contexts, texts = (list(column) for column in zip(*group, strict=True))
-        width = max(row.lookup for row in texts)
-        cache = None if prefixes is None or not width else prefixes.rows(places, width)
-        prefix_mask = prefix_mask[places.to(prefix_mask.device), prefix_mask.shape[1] - width :]
-        suffix = pad([row.ids[row.lookup :] for row in texts], lm.pad_id).to(lm.device)
-        lengths = torch.tensor([row.lookup for row in texts], device=lm.device)
-        batch = Batch(
-            suffix.ids,
-            torch.cat([prefix_mask, suffix.mask], dim=1),
-            suffix.positions + lengths[:, None],
-        )
-        block, mlp, attention = (
-            lm.blocks[self.layer],
-            *(lm.module(Place(self.layer, name)) for name in ("mlp", "attention_out")),
-        )
-        rows, inside = len(group), self.site == "attention+mlp"
-        first = (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
-        with (
-            capture({0: block}, rows, inputs=inside) as hidden,
-            capture({0: attention, 1: mlp}, rows, first) as outputs,
-            stop_after(block),
-        ):
-            lm.forward(batch, cache)
-        state = hidden[0]
-        dtype = torch.promote_types(state.dtype, torch.float32)
-        sites = {"block": [state[:, 0]], "mlp": [outputs[1]], "attention+mlp": [outputs[0], outputs[1]]}
-        site = torch.cat(sites[self.site], dim=1).to(dtype)
-        device = site.device  # a block's input may still lie where the block before it runs
-        state = state.to(device)
-        reads, weights = [], []
-        for kl in (False, True):
-            for i, row in enumerate(texts):
-                if kl == (not row.targets):
-                    count = len(row.targets) or 1
-                    last = len(row.ids) - row.lookup
-                    reads += [(i, position) for position in range(last - count, last)]
-                    rows_of_fact = len(self.prompts[facts[i]].rows)
-                    weights += [self.settings.kl_factor if kl else 1 / (count * rows_of_fact)] * count
-        read_rows, read_positions = torch.tensor(reads, device=device).T
-        captured = _Rows(
-            batch,
-            None if cache is None else cache.without(range(self._first_block)),
-            state,
-            outputs[1].to(dtype) if self.site == "mlp" and lm.mlp_norm(self.layer) is not None else None,
-            torch.tensor(facts, device=device),
-            torch.tensor(contexts, device=device),
-            (read_rows, read_positions),
-            torch.tensor([t for row in texts for t in row.targets], dtype=torch.long, device=lm.head.weight.device),
-            torch.tensor(weights, dtype=dtype, device=device),
-        )
-        return captured, site
-
-
-def _add(at: Tensor, shift: Tensor) -> Callable[..., Tensor]:
-    """A hook that adds `shift` [n, d] to a module's output at the flat token places `at` [n]."""
-
-    def add(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        flat = output.reshape(-1, output.shape[-1]).to(shift.dtype).index_add(0, at.to(output.device), shift)
-        return flat.to(output.dtype).view_as(output)
-
-    return add
 
 
 def optimize_values(
