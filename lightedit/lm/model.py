@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import hooks
 from lightedit.lm.anatomy import Anatomy
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import Batch, pad
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.fingerprint import fingerprint
@@ -20,7 +20,7 @@ from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
-from lightedit.lm.sampling import Draw, RowDraws, SharedDraws, before_end, greedy, next_tokens
+from lightedit.lm.sampling import before_end, draw_rule, next_tokens
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
 
@@ -82,7 +82,7 @@ class LanguageModel:
             FileNotFoundError: there is no such folder or file.
             ConnectionError: the model is not here, and the Hub does not answer.
             OSError: the Hub has no such model, or it asks for a token.
-            ValueError: an unknown dtype, both `device` and `device_map`, or a model of an unsupported architecture.
+            ArgumentError: an unknown dtype, both `device` and `device_map`, or a model of an unsupported architecture.
             RuntimeError: the built-in model could not be downloaded.
         """
         model, tokenizer = load_pretrained(str(name), dtype, device, device_map)
@@ -111,18 +111,12 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """A token id for padding; masked, so any valid one serves."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        return _first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
 
     @property
     def text_start(self) -> int:
         """The token that a text begins with: beginning-of-text, or else end-of-text."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return self.pad_id
+        return _first(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id)
 
     @torch.no_grad()
     def _returns_tuple(self) -> bool:
@@ -140,11 +134,11 @@ class LanguageModel:
         return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise ValueError unless `layers` are distinct, ascending and exist."""
+        """Raise ArgumentError unless `layers` are distinct, ascending and exist."""
         if not layers or list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers must be distinct and ascending, got {list(layers)}")
+            raise ArgumentError(f"layers must be distinct and ascending, got {list(layers)}")
         if layers[0] < 0 or layers[-1] >= self.n_layers:
-            raise ValueError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
+            raise ArgumentError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
     def module(self, place: Place) -> nn.Module:
         """The module whose output leaves `place`; see `Anatomy.module`."""
@@ -166,12 +160,6 @@ class LanguageModel:
     def bias(self, place: Place) -> Tensor | None:
         """The bias of `place` as a writable [d_out] view, None where it has none; see `Anatomy.bias`."""
         return self.anatomy.bias(place)
-
-    def mlp_values(self, layer: int, keys: Tensor) -> Tensor:
-        """W k + b of block `layer` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
-        weight, bias = self.weight(Place(layer)), self.bias(Place(layer))
-        values = weight.double() @ keys.to(weight.device, torch.float64)
-        return values if bias is None else values + bias.double()[:, None]
 
     # Running it
 
@@ -343,28 +331,21 @@ class LanguageModel:
             New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
 
         Raises:
-            ValueError: there are not as many seeds as prompts, or no tokens are asked for.
+            ArgumentError: there are not as many seeds as prompts, or no tokens are asked for.
             FloatingPointError: with a seed for each prompt: the best logits are NaN or infinite.
         """
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+            raise ArgumentError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         rows = [self.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
-        seeds = None if isinstance(seed, int) else list(seed)
-        if seeds is not None and len(seeds) != len(rows):
-            raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts; give one for each, or a single number")
-        draw: Draw = greedy
-        if top_k and isinstance(seed, int):
-            draw = SharedDraws(torch.Generator(self.device).manual_seed(seed), top_k)
+        rule = draw_rule(top_k, seed, len(rows), max_new_tokens, self.device)
         edits = edits or RowwiseEdits.none(len(rows))
         results: list[list[int]] = [[] for _ in rows]
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
-            if top_k and seeds is not None:
-                draw = RowDraws([seeds[i] for i in group], max_new_tokens, top_k)
             batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
             with self.with_edits(edits.rows(group)):
                 cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-                stream = next_tokens(partial(self.forward, keep=1), cache, batch, draw)
+                stream = next_tokens(partial(self.forward, keep=1), cache, batch, rule(group))
                 found = before_end(stream, max_new_tokens, self.end_ids if stop_at_end else ())
             for i, row in zip(group, found, strict=True):
                 results[i] = row
@@ -380,3 +361,7 @@ class LanguageModel:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _first(*tokens: int | None) -> int:
+    return next(int(token) for token in tokens if token is not None)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import total_ordering
 from typing import Literal, Self, get_args
 
+from lightedit.errors import ArgumentError
+
 Name = Literal["embedding", "q", "k", "v", "attention_out", "attention", "mlp_gate", "mlp_in", "mlp", "block"]
 """What there is in a block, in the order in which it runs; and the embedding."""
 
@@ -33,7 +35,7 @@ class Place:
         name: which part of it.
 
     Raises:
-        ValueError: an unknown name.
+        ArgumentError: an unknown name.
     """  # noqa: E501
 
     layer: int
@@ -41,18 +43,18 @@ class Place:
 
     def __post_init__(self) -> None:
         if self.name not in _ORDER:
-            raise ValueError(f"place {self.name!r} is not known; places are {', '.join(_ORDER)}")
+            raise ArgumentError(f"place {self.name!r} is not known; places are {', '.join(_ORDER)}")
 
     @classmethod
     def from_key(cls, key: str) -> Self:
         """The place of that `key`.
 
         Raises:
-            ValueError: there is none.
+            ArgumentError: there is none.
         """
         layer, _, name = key.partition("_")
         if not layer.isdigit() or (name or "mlp") not in _ORDER:
-            raise ValueError(f"{key!r} names no place; a name is a layer such as '5', or '5_attention_out'")
+            raise ArgumentError(f"{key!r} names no place; a name is a layer such as '5', or '5_attention_out'")
         return cls(int(layer), name or "mlp")  # type: ignore[arg-type]
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm.batch import Batch
 
 Draw = Callable[[Tensor], Tensor]
@@ -110,11 +111,11 @@ class RowDraws:
         """Draw the next step's token for each row of the logits [rows, vocabulary].
 
         Raises:
-            FloatingPointError: a row's best logits are NaN or infinite.
+            NumericalError: a row's best logits are NaN or infinite.
         """
         best = logits.topk(min(self._top_k, logits.shape[-1]))
         if not best.values.isfinite().all():
-            raise FloatingPointError(
+            raise NumericalError(
                 "the logits of the next token are NaN or infinite; an edit may have ruined the model (revert it), "
                 "or its dtype is too narrow (load it in float32)"
             )
@@ -123,3 +124,28 @@ class RowDraws:
         place = (sums[:, :-1] <= number).sum(-1, keepdim=True)  # the last sum is 1 but for rounding
         self._step += 1
         return best.indices.gather(1, place)[:, 0]
+
+
+def draw_rule(
+    top_k: int | None, seed: int | Sequence[int], rows: int, steps: int, device: torch.device
+) -> Callable[[Sequence[int]], Draw]:
+    """The rule for each group of rows, given by their indices.
+
+    Args:
+        top_k: how many of the most probable tokens can be drawn; None for greedy.
+        seed: one of all rows, whose groups then draw from one generator in turn; or one for each row.
+        rows: how many there are in all.
+        steps: tokens that will be drawn at most.
+        device: of the logits.
+
+    Raises:
+        ArgumentError: there are not as many seeds as rows.
+    """
+    if not isinstance(seed, int) and len(seed) != rows:
+        raise ArgumentError(f"{len(seed)} seeds for {rows} prompts; give one for each, or a single number")
+    if not top_k:
+        return lambda _: greedy
+    if isinstance(seed, int):
+        shared = SharedDraws(torch.Generator(device).manual_seed(seed), top_k)
+        return lambda _: shared
+    return lambda group: RowDraws([seed[row] for row in group], steps, top_k)

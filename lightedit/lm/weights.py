@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm.anatomy import Anatomy
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate
 from lightedit.lm.hooks import install
 from lightedit.lm.place import Place
@@ -96,11 +96,11 @@ class EditedWeights:
 
         Raises:
             KeyError: it carries none.
-            ValueError: it carries an adaptor, which no change of a matrix equals.
+            ArgumentError: it carries an adaptor, which no change of a matrix equals.
         """
         changes = [change for _, change in self._changes[place]]
         if self.adaptors(place):
-            raise ValueError(f"{place} carries an adaptor, which no change of its matrix equals")
+            raise ArgumentError(f"{place} carries an adaptor, which no change of its matrix equals")
         low_rank = [change for change in changes if isinstance(change, LowRankUpdate)]
         if len(low_rank) == len(changes):
             left = torch.cat([update.left.detach().to("cpu") for update in low_rank], dim=1)
@@ -118,7 +118,7 @@ class EditedWeights:
         """Apply `change` to `place` on behalf of `owner`; nothing is changed when it is refused.
 
         Raises:
-            ValueError: it does not fit the place.
+            ArgumentError: it does not fit the place.
             UnsupportedModelError: the place has no matrix or bias that can be written.
         """
         change.check(place, self._anatomy.shape(place))

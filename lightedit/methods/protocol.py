@@ -12,6 +12,7 @@ from lightedit.data.facts import Fact
 from lightedit.digests import digest
 from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
@@ -243,6 +244,6 @@ def search(
 
 def check_model_and_method(lm: object, method: object) -> None:
     """Raise ArgumentTypeError if the first arguments are of another kind, such as swapped ones."""
-    for name, value, kind in (("lm", lm, LanguageModel), ("method", method, Method)):
-        if not isinstance(value, kind):
-            raise ArgumentTypeError(f"{name}: expected a {kind.__name__}, got a {type(value).__name__}")
+    check_model(lm)
+    if not isinstance(method, Method):
+        raise ArgumentTypeError(f"method: expected a Method, got a {type(method).__name__}")

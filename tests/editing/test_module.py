@@ -18,6 +18,7 @@ from lightedit.editing.retention import curves
 from lightedit.editing.run import prepare
 from lightedit.lm import Place
 from lightedit.methods.closed_form import editor
+from lightedit.methods.closed_form.keys import values_of
 from lightedit.methods.closed_form.preservation import Preservation
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import (
@@ -218,7 +219,7 @@ def test_rome_writes_one_fact_a_round_and_exactly(lm: le.LanguageModel) -> None:
     trainer.fit(module, datamodule=le.FactsDataModule(FACTS[:3], facts_per_round=1))
     assert module.edit is not None and module.edit.facts_in_round == [1, 1, 1]
     keys = last_keys(lm, module)
-    value = lm.mlp_values(1, keys)[:, 0]
+    value = values_of(lm, Place(1), keys)[:, 0]
     assert (value - targets[-1]).norm() < 1e-5 * targets[-1].norm()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightedit.errors import UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import Batch, pad
 from lightedit.lm.hooks import stop_after
 from lightedit.lm.packed import Span

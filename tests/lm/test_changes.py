@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightedit.errors import UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
 from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate, change_from
 from tests.lm.places import ROWS, language_model

@@ -5,11 +5,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.byt5 import ByT5Tokenizer
 
+from lightedit.errors import UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.hooks import capture
+from lightedit.methods.closed_form.keys import values_of
 from tests.models import ARCHITECTURES, EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
 ROWS = [[5, 60, 70, 8], [9], [30, 31, 32, 33, 34, 35, 36]]
@@ -91,7 +92,7 @@ def test_values_of_keys_equal_the_output_of_the_mlp(architecture: str) -> None:
         capture({2: lm.module(Place(2))}, 3, at) as outputs,
     ):
         lm.forward(pad(ROWS, lm.pad_id))
-    values = lm.mlp_values(2, keys[2].T)
+    values = values_of(lm, Place(2), keys[2].T)
     assert lm.weight(Place(2)).shape == (lm.d_model, keys[2].shape[1])
     assert values.dtype == torch.float64
     torch.testing.assert_close(values.T.float(), outputs[2], atol=1e-5, rtol=1e-5)

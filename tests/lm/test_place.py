@@ -5,8 +5,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
+from lightedit.errors import UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.architectures import UnsupportedModelError
 from lightedit.lm.batch import pad
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.hooks import capture

@@ -116,6 +116,13 @@ class KeyWalk:
             self._hidden[index] = states[block]
 
 
+def values_of(lm: LanguageModel, place: Place, keys: Tensor) -> Tensor:
+    """W k + b of the matrix at `place` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
+    weight, bias = lm.weight(place), lm.bias(place)
+    values = weight.double() @ keys.to(weight.device, torch.float64)
+    return values if bias is None else values + bias.double()[:, None]
+
+
 def _last(batch: Batch) -> At:
     """(rows, position of each row's last token)."""
     return torch.arange(len(batch.ids)), batch.mask.sum(1) - 1

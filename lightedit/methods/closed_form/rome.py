@@ -10,7 +10,7 @@ from lightedit.errors import ArgumentError
 from lightedit.lm import Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.editor import ClosedFormEditor
-from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.keys import KeyWalk, values_of
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.values import Site, ValueSettings
@@ -61,7 +61,7 @@ class ROME(ClosedForm):
         """v - W k at the value layer, so that W k = v afterwards; before it, what the bare prompt still misses."""
         if walk.layer != self.value_layer:
             return super().residuals(walk, keys, targets)
-        return targets - walk.lm.mlp_values(walk.layer, walk.keys(bare=True) if self.key == "published" else keys)
+        return targets - values_of(walk.lm, walk.place, walk.keys(bare=True) if self.key == "published" else keys)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         if self.key != "published":

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightedit.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -61,7 +63,7 @@ class MostProbable(Stopping):
 
     def __post_init__(self) -> None:
         if self.extra_steps < 0:
-            raise ValueError(f"extra_steps must not be negative, got {self.extra_steps}")
+            raise ArgumentError(f"extra_steps must not be negative, got {self.extra_steps}")
 
     def reached(self, step: Evaluated) -> Tensor:
         if self.published:
@@ -86,7 +88,7 @@ class KLBelow(Stopping):
 
     def __post_init__(self) -> None:
         if self.max_kl < 0 or self.nll_factor_after < 0:
-            raise ValueError(f"max_kl and nll_factor_after must not be negative, got {self}")
+            raise ArgumentError(f"max_kl and nll_factor_after must not be negative, got {self}")
 
     def reached(self, step: Evaluated) -> Tensor:
         return (step.most_probable == step.tokens).all(1)

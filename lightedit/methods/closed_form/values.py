@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightedit.data.prompts import FactPrompts
+from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.place import Name
 from lightedit.methods.closed_form.rows import Rows, capture_rows, first_block, head_states, passes
@@ -48,9 +49,9 @@ class ValueSettings:
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.steps >= 1 and self.clamp_norm_factor > 0):  # which NaN fails, too
-            raise ValueError(f"lr, steps and clamp_norm_factor must be positive, got {self}")
+            raise ArgumentError(f"lr, steps and clamp_norm_factor must be positive, got {self}")
         if not all(value >= 0 for value in (self.kl_factor, self.weight_decay, self.loss_threshold)):
-            raise ValueError(f"kl_factor, weight_decay and loss_threshold must not be negative, got {self}")
+            raise ArgumentError(f"kl_factor, weight_decay and loss_threshold must not be negative, got {self}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class ValueOptimization:
             The last known loss of every fact, [facts].
 
         Raises:
-            FloatingPointError: a loss is NaN or infinite; names the fact.
+            NumericalError: a loss is NaN or infinite; names the fact.
         """
         self.delta.grad = None
         losses = self._weight_decay()
@@ -187,7 +188,7 @@ class ValueOptimization:
         bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
         if bad:
             fact = self.prompts[bad[0]].fact
-            raise FloatingPointError(
+            raise NumericalError(
                 f"the loss of fact {fact.text!r} -> {fact.target_new!r} is {losses[bad[0]].item()} after "
                 f"{int(self._steps[bad[0]])} steps; lower lr ({self.settings.lr}), or load the model in float32"
             )

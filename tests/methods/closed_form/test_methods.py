@@ -316,7 +316,9 @@ def test_merged_facts_share_one_key_and_serve_both_texts() -> None:
     module = le.EditModule(lm, method, covariance=estimated(lm, (1,)), settings=settings)
     fit(module, facts_per_round=3, facts=two)
     assert module.edit is not None
-    assert module.editor.round_keys[Place(1)].shape[1] == 1  # every two keys have a cosine of at least -1, so all are one
+    assert (
+        module.editor.round_keys[Place(1)].shape[1] == 1
+    )  # every two keys have a cosine of at least -1, so all are one
     assert module.edit.facts_in_round == [3]
     keys = [prompt for prompt in module.editor.prompts if prompt is not None]
     assert len(keys) == 1 and keys[0].bare == (0, 1, 2) and sum(keys[0].key_weights) == pytest.approx(1)
