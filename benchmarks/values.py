@@ -113,7 +113,6 @@ class Search:
     tokens: TokenCount
     evaluations: int  # of single facts' losses
     head_reads: int  # positions where the LM head was needed, over all evaluations
-    passes: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def search_values(
         values = search.values()
         seconds = time.perf_counter() - start
     reads = torch.tensor([sum(len(row.targets) for row in fact.rows) + 1 for fact in prompts])  # and the KL term's
-    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads), search.tokens.passes)
+    return Search(seconds, values, search.tokens, int(evaluations.sum()), int(evaluations @ reads))
 
 
 def _reference(
@@ -218,13 +217,16 @@ def products_seconds(lm: LanguageModel, layer: int, ours: Search) -> float:
     for shape, count, rows in [(shape, count, ours.tokens.real) for shape, count in shapes.items()] + [
         (tuple(lm.head.weight.shape), 1, ours.head_reads)
     ]:
-        inputs, gradient = torch.randn(rows // ours.passes, shape[1]), torch.randn(rows // ours.passes, shape[0])
+        inputs, gradient = (
+            torch.randn(rows // ours.tokens.passes, shape[1]),
+            torch.randn(rows // ours.tokens.passes, shape[0]),
+        )
         weight = torch.randn(shape)
         both = [
             _median_seconds(lambda x=inputs, w=weight: x @ w.T),
             _median_seconds(lambda g=gradient, w=weight: g @ w),
         ]
-        seconds += count * ours.passes * sum(both)
+        seconds += count * ours.tokens.passes * sum(both)
     return seconds
 
 
@@ -234,7 +236,7 @@ def stock_seconds(lm: LanguageModel, layer: int, ours: Search) -> float:
     Rows of 12 tokens in passes as large as ours, without prefixes, δ, head or loss: what is left of our time is ours,
     and what this takes beyond the products is the model's elementwise operations and attention.
     """
-    rows, length = ours.tokens.real // ours.passes // 12, 12
+    rows, length = ours.tokens.real // ours.tokens.passes // 12, 12
     batch = pad([[lm.text_start] * length] * rows, lm.pad_id)
     gradient = torch.randn(rows, length, lm.d_model)
     at = torch.arange(rows).repeat_interleave(length), torch.arange(length).repeat(rows)
@@ -245,7 +247,7 @@ def stock_seconds(lm: LanguageModel, layer: int, ours: Search) -> float:
             lm.forward(batch)
         states[0].backward(gradient.flatten(0, 1))
 
-    return _median_seconds(work) * ours.passes * ours.tokens.real / (ours.passes * rows * length)
+    return _median_seconds(work) * ours.tokens.passes * ours.tokens.real / (ours.tokens.passes * rows * length)
 
 
 def _median_seconds(work: Callable[[], object]) -> float:

@@ -138,8 +138,9 @@ def test_without_preservation_attention_and_mlp_both_give_their_targets(architec
     list(write_facts(lm, method, preservation, prompts, targets, "round"))
     walk = KeyWalk(lm, prompts, Place(2))
     attention, mlp = targets.chunk(2)
-    assert relative(walk.present(2, "attention_out"), attention) < tolerance
-    assert relative(walk.present(2, "mlp"), mlp) < tolerance  # keys read before the attention was written would miss it
+    assert relative(walk.outputs(Place(2, "attention_out")), attention) < tolerance
+    # keys read before the attention was written would miss it
+    assert relative(walk.outputs(Place(2, "mlp")), mlp) < tolerance
 
 
 # The edit
