@@ -25,8 +25,8 @@ def test_one_seed_for_all_draws_what_transformers_draws(architecture: str) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         output = lm.model.generate(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), max_new_tokens=12, do_sample=True, top_k=5, top_p=1.0,
-            temperature=1.0, pad_token_id=lm.pad_id, eos_token_id=None,
+            input_ids=batch.ids, attention_mask=batch.mask.long(), max_new_tokens=12, do_sample=True, top_k=5,
+            top_p=1.0, temperature=1.0, pad_token_id=lm.pad_id, eos_token_id=None,
         )  # fmt: skip
     found = lm.generate(ROWS, 12, top_k=5, seed=3, stop_at_end=False)
     assert [found[row] for row in order] == output[:, batch.ids.shape[1] :].tolist()

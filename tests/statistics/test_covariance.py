@@ -557,10 +557,12 @@ def test_a_methods_places_are_those_estimated(lm: LanguageModel, text: Path) -> 
 
 def test_held_out_text_is_not_what_the_covariance_was_estimated_on(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, seen = make(), []
-    write = write_texts
-    monkeypatch.setattr(
-        estimation, "write_texts", lambda *args, **kwargs: seen.append(write(*args, **kwargs)) or seen[0]
-    )
+
+    def watched(*args: Any, **kwargs: Any) -> list[list[int]]:
+        seen.append(write_texts(*args, **kwargs))
+        return seen[0]
+
+    monkeypatch.setattr(estimation, "write_texts", watched)
     held_out = held_out_windows(lm, None)
     # as much text as is held out: with one seed, as many windows of equal length are equal
     estimate_covariance(lm, [1], tokens=sum(map(len, held_out)), progress_bar=False)
