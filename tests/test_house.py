@@ -203,7 +203,8 @@ def test_no_module_is_hidden_behind_an_attribute_of_its_name() -> None:
         parent, _, name = module.rpartition(".")
         if not parent or parent == FREE_TO_SHADOW or name == "__main__" or "_triton" in module:
             continue
-        if getattr(importlib.import_module(parent), name, None) is not importlib.import_module(module):
+        imported = importlib.import_module(module)
+        if getattr(importlib.import_module(parent), name) is not imported:
             hidden.append(module)
     assert hidden == []
 
