@@ -1,0 +1,211 @@
+"""Every number of every file in configs/, against the published ones.
+
+Where the numbers come from: ROME (Meng et al., 2022, arXiv 2202.05262), MEMIT (Meng et al., 2023, 2210.07229), EMMET
+(Gupta et al., 2024, 2403.14236), PMET (Li et al., 2024, 2308.08742), AlphaEdit (Fang et al., 2025, 2410.02355), ENCORE
+(Gupta et al., 2025, 2502.01636) and their code; those of SmolLM2 are the best of our own sweeps. Each file's first line
+says which it takes.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lightedit as le
+from lightedit.data.prompts import ContextSettings
+from lightedit.methods import METHODS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOUND = {str(path.relative_to(CONFIGS).with_suffix("")): path for path in sorted(CONFIGS.glob("*/*.yaml"))}
+
+MODELS = {
+    "gpt-j-6b": ("EleutherAI/gpt-j-6b", "bfloat16"),
+    "gpt-neox-20b": ("EleutherAI/gpt-neox-20b", "bfloat16"),
+    "gpt2-xl": ("openai-community/gpt2-xl", "float32"),
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "bfloat16"),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "bfloat16"),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", "bfloat16"),
+    "smollm2": ("smollm2", "float32"),
+}
+
+
+def layers(first: int, last: int) -> list[int]:
+    return [*range(first, last + 1)]
+
+
+def values(lr: float, steps: int, clamp: float, kl: float = 0.0625, decay: float = 0.5, **others: Any) -> dict:
+    return {
+        "lr": lr, "steps": steps, "clamp_norm_factor": clamp, "kl_factor": kl, "weight_decay": decay, **others,
+    }  # fmt: skip
+
+
+def most_probable(steps: int) -> dict:
+    return {"stopping": {"extra_steps": steps}}
+
+
+BELOW = {"max_kl": 0.01, "nll_factor_after": 0.1}
+KL_BELOW = {"stopping": BELOW}
+KL_BELOW_BY_CLASS = {"stopping": {"class_path": "lightedit.KLBelow", "init_args": BELOW}}
+
+ROME_VALUES = values(0.5, 20, 4.0)
+GPT2_VALUES = values(0.5, 20, 0.75)  # MEMIT's for GPT-2 XL
+GPTJ_VALUES = values(0.5, 25, 0.75)  # MEMIT's for GPT-J
+NEOX_VALUES = values(0.5, 20, 0.3)  # those of MEMIT's paper for GPT-NeoX
+PMET_VALUES = values(0.2, 30, 0.75, 1.0, **KL_BELOW)  # PMET's for GPT-J
+PMET_NEOX_VALUES = values(0.5, 30, 0.8, 0.8, **KL_BELOW)
+PMET_OURS = values(0.5, 30, 4.0, **KL_BELOW_BY_CLASS)
+
+# file -> the method's settings; the method is named by the file
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2-xl/rome": {"layers": [17], "values": ROME_VALUES},
+    "gpt2-xl/memit": {"layers": layers(13, 17), "lambda_": 20000.0, "values": GPT2_VALUES},
+    "gpt2-xl/emmet": {"layers": [17], "lambda_": 1000.0, "mu": 0.1, "values": GPT2_VALUES},
+    "gpt2-xl/pmet": {"layers": layers(13, 17), "lambda_": 6000.0, "values": PMET_VALUES},
+    "gpt2-xl/alphaedit": {"layers": layers(13, 17), "threshold": 0.02, "ridge": 10.0, "values": GPT2_VALUES},
+    "gpt2-xl/encore": {"layers": layers(13, 17), "lambda_": 20000.0, "norm_weight": 10.0,
+                       "values": GPT2_VALUES | most_probable(3)},
+    "gpt-j-6b/rome": {"layers": [5], "values": ROME_VALUES},
+    "gpt-j-6b/memit": {"layers": layers(3, 8), "lambda_": 15000.0, "values": GPTJ_VALUES},
+    "gpt-j-6b/emmet": {"layers": [5], "lambda_": 1.0, "mu": 0.1, "values": GPTJ_VALUES},
+    "gpt-j-6b/pmet": {"layers": layers(3, 8), "lambda_": 6000.0, "values": PMET_VALUES},
+    "gpt-j-6b/alphaedit": {"layers": layers(3, 8), "threshold": 0.02, "ridge": 10.0, "values": GPTJ_VALUES},
+    "gpt-j-6b/encore": {"layers": layers(3, 8), "lambda_": 15000.0, "norm_weight": 10.0,
+                        "values": GPTJ_VALUES | most_probable(2)},
+    "gpt-neox-20b/rome": {"layers": [15], "values": ROME_VALUES},
+    "gpt-neox-20b/memit": {"layers": layers(6, 10), "lambda_": 20000.0, "values": NEOX_VALUES},
+    "gpt-neox-20b/emmet": {"layers": [15], "lambda_": 1.0, "mu": 0.1, "values": NEOX_VALUES},
+    "gpt-neox-20b/pmet": {"layers": layers(6, 10), "lambda_": 15000.0, "values": PMET_NEOX_VALUES},
+    "gpt-neox-20b/alphaedit": {"layers": layers(6, 10), "threshold": 0.02, "ridge": 10.0, "values": NEOX_VALUES},
+    "gpt-neox-20b/encore": {"layers": layers(6, 10), "lambda_": 20000.0, "norm_weight": 10.0,
+                            "values": NEOX_VALUES | most_probable(2)},
+    "llama-2-7b/rome": {"layers": [5], "values": ROME_VALUES},
+    "llama-2-7b/memit": {"layers": layers(4, 8), "lambda_": 15000.0, "values": GPTJ_VALUES},
+    "llama-2-7b/emmet": {"layers": [5], "lambda_": 1.0, "mu": 0.1, "values": GPTJ_VALUES},
+    "llama-2-7b/pmet": {"layers": layers(4, 8), "lambda_": 6000.0, "values": PMET_VALUES},
+    "llama-2-7b/alphaedit": {"layers": layers(4, 8), "threshold": 0.02, "ridge": 10.0, "values": GPTJ_VALUES},
+    "llama-2-7b/encore": {"layers": layers(4, 8), "lambda_": 15000.0, "norm_weight": 10.0,
+                          "values": GPTJ_VALUES | most_probable(2)},
+    "llama-3-8b/rome": {"layers": [5], "values": ROME_VALUES},
+    "llama-3-8b/memit": {"layers": layers(4, 8), "lambda_": 15000.0, "values": GPTJ_VALUES},
+    "llama-3-8b/emmet": {"layers": [5], "lambda_": 1.0, "mu": 0.1, "values": GPTJ_VALUES},
+    "llama-3-8b/pmet": {"layers": layers(4, 8), "lambda_": 6000.0, "values": PMET_VALUES},
+    "llama-3-8b/alphaedit": {"layers": layers(4, 8), "threshold": 0.02, "ridge": 10.0,
+                             "values": values(0.1, 25, 0.75)},
+    "llama-3-8b/encore": {"layers": layers(4, 8), "lambda_": 15000.0, "norm_weight": 20.0,
+                          "values": GPTJ_VALUES | most_probable(1)},
+    "qwen2.5-7b/memit": {"layers": layers(4, 8), "lambda_": 15000.0, "values": GPTJ_VALUES},
+    "smollm2/rome": {"layers": [5], "values": ROME_VALUES},
+    "smollm2/memit": {"layers": layers(4, 8), "lambda_": 1000.0, "values": GPTJ_VALUES},
+    "smollm2/emmet": {"layers": layers(4, 8), "mu": 0.0, "values": GPTJ_VALUES},
+    "smollm2/pmet": {"layers": layers(4, 8), "lambda_": 3000.0, "values": PMET_OURS},
+    "smollm2/alphaedit": {"layers": layers(4, 8), "threshold": 0.02, "ridge": 10.0, "values": GPTJ_VALUES},
+    "smollm2/encore": {"layers": layers(4, 8), "lambda_": 300.0, "norm_weight": 1.0,
+                       "values": GPTJ_VALUES | most_probable(1)},
+}  # fmt: skip
+
+
+def method(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": f"lightedit.{name}", "init_args": settings}
+
+
+def smollm2(*names: str) -> dict[str, Any]:
+    """Methods with the settings of configs/smollm2."""
+    return {name: method(name, SETTINGS[f"smollm2/{name.lower()}"]) for name in names}
+
+
+KEPT = {"on_collision": "keep"}
+
+# file -> all of it but the model, its dtype and the facts' file
+SWEEPS: dict[str, dict[str, Any]] = {
+    "sweeps/methods": {
+        "limit": 200, "generate": True, **KEPT, "out": "sweeps/methods",
+        "methods": smollm2("MEMIT", "EMMET", "PMET", "AlphaEdit", "ENCORE"),
+    },
+    "sweeps/single": {
+        "limit": 200, "facts_per_round": ["single"], "generate": True, "out": "sweeps/single",
+        "methods": smollm2("ROME", "MEMIT", "PMET"),
+    },
+    "sweeps/counts": {
+        **KEPT, "counts": "log17", "out": "sweeps/counts", "methods": smollm2("MEMIT", "PMET"),
+    },
+    "sweeps/batch-sizes": {
+        **KEPT, "facts_per_round": [1, 10, 100, 1000, 10000], "out": "sweeps/batch-sizes",
+        "methods": {
+            **smollm2("MEMIT"),
+            "EMMET": method("EMMET", {"layers": layers(4, 8), "lambda_": 10000.0, "mu": 0.1, "values": GPTJ_VALUES}),
+        },
+    },
+    "sweeps/smollm2": {
+        "limit": 100, "skip": 500, "out": "sweeps/smollm2", "counts": None, "facts_per_round": [None],
+        "grid": {"lambda_": [300.0, 1000.0, 3000.0], "norm_weight": [1.0, 20.0], "threshold": [0.005, 0.02, 0.05]},
+        "methods": smollm2("MEMIT", "AlphaEdit", "ENCORE"),
+    },
+    "sweeps/smollm2-pmet": {
+        "limit": 100, "skip": 500, "out": "sweeps/smollm2-pmet",
+        "grid": {"lambda_": [300.0, 1000.0, 3000.0], "values.clamp_norm_factor": [0.75, 4.0]},
+        "methods": {"PMET": method("PMET", {"layers": layers(4, 8), "lambda_": 1000.0, "values": PMET_OURS})},
+    },
+    "sweeps/smollm2-rome": {
+        "limit": 40, "skip": 500, "facts_per_round": ["single"], "out": "sweeps/smollm2-rome",
+        "grid": {"layers": [[4], [5], [6], [8]], "key": ["averaged", "bare"]},
+        "methods": smollm2("ROME"),
+    },
+}  # fmt: skip
+
+
+def test_every_file_is_in_the_table() -> None:
+    assert sorted(FOUND) == sorted(SETTINGS | SWEEPS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_models_settings_are_the_published_ones(name: str) -> None:
+    model, _, method_name = name.partition("/")
+    lm, dtype = MODELS[model]
+    spelled = next(known for known in METHODS if known.lower() == method_name)
+    assert yaml.safe_load(FOUND[name].read_text()) == {
+        "lm": lm, "dtype": dtype, "method": method(spelled, SETTINGS[name]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_runs_what_its_results_were_made_with(name: str) -> None:
+    expected = {"lm": "smollm2", "dtype": "float32", "facts": "counterfact.json", **SWEEPS[name]}
+    assert yaml.safe_load(FOUND[name].read_text()) == expected
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_first_line_says_where_the_settings_come_from(name: str) -> None:
+    assert FOUND[name].read_text().startswith("# ")
+
+
+def test_the_values_that_files_leave_out_are_the_published_ones() -> None:
+    assert asdict(le.ValueSettings()) == {
+        **GPTJ_VALUES, "loss_threshold": 0.05, "stopping": None,
+    }  # fmt: skip
+    assert asdict(ContextSettings()) == {
+        "prefixes": (("The", 1, 10), ("Therefore", 1, 10), ("Because", 1, 10), ("I", 1, 10), ("You", 1, 10)),
+        "bare_weight": 0.5,
+        "seed": 0,
+    }
+    assert asdict(le.MostProbable()) == {"extra_steps": 1, "published": False}
+    assert asdict(le.KLBelow()) == BELOW
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ROME", {"key": "averaged"}),
+        ("MEMIT", {"lambda_": 15000.0}),
+        ("EMMET", {"lambda_": 1.0, "mu": 0.0}),
+        ("PMET", {"lambda_": 6000.0, "attention_delta": True, "write_attention": False, "even_spread": False}),
+        ("AlphaEdit", {"threshold": 0.02, "relative": False, "ridge": 10.0, "published_history": False}),
+        ("ENCORE", {"lambda_": 15000.0, "norm_weight": 20.0}),
+    ],
+)
+def test_the_settings_of_a_method_that_files_leave_out(name: str, expected: dict[str, Any]) -> None:
+    settings = asdict(METHODS[name](layers=(1,)))
+    assert {field: value for field, value in settings.items() if field not in ("layers", "values", "contexts")} == (
+        expected
+    )
