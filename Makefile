@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*)
 	@# torch on its own: if a later package fails, its long download is not repeated
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt ninja setuptools
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,report,dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	@$(BIN)/python -c 'from lightedit.ops import NATIVE_STATUS as s; print("native extension:", s)'
 	@touch $@
 
