@@ -218,7 +218,7 @@ def test_a_run_that_had_ended_early_ends_there_again(tmp_path: Path) -> None:
 
 
 def test_keys_random_numbers_and_counts_go_on(tmp_path: Path) -> None:
-    keys: list[dict[int, torch.Tensor]] = []
+    keys: list[dict[Place, torch.Tensor]] = []
     restored: list[dict[Place, torch.Tensor]] = []
     drawn: list[tuple[Any, ...]] = []
 
