@@ -17,11 +17,12 @@ from benchmarks.values import load_facts, products_seconds, published_value, sea
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts
 from lightedit.editing.run import edit
+from lightedit.editing.settings import RunSettings
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm import LanguageModel, Place
-from lightedit.methods import MEMIT, ROME, Method
+from lightedit.methods import MEMIT, ROME
 from lightedit.progress import progress
 from lightedit.statistics.covariance import Covariance
 from lightedit.statistics.estimation import estimate_covariance
@@ -235,12 +236,12 @@ def _better(fact: Fact, answers: Tensor) -> Tensor:
 
 
 def _together(method: Method, covariance: Covariance, lm: LanguageModel, facts: Sequence[Fact]) -> list[Tensor]:
-    return [_answers(record) for record in evaluate_single(lm, facts, method, covariance).records]
+    return [_answers(record) for record in evaluate_single(lm, facts, method, covariance=covariance).records]
 
 
 def _written_single(method: Method, covariance: Covariance, lm: LanguageModel, fact: Fact) -> Tensor:
     """What the package offers for one fact."""
-    written = edit(lm, [fact], method, covariance, progress_bar=False)
+    written = edit(lm, [fact], method, covariance=covariance, settings=RunSettings(progress_bar=False))
     try:
         return _answers(evaluate(lm, [fact], settings=_QUIET).records[0])
     finally:

@@ -60,10 +60,10 @@ def run(lm: LanguageModel, facts: Sequence[Fact], method: MEMIT, notes: Sequence
         for name, times in seconds.items():
             with use("reference") if name == "reference" else nullcontext():
                 start = time.perf_counter()
-                written = list(write_facts(lm, method, preservation, prompts, targets, "benchmark"))
+                written = list(write_facts(lm, method, preservation, prompts, targets, ("benchmark", 0)))
                 times.append(time.perf_counter() - start)
-            changes[name] = {matrix.layer: update.dense().double() for matrix, update, _ in written}
-            lm.weights.remove(["benchmark"])
+            changes[name] = {place.layer: change.dense().double() for place, change, _ in written}
+            lm.weights.remove([("benchmark", 0)])
     requests = [Request(fact.prompt, fact.subject, fact.target_new) for fact in facts]
     start = time.perf_counter()
     published = published_memit(
