@@ -22,7 +22,7 @@ from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm import LanguageModel, Place
-from lightedit.methods import MEMIT, ROME
+from lightedit.methods import MEMIT, ROME, Method
 from lightedit.progress import progress
 from lightedit.statistics.covariance import Covariance
 from lightedit.statistics.estimation import estimate_covariance

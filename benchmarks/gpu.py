@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.run import _environment, _source
+from benchmarks.run import environment, source_version
 from lightedit.ops import (
     NATIVE_STATUS,
     Head,
@@ -62,7 +62,7 @@ def main() -> int:
                     f"{measure.__name__}, {line['what']}: error {line['error']:.1e}, so its speed says nothing"
                 )
         torch.cuda.empty_cache()
-    record = {"row": "gpu", **_source(), **_environment(), "figures": figures, "wrong": wrong}
+    record = {"row": "gpu", **source_version(), **environment(), "figures": figures, "wrong": wrong}
     record |= {"gpu": torch.cuda.get_device_name(), "native": NATIVE_STATUS, "live": implementations()}
     new = arguments.file.with_suffix(".new")
     new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -35,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named rows, or all; returns the exit status, 1 if a row's result was wrong."""
     names, options = _parse(arguments)
-    source = _source()  # what is about to be measured, not what an editor saves meanwhile
+    source = source_version()  # what is about to be measured, not what an editor saves meanwhile
     lines, notes, failures = [], [], []
     for number, name in enumerate(names, start=1):
         print(f"row {number} of {len(names)}: {name}", file=sys.stderr, flush=True)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record: dict[str, Any] = {
             "row": name,
             **source,
-            **_environment(),
+            **environment(),
             "figures": result.figures,
             "notes": result.notes,
         }
@@ -93,7 +93,7 @@ def _table(lines: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(f"{line[0]:<{row}}  {line[1]:<{measure}}  {line[2]}" for line in lines)
 
 
-def _source() -> dict[str, Any]:
+def source_version() -> dict[str, Any]:
     """The commit, and whether the code differs from it; both None outside a git checkout."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("--no-optional-locks", "status", "--porcelain", "--", "lightedit", "benchmarks/*.py", "tests/*.py")
@@ -108,7 +108,8 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """The machine and the versions of libraries."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {

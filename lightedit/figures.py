@@ -1,7 +1,6 @@
 """The one way to draw and to save a figure. Charts are described in plain data; matplotlib draws them.
 
-A chart becomes a `Drawing`, which `save` writes to a file; `lightedit.reports.inline` puts it into an HTML page.
-Matplotlib is imported with the first drawing, not with this module.
+A chart becomes a `Drawing`, which `save` writes to a file. Matplotlib is imported with the first drawing.
 """
 
 import io

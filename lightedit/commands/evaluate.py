@@ -1,14 +1,13 @@
 """`lightedit evaluate`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightedit as le
 from lightedit.commands.shared import covariance_of, remove_runs
-from lightedit.data.texts import read_texts
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.evaluation.evaluate import check_held_out
-from lightedit.evaluation.harness import check_harness
 from lightedit.evaluation.references import read_references, write_references
 from lightedit.evaluation.single import check_single, evaluate_single
 
@@ -60,22 +59,14 @@ def evaluate(
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
-    if references is not None and not evaluation.generate:
-        raise ArgumentError("--references are compared with what the model writes; give --evaluation.generate too")
-    if compare and edit is None:
-        raise ArgumentError("--compare sets an edit beside the unedited model; give --edit too")
-    _check_protocol(protocol, method, compare or held_out is not None, evaluation)
+    _check_flags(edit, compare, held_out, references, protocol, method, evaluation)
     _check_out(out)
     chosen = le.read_facts(facts, limit)
     others = [] if held_out is None else le.read_facts(held_out)
     check_held_out(chosen, others)
-    if evaluation.harness:
-        check_harness(evaluation.harness, evaluation.harness_limit)
-    if isinstance(evaluation.text, str):
-        read_texts(evaluation.text)  # what is missing is found out before the model is loaded
+    evaluation.check()
     texts = None if references in (None, "own") else read_references(references, chosen)
     saved = None if edit is None else le.Edit.load(edit)
-
     run = None if out is None else out.with_name(f"{out.name}.run")
     kept_before = None if run is None else run / "before"
     if restart and run is not None:
@@ -83,44 +74,18 @@ def evaluate(
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.check_model(model)
-    moments = None
-    if method is not None:
-        check_single(model, chosen, method, facts_per_chunk)
-        moments = covariance_of(model, [method], covariance)
-        if moments is not None:
-            moments.check(model, method.covariance_places, factor=False)
+    moments = _moments(model, chosen, method, covariance, facts_per_chunk)
     if references == "own":
         texts = write_references(model, chosen)
-
-    def score(before: le.Evaluation | None = None, checkpoint: Path | None = None) -> le.Evaluation:
-        return le.evaluate(
-            model,
-            chosen,
-            settings=evaluation,
-            before=before,
-            held_out=others,
-            references=texts,
-            checkpoint=checkpoint,
-        )
-
-    before = score(checkpoint=kept_before) if compare else None
+    score = partial(le.evaluate, model, chosen, settings=evaluation, held_out=others, references=texts)
+    before = score(checkpoint=kept_before) if compare or method is not None else None
     if saved is not None:
         saved.apply(model)
     if method is None:
-        result = score(before, run)
+        result = score(before=before, checkpoint=run)
     else:
-        before = score(checkpoint=kept_before)
-        result = evaluate_single(
-            model,
-            chosen,
-            method,
-            covariance=moments,
-            settings=evaluation,
-            facts_per_chunk=facts_per_chunk,
-            before=before,
-            references=texts,
-            checkpoint=run,
-        )
+        alone = partial(evaluate_single, covariance=moments, settings=evaluation, facts_per_chunk=facts_per_chunk)
+        result = alone(model, chosen, method, before=before, references=texts, checkpoint=run)
     if out is not None and run is not None:
         result.save(out, before)
         remove_runs(run)
@@ -129,10 +94,41 @@ def evaluate(
         print(f"saved the scores in {out}")
 
 
-def _check_protocol(protocol: str, method: le.Method | None, compared: bool, evaluation: le.EvaluationSettings) -> None:
+def _moments(
+    model: le.LanguageModel,
+    facts: list[le.Fact],
+    method: le.Method | None,
+    covariance: Path | None,
+    facts_per_chunk: int,
+) -> le.Covariance | None:
+    """The covariance that single edits by `method` need, checked."""
+    if method is None:
+        return None
+    check_single(model, facts, method, facts_per_chunk)
+    moments = covariance_of(model, [method], covariance)
+    if moments is not None:
+        moments.check(model, method.covariance_places, factor=False)
+    return moments
+
+
+def _check_flags(
+    edit: Path | None,
+    compare: bool,
+    held_out: Path | None,
+    references: str | None,
+    protocol: str,
+    method: le.Method | None,
+    evaluation: le.EvaluationSettings,
+) -> None:
+    """Refuse flags that contradict each other."""
+    if references is not None and not evaluation.generate:
+        raise ArgumentError("--references are compared with what the model writes; give --evaluation.generate too")
+    if compare and edit is None:
+        raise ArgumentError("--compare sets an edit beside the unedited model; give --edit too")
     if (protocol == "single") != (method is not None):
         raise ArgumentError("--protocol single and --method go together: the method that edits each fact alone")
-    if protocol == "single" and (compared or evaluation.text is not None or evaluation.harness):
+    of_one_model = compare or held_out is not None or evaluation.text is not None or evaluation.harness
+    if protocol == "single" and of_one_model:
         raise ArgumentError(
             "--compare, --held_out, --evaluation.text and --evaluation.harness score one edited model; --protocol "
             "single makes one a fact, and compares each with the unedited model anyway"

@@ -8,6 +8,7 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm.architectures import Architecture, Features, architecture_of, blocks_of, features_of
 from lightedit.lm.hooks import Port
 from lightedit.lm.place import Place
+from lightedit.ops import Head
 
 
 class Anatomy:
@@ -137,6 +138,17 @@ class Anatomy:
             raise UnsupportedModelError(
                 f"the {what} of {place} is {state}; load it in a floating-point dtype on a device"
             )
+
+    def head(self) -> Head:
+        """The LM head."""
+        module = self._model.get_output_embeddings()
+        softcap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        path = self.architecture.mlp_norm
+        return self.blocks[layer].get_submodule(path) if path else None
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.sampling import before_end, draw_rule, next_tokens
+from lightedit.lm.tokens import end_tokens, pad_token, start_token
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
 
@@ -47,6 +48,7 @@ class LanguageModel:
         returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
     """
 
+    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
         self.anatomy = Anatomy(model)
         self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
@@ -60,7 +62,9 @@ class LanguageModel:
         self.name = name
         self.fingerprint = fingerprint(model)
         self.weights = EditedWeights(self.anatomy)
-        self.returns_tuple = self._returns_tuple()
+        with hooks.returned_by(self.blocks[0]) as returned, hooks.stop_after(self.blocks[0]):
+            self.forward(pad([[self.pad_id]], self.pad_id))
+        self.returns_tuple = isinstance(returned[0], tuple)
 
     @classmethod
     def load(
@@ -111,27 +115,19 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """A token id for padding; masked, so any valid one serves."""
-        return _first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return pad_token(self.tokenizer)
 
     @property
     def text_start(self) -> int:
         """The token that a text begins with: beginning-of-text, or else end-of-text."""
-        return _first(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad_id)
-
-    @torch.no_grad()
-    def _returns_tuple(self) -> bool:
-        with hooks.returned_by(self.blocks[0]) as returned, hooks.stop_after(self.blocks[0]):
-            self.forward(pad([[self.pad_id]], self.pad_id))
-        return isinstance(returned[0], tuple)
+        return start_token(self.tokenizer)
 
     # Its parts
 
     @property
     def head(self) -> Head:
         """The LM head."""
-        module = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
+        return self.anatomy.head()
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ArgumentError unless `layers` are distinct, ascending and exist."""
@@ -150,8 +146,7 @@ class LanguageModel:
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream, where the architecture has one."""
-        path = self.architecture.mlp_norm
-        return self.blocks[layer].get_submodule(path) if path else None
+        return self.anatomy.mlp_norm(layer)
 
     def weight(self, place: Place) -> Tensor:
         """The matrix of `place` as a writable [d_out, d_in] view; see `Anatomy.weight`."""
@@ -346,22 +341,13 @@ class LanguageModel:
             with self.with_edits(edits.rows(group)):
                 cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
                 stream = next_tokens(partial(self.forward, keep=1), cache, batch, rule(group))
-                found = before_end(stream, max_new_tokens, self.end_ids if stop_at_end else ())
+                found = before_end(
+                    stream, max_new_tokens, end_tokens(self.tokenizer, self.model) if stop_at_end else ()
+                )
             for i, row in zip(group, found, strict=True):
                 results[i] = row
         return results
 
-    @property
-    def end_ids(self) -> list[int]:
-        """The tokens that end a text: the tokenizer's own, and those that the checkpoint names beside it."""
-        named = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
-        ids = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-        return list(dict.fromkeys(token for token in ids if token is not None))
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _first(*tokens: int | None) -> int:
-    return next(int(token) for token in tokens if token is not None)

@@ -1,0 +1,24 @@
+"""The special tokens that a text is padded with, begins with and ends with."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id for padding; masked, so any valid one serves."""
+    return _first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins with: beginning-of-text, or else end-of-text."""
+    return _first(tokenizer.bos_token_id, tokenizer.eos_token_id, pad_token(tokenizer))
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text: the tokenizer's own, and those that the checkpoint names beside it."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def _first(*tokens: int | None) -> int:
+    return next(int(token) for token in tokens if token is not None)
