@@ -122,8 +122,6 @@ class LanguageModel:
         """The token that a text begins with: beginning-of-text, or else end-of-text."""
         return start_token(self.tokenizer)
 
-    # Its parts
-
     @property
     def head(self) -> Head:
         """The LM head."""
@@ -155,8 +153,6 @@ class LanguageModel:
     def bias(self, place: Place) -> Tensor | None:
         """The bias of `place` as a writable [d_out] view, None where it has none; see `Anatomy.bias`."""
         return self.anatomy.bias(place)
-
-    # Running it
 
     def forward(self, batch: Batch, cache: DynamicCache | None = None, keep: int | None = None) -> Tensor:
         """One forward pass of the stock model.
@@ -292,8 +288,6 @@ class LanguageModel:
             for place, update in edits.updates.items():
                 stack.enter_context(hooks.changed(self.anatomy.port(place), adding(update)))
             yield
-
-    # Text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the special tokens the tokenizer adds."""
