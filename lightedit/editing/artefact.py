@@ -187,6 +187,9 @@ class Edit:
                 raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
             # copies, because views into the file's buffer may be unaligned, which changes sums' order
             tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
+            rounds = [_changes(index, settings, tensors) for index, settings in enumerate(content["rounds"])]
+            if len(content["facts_in_round"]) != len(rounds):
+                raise ValueError(f"{len(rounds)} rounds, but facts of {len(content['facts_in_round'])}")
             files = {name: folder / f"{name}.json" for name in _EVALUATIONS}
             scores = {name: Evaluation.load(file) if file.is_file() else None for name, file in files.items()}
             return cls(
@@ -194,7 +197,7 @@ class Edit:
                 fingerprint=content["fingerprint"],
                 record=RunRecord.from_dict(content["record"]),
                 facts=[Fact.from_dict(fact) for fact in content["facts"]],
-                rounds=[_changes(index, settings, tensors) for index, settings in enumerate(content["rounds"])],
+                rounds=rounds,
                 facts_in_round=content["facts_in_round"],
                 before=scores["before"],
                 after=scores["after"],

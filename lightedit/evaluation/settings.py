@@ -13,23 +13,25 @@ from lightedit.evaluation.harness import check_harness
 class EvaluationSettings:
     """How a model is evaluated on facts, and what is evaluated beside them.
 
+    Attributes:
+        batch_size: texts of one forward pass at most; bounds memory, and does not change a score.
+        generate: let the model write texts too, for generation entropy (GE) and success; takes several times as long.
+        text: held-out text for perplexity and KL to the unedited model: a .txt file or a data set, of which 2048 tokens
+            are taken, or token windows.
+        harness: tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format.
+        harness_limit: take the first examples of each such task only.
+        progress_bar: show progress and the time left on standard error.
+
     Raises:
         ArgumentError: `batch_size` or `harness_limit` is below 1, or `harness` is one name rather than several.
     """
 
     batch_size: int = 64
-    """Texts of one forward pass at most; bounds memory, and does not change a score."""
     generate: bool = False
-    """Let the model write texts too, for generation entropy (GE) and success; takes several times as long."""
     text: str | Path | Sequence[Sequence[int]] | None = None
-    """Held-out text for perplexity and KL to the unedited model: a .txt file or a data set, of which 2048 tokens are
-    taken, or token windows."""
     harness: Sequence[str] = ()
-    """Tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format."""
     harness_limit: int | None = None
-    """Take the first examples of each such task only."""
     progress_bar: bool = True
-    """Show progress and the time left on standard error."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

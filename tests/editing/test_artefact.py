@@ -203,13 +203,14 @@ def test_an_edit_without_rounds_can_be_saved(tmp_path: Path) -> None:
     assert loaded.rounds == []
 
 
-def test_a_saved_edit_is_two_files_that_others_may_read(tmp_path: Path) -> None:
+def test_a_saved_edit_is_files_that_others_may_read(tmp_path: Path) -> None:
     previous = os.umask(0o022)
     try:
         folder = written(language_model()).save(tmp_path / "edit")
     finally:
         os.umask(previous)
-    assert sorted(contents(tmp_path)) == ["edit/edit.json", "edit/edit.safetensors"]
+    files = ["edit/after.json", "edit/before.json", "edit/edit.json", "edit/edit.safetensors"]
+    assert sorted(contents(tmp_path)) == files
     assert folder.stat().st_mode & 0o777 == 0o755
     assert "日本語" in (folder / "edit.json").read_text(encoding="utf-8")  # readable by eye too
 
@@ -223,7 +224,7 @@ def test_an_existing_folder_is_not_replaced_unless_told(tmp_path: Path) -> None:
     assert Edit.load(folder).id == old.id
     new.save(folder, overwrite=True)
     assert Edit.load(folder).id == new.id
-    assert len(contents(tmp_path)) == 2
+    assert len(contents(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -329,7 +330,7 @@ def damage(folder: Path, how: str) -> None:
         ("empty record", "does not hold a whole edit"),
         ("not text", "does not hold a whole edit"),
         ("not an object", "does not hold a whole edit"),
-        ("format=2", "has format 2, this version reads 1"),
+        ("format=1", "has format 1, this version reads 2"),
         ("format=absent", "does not hold a whole edit"),
         ("fingerprint=absent", "does not hold a whole edit"),
         ("facts_in_round=[2, 1]", "does not hold a whole edit"),

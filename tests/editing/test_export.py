@@ -23,7 +23,7 @@ def edited(architecture: str = "llama", dtype: torch.dtype = torch.float32, rank
     for number, (place, rank) in enumerate(written, start=1):
         d_out, d_in = lm.weight(place).shape
         left, right = (torch.randn(d, rank, generator=generator) / d**0.5 for d in (d_out, d_in))
-        lm.weights.add(f"edit{number}:0", place, LowRankUpdate(left, right))
+        lm.weights.add((f"edit{number}", 0), place, LowRankUpdate(left, right))
     return lm
 
 

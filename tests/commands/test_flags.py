@@ -1,0 +1,69 @@
+"""Every flag of every command, so that none appears or vanishes unseen, and how flags are given."""
+
+import pytest
+from jsonargparse import auto_cli, capture_parser, set_parsing_settings
+
+from lightedit.__main__ import COMMANDS, with_booleans
+from lightedit.methods import Method
+
+ALWAYS = {"--help", "--config", "--print_config"}
+MODEL = {"--lm", "--dtype", "--device"}
+METHOD = {"--method", "--method.help"}
+RUN = {
+    f"--run{name}"
+    for name in (
+        "",
+        ".on_collision",
+        ".collision_similarity",
+        ".max_tokens",
+        ".facts_per_round",
+        ".facts_per_chunk",
+        ".validate_every",
+        ".progress_bar",
+    )
+}
+EVALUATION = {
+    f"--evaluation{name}"
+    for name in ("", ".batch_size", ".generate", ".text", ".harness", ".harness_limit", ".progress_bar")
+}
+HEALTH = {
+    f"--health{name}" for name in ("", ".max_kl", ".max_perplexity_ratio", ".max_update_norm", ".on_limit", ".every")
+}
+FLAGS = {
+    "demo": {"--facts", "--out"},
+    "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, "--facts", "--out", "--covariance", "--limit", "--evaluate",
+             "--health_text", "--log", "--overwrite", "--restart"},
+    "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
+    "evaluate": {*MODEL, *METHOD, *EVALUATION, "--facts", "--edit", "--limit", "--out", "--compare", "--held_out",
+                 "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
+    "export": {*MODEL, "--edits", "--out", "--form"},
+    "sweep": {*MODEL, *RUN, *EVALUATION, "--facts", "--methods", "--methods.help", "--out", "--counts",
+              "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
+    "report": {"--runs", "--out", "--overwrite"},
+    "env": set(),
+}  # fmt: skip
+
+
+def test_every_command_is_here() -> None:
+    assert FLAGS.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", list(FLAGS))
+def test_a_command_has_these_flags_and_each_has_a_help(command: str) -> None:
+    set_parsing_settings(subclasses_enabled=[Method])
+    parser = capture_parser(lambda: auto_cli(COMMANDS[command], as_positional=False))
+    actions = [action for action in parser._actions if action.option_strings]
+    flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
+    assert {flag for flag in flags if not flag.endswith("+")} == ALWAYS | FLAGS[command]
+    without = [action.option_strings[0] for action in actions if not action.help]
+    assert without == []
+
+
+def test_flags_that_are_true_or_false_stand_alone() -> None:
+    assert with_booleans(["evaluate", "--compare", "--out", "x", "--evaluation.generate"]) == [
+        "evaluate", "--compare=true", "--out", "x", "--evaluation.generate=true",
+    ]  # fmt: skip
+    assert with_booleans(["edit", "--evaluate", "false", "--method.write_attention", "--restart=false"]) == [
+        "edit", "--evaluate", "false", "--method.write_attention=true", "--restart=false",
+    ]  # fmt: skip
+    assert with_booleans(["edit", "--out"]) == ["edit", "--out"]  # what lacks its value is for the parser to refuse
