@@ -81,6 +81,18 @@ def test_values_reach_the_output_and_queries_only_its_pattern(architecture: str)
         torch.testing.assert_close(again[out], heads[out], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", GATED)
+@torch.no_grad()
+def test_the_gate_is_the_one_that_goes_through_the_activation(architecture: str) -> None:
+    lm = language_model(architecture)
+    gate, first, second = (Place(LAYER, name) for name in ("mlp_gate", "mlp_in", "mlp"))
+    mlp = lm.model.get_submodule(lm.module_name(second).rsplit(".", 1)[0])
+    activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    with lm.capture([gate, first], 3) as states, lm.capture([second], 3, inputs=True) as keys:
+        lm.forward(pad(ROWS, lm.pad_id))
+    assert torch.equal(keys[second], activation(states[gate]) * states[first])
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 @torch.no_grad()
 def test_attention_enters_where_q_does_and_leaves_where_its_output_matrix_does(architecture: str) -> None:

@@ -131,6 +131,7 @@ def test_mixed_changes_removed_in_any_order_give_the_base_back_bit_for_bit(
             assert not same(state(lm, place), base)
             lm.weights.remove([owner])
         assert same(state(lm, place), base) and not lm.weights.owners and not lm.weights.places
+        assert lm.weights.base(place).data_ptr() == lm.weight(place).data_ptr()  # no copy is kept
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -156,8 +156,7 @@ def test_an_edit_of_both_is_saved_loaded_applied_and_reverted(
     edit = run(lm)
     after = parameters(lm)
     changed = {name for name, parameter in after.items() if not torch.equal(parameter, before[name])}
-    places = [(matrix.layer, lm.architecture.attention_output, lm.architecture.mlp_output) for matrix in BOTH]
-    assert changed == {f"{lm.architecture.blocks}.{layer}.{path}.weight" for layer, *paths in places for path in paths}
+    assert changed == {f"{lm.module_name(place)}.weight" for place in BOTH}
     assert [list(updates) for updates in edit.rounds] == [BOTH, BOTH] and edit.layers == list(LAYERS)
     assert all(update.norm() > 0 for updates in edit.rounds for update in updates.values())
 
