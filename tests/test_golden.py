@@ -31,7 +31,7 @@ RECORDED = Path(__file__).parent / "golden" / "edits.json"
 TOLERANCE = 1e-10  # of a change's Frobenius norm
 ENTRIES = 8  # of each change, spread over the matrix
 
-LAYERS = (1, 2)
+LAYERS = (1, 2)  # not the last of the four: a value there moves no later token, and Adam would scale up rounding noise
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome"),
     le.Fact("{} is a city in the north of", "Old London Town", "Spain"),
@@ -121,7 +121,7 @@ def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache(1)
 def _model(architecture: str) -> le.LanguageModel:
     with _NoFloat32():
-        model = AutoModelForCausalLM.from_config(tiny_model(architecture, layers=3).config, dtype=torch.float64).eval()
+        model = AutoModelForCausalLM.from_config(tiny_model(architecture).config, dtype=torch.float64).eval()
     for module in model.modules():
         module.forward = _in_float64(module.forward)
     generator = torch.Generator().manual_seed(0)
