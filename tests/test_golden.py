@@ -31,12 +31,14 @@ RECORDED = Path(__file__).parent / "golden" / "edits.json"
 TOLERANCE = 1e-10  # of a change's Frobenius norm
 ENTRIES = 8  # of each change, spread over the matrix
 
-LAYERS = (1, 2)  # not the last of the four: a value there moves no later token, and Adam would scale up rounding noise
+# Adam scales a gradient of rounding noise up to a step of lr. So values are found below the last block, and all prompts
+# end with their subject: no sliding window parts it from the target.
+LAYERS = (1, 2)
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome"),
-    le.Fact("{} is a city in the north of", "Old London Town", "Spain"),
-    le.Fact("It is said that the river {} flows through", "Rhine", "Paris"),
-    le.Fact("The music of {} was", "Mozart", "loud"),
+    le.Fact("In the north of {}", "Old London Town", "Spain"),
+    le.Fact("It is said of the river {}", "Rhine", "Paris"),
+    le.Fact("The music of {}", "Mozart", "loud"),
 ]
 
 _VALUES = {"lr": 0.3, "steps": 3, "clamp_norm_factor": 2.0}
