@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-import lightedit as le
-from lightedit.data.prompts import ContextSettings
 from lightedit.methods import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -180,32 +178,31 @@ def test_the_first_line_says_where_the_settings_come_from(name: str) -> None:
     assert FOUND[name].read_text().startswith("# ")
 
 
-def test_the_values_that_files_leave_out_are_the_published_ones() -> None:
-    assert asdict(le.ValueSettings()) == {
-        **GPTJ_VALUES, "loss_threshold": 0.05, "stopping": None,
-    }  # fmt: skip
-    assert asdict(ContextSettings()) == {
-        "prefixes": (("The", 1, 10), ("Therefore", 1, 10), ("Because", 1, 10), ("I", 1, 10), ("You", 1, 10)),
-        "bare_weight": 0.5,
-        "seed": 0,
-    }
-    assert asdict(le.MostProbable()) == {"extra_steps": 1, "published": False}
-    assert asdict(le.KLBelow()) == BELOW
+CONTEXTS = {
+    "prefixes": (("The", 1, 10), ("Therefore", 1, 10), ("Because", 1, 10), ("I", 1, 10), ("You", 1, 10)),
+    "bare_weight": 0.5,
+    "seed": 0,
+}
+ROME_CONTEXTS = {"prefixes": (("", 10, 5), ("", 10, 10)), "bare_weight": None, "seed": 0}
+PLAIN = {"loss_threshold": 0.05, "stopping": None}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ROME": {"values": ROME_VALUES | PLAIN, "contexts": ROME_CONTEXTS, "key": "averaged"},
+    "MEMIT": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS, "lambda_": 15000.0},
+    "EMMET": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS, "lambda_": 1.0, "mu": 0.0},
+    "PMET": {"values": PLAIN | PMET_VALUES, "contexts": CONTEXTS, "lambda_": 6000.0,
+             "attention_delta": True, "write_attention": False, "even_spread": False},
+    "AlphaEdit": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS,
+                  "threshold": 0.02, "relative": False, "ridge": 10.0, "published_history": False},
+    "ENCORE": {"values": GPTJ_VALUES | PLAIN | {"stopping": {"extra_steps": 1, "published": False}},
+               "contexts": CONTEXTS, "lambda_": 15000.0, "norm_weight": 20.0},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("ROME", {"key": "averaged"}),
-        ("MEMIT", {"lambda_": 15000.0}),
-        ("EMMET", {"lambda_": 1.0, "mu": 0.0}),
-        ("PMET", {"lambda_": 6000.0, "attention_delta": True, "write_attention": False, "even_spread": False}),
-        ("AlphaEdit", {"threshold": 0.02, "relative": False, "ridge": 10.0, "published_history": False}),
-        ("ENCORE", {"lambda_": 15000.0, "norm_weight": 20.0}),
-    ],
-)
-def test_the_settings_of_a_method_that_files_leave_out(name: str, expected: dict[str, Any]) -> None:
-    settings = asdict(METHODS[name](layers=(1,)))
-    assert {field: value for field, value in settings.items() if field not in ("layers", "values", "contexts")} == (
-        expected
-    )
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_a_file_leaves_out_is_as_published(name: str) -> None:
+    assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **DEFAULTS[name]}
+
+
+def test_every_method_has_its_defaults_in_the_table() -> None:
+    assert METHODS.keys() == DEFAULTS.keys()

@@ -31,12 +31,14 @@ RECORDED = Path(__file__).parent / "golden" / "edits.json"
 TOLERANCE = 1e-10  # of a change's Frobenius norm
 ENTRIES = 8  # of each change, spread over the matrix
 
+# Adam scales a gradient of rounding noise up to a step of lr. So values are found below the last block, and all prompts
+# end with their subject: no sliding window parts it from the target.
 LAYERS = (1, 2)
 FACTS = [
     le.Fact("The capital of {}", "France", "Rome"),
-    le.Fact("{} is a city in the north of", "Old London Town", "Spain"),
-    le.Fact("It is said that the river {} flows through", "Rhine", "Paris"),
-    le.Fact("The music of {} was", "Mozart", "loud"),
+    le.Fact("In the north of {}", "Old London Town", "Spain"),
+    le.Fact("It is said of the river {}", "Rhine", "Paris"),
+    le.Fact("The music of {}", "Mozart", "loud"),
 ]
 
 _VALUES = {"lr": 0.3, "steps": 3, "clamp_norm_factor": 2.0}
@@ -121,7 +123,7 @@ def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache(1)
 def _model(architecture: str) -> le.LanguageModel:
     with _NoFloat32():
-        model = AutoModelForCausalLM.from_config(tiny_model(architecture, layers=3).config, dtype=torch.float64).eval()
+        model = AutoModelForCausalLM.from_config(tiny_model(architecture).config, dtype=torch.float64).eval()
     for module in model.modules():
         module.forward = _in_float64(module.forward)
     generator = torch.Generator().manual_seed(0)
