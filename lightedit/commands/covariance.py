@@ -28,8 +28,8 @@ def covariance(
             than the MLP's, which PMET with write_attention writes.
         text: a text file or the id of a data set; by default the model writes its own text.
         tokens: how many tokens to read; by default 10 per input dimension of the matrix.
-        sequence_length: tokens of one window of text; by default 256, or 128 for the model's own writing.
-        seed: of the model's own writing.
+        sequence_length: tokens of one window of text; by default 256, or 128 for self-generated text.
+        seed: of self-generated text.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """

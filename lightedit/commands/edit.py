@@ -43,7 +43,7 @@ def edit(
             method.values.lr and so on.
         out: folder for the edit.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
-            from the model's own writing and kept in the cache.
+            from self-generated text and kept in the cache.
         limit: take the first facts only.
         run: how facts are written.
         evaluate: score the model before and after; the scores are kept with the edit, for lightedit report.

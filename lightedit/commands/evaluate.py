@@ -53,7 +53,7 @@ def evaluate(
             into the model (single).
         method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers and so on.
         covariance: for single: what `lightedit covariance` saved, or a folder of published .npz files; by default it
-            is estimated from the model's own writing and kept in the cache.
+            is estimated from self-generated text and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
         restart: throw away what an interrupted run has kept.
         dtype: float32, bfloat16, float16 or auto.

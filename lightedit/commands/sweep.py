@@ -42,7 +42,7 @@ def sweep(
         skip: leave out the first facts.
         limit: take so many facts after those.
         covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
-            from the model's own writing and kept in the cache.
+            from self-generated text and kept in the cache.
         run: how facts are written; facts_per_round and validate_every are the sweep's own business.
         evaluation: how models are scored; with generate there is a column of generation entropy (GE).
         dtype: float32, bfloat16, float16 or auto.

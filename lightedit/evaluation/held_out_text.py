@@ -14,7 +14,7 @@ from lightedit.lm.batch import pad
 from lightedit.metrics.functional import bootstrap_interval
 
 _TOKENS, _LENGTH = 2048, 128  # of text in all, and of one window
-_SEED = 1  # of the model's own writing; another than that of the covariance, so that this text is held out from it
+_SEED = 1  # of self-generated text; another than that of the covariance, so that this text is held out from it
 POSITIONS = 256
 """Where distributions are compared: 256 x 128k tokens of vocabulary are 131 MB."""
 _PASS_TOKENS, _ROWS = 1024, 128  # tokens of a forward pass, and positions whose logits exist at one time, at most

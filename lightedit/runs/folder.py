@@ -23,7 +23,7 @@ _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
 _UNFINISHED = ".*.tmp"
 _ANEW = (
-    "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart true)"
+    "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
 )
 
 

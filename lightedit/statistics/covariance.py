@@ -44,11 +44,11 @@ class Provenance:
     Attributes:
         model: name of the model.
         fingerprint: hash of its unedited weights; None if unknown, as for published statistics.
-        corpus: what text; "own writing" if the model wrote it.
+        corpus: what text; "self-generated text" if the model wrote it.
         tokens: how many keys were averaged.
         sequence_length: tokens of one window; None if unknown.
         dtype: the model's dtype.
-        seed: of the model's own writing, else None.
+        seed: of self-generated text, else None.
         versions: of lightedit and torch.
     """
 

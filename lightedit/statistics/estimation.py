@@ -127,7 +127,7 @@ def estimate_covariance(
         sequence_length: tokens of one window; default 256, or 128 where the model writes, so that it writes more
             windows at once.
         max_tokens: tokens of one forward pass at most; bounds memory.
-        seed: of the model's own writing.
+        seed: of self-generated text.
         progress_bar: show progress and the time left on standard error.
         cache: keep the result in the user's cache folder, or in the given one, and take it from there if it is there.
 
@@ -193,10 +193,10 @@ class _Sample:
     """What text a covariance is estimated on.
 
     Attributes:
-        text: its source; None for the model's own writing.
+        text: its source; None for self-generated text.
         tokens: how many.
         length: tokens of one window.
-        seed: of the model's own writing, else None.
+        seed: of self-generated text, else None.
         corpus: the source's name in provenance.
         least: tokens without which no moment is positive definite: the largest d_in.
     """
@@ -263,7 +263,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _corpus(text: str | Path | None) -> str:
     if text is None:
-        return "own writing"
+        return "self-generated text"
     if not Path(text).is_file():
         return str(text)
     return f"{Path(text).name} sha256 {file_digest(text)[:12]}"

@@ -297,7 +297,7 @@ def test_data_set_that_cannot_be_opened_says_what_to_do(monkeypatch: pytest.Monk
         read_texts("some/set")
 
 
-# The model's own writing
+# The model's self-generated text
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bloom", "gemma3", "falcon", "opt"])
@@ -326,7 +326,7 @@ def test_estimate_without_text_uses_the_models_own_writing(lm: LanguageModel) ->
     first, again, other = (estimate(lm, tokens=850, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first[Place(2)], again[Place(2)])
     assert not torch.equal(first[Place(2)], other[Place(2)])
-    assert (first.provenance.corpus, first.provenance.seed) == ("own writing", 1)
+    assert (first.provenance.corpus, first.provenance.seed) == ("self-generated text", 1)
     torch.testing.assert_close(
         first[Place(1)].double(), naive(lm, write_texts(lm, 850, 32, 1, progress_bar=False), 1), rtol=1e-4, atol=1e-4
     )

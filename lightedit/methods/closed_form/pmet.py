@@ -29,7 +29,7 @@ class PMET(ClosedForm):
         lambda_: weight of preservation, λ in A = λ C0.
         attention_delta: False finds a δ for the MLP's output alone (the paper's first ablation).
         write_attention: True writes the attention's δ too, into the attention's output matrices (the paper's second
-            ablation). The covariance must then hold these: `estimate_covariance(..., attention=True)`.
+            ablation). The covariance must then hold these: `estimate_covariance(lm, method)` estimates it.
         even_spread: True spreads residuals as MEMIT does (the paper's third ablation).
     """
 
