@@ -21,8 +21,8 @@ class GradientStepEditor(Editor):
                 logits = self.lm.forward(pad([row.ids], self.lm.pad_id))[0, -len(row.targets) :]
             loss = -logits.log_softmax(-1)[range(len(row.targets)), row.targets].mean() / len(indices)
             loss.backward()
-            grads, inputs = probes[place].grads[0].float(), probes[place].inputs[0].float()
-            weight, bias = weight - self.method.lr * grads.T @ inputs, bias - self.method.lr * grads.sum(0)
+            grads = self.method.lr * probes[place].grads[0].float()
+            weight, bias = weight - grads.T @ probes[place].inputs[0].float(), bias - grads.sum(0)
         change = DenseUpdate(weight, None if self.lm.bias(place) is None else bias)
         self.lm.weights.add(owner, place, change)
         return {place: change}

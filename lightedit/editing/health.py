@@ -113,7 +113,8 @@ class Health(RoundCallback):
         assert module.edit is not None
         with module.lm.weights.unedited():
             self._text = HeldOutText(module.lm, held_out_windows(module.lm, self.texts))
-        self.records = module.edit.tables.setdefault("health", [])
+        self.records = list(module.edit.tables.get("health", []))
+        module.edit.tables["health"] = self.records
         self.reason = module.edit.record.stopped
 
     def on_round_written(self, trainer: Trainer, module: LightningModule) -> None:

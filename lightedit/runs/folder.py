@@ -22,9 +22,7 @@ _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
 _UNFINISHED = ".*.tmp"
-_ANEW = (
-    "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
-)
+_ANEW = "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
 
 
 class ResumeError(LightEditError, ValueError):

@@ -74,7 +74,8 @@ def covariance_of(lm: le.LanguageModel, seed: int = 0) -> le.Covariance:
 def fit(lm: le.LanguageModel, folder: Path | None, *callbacks: Callback, **changes: Any) -> le.Edit:
     """Run a trainer as a user would; `changes` are settings of the run."""
     kind = changes.get("module", le.EditModule)
-    module = kind(lm, changes.get("method", METHOD), changes.get("covariance") or covariance_of(lm))
+    covariance = changes.get("covariance") or covariance_of(lm)
+    module = kind(lm, changes.get("method", METHOD), covariance=covariance, settings=changes.get("settings"))
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=changes.get("max_epochs", 100),

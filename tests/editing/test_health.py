@@ -11,9 +11,9 @@ from lightning import Callback, Trainer
 from torch.nn import functional as F
 
 import lightedit as le
-from lightedit.editing import module
 from lightedit.evaluation.held_out_text import POSITIONS
 from lightedit.lm import Place
+from lightedit.methods.closed_form import editor
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS, distributions, perplexity
 from tests.runs import FACTS, LAYERS, MEMIT, QUIET, assert_unedited, covariance_of, run, scored, state
@@ -71,7 +71,7 @@ def test_watching_changes_no_bit_and_an_unwritten_model_shows_no_change(lm: le.L
         def on_train_epoch_end(self, trainer, module):
             if trainer.current_epoch == 0:
                 with watched.weights.unedited():
-                    health.on_train_epoch_end(trainer, module)
+                    health.on_round_written(trainer, module)
 
     health = le.Health(WINDOWS)
     run(watched, facts_per_round=2, callbacks=[WriteNothing(), health])
@@ -184,7 +184,7 @@ def test_a_run_that_a_limit_ended_still_says_so_without_a_log(
 def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
     lm: le.LanguageModel, on_limit: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, write = state(lm), module.write_facts
+    before, write = state(lm), editor.write_facts
 
     def ruining(lm: le.LanguageModel, *args):
         for matrix, update, keys in write(lm, *args):
@@ -194,7 +194,7 @@ def test_a_ruined_model_comes_before_its_limit_although_it_cannot_be_validated(
                 lm.weights.add(args[-1], matrix, update)
             yield matrix, update, keys
 
-    monkeypatch.setattr(module, "write_facts", ruining)
+    monkeypatch.setattr(editor, "write_facts", ruining)
     settings = {"facts_per_round": 2, "validate_every": 1}
     if on_limit is None:
         with pytest.raises(FloatingPointError):
@@ -232,7 +232,7 @@ def test_every_limit_is_obeyed_and_a_ruined_model_passes_it(lm: le.LanguageModel
         edit = run(lm, callbacks=[le.Health(WINDOWS, limits=le.HealthLimits(**{limit: 1e-9}, on_limit="roll_back"))])
     assert edit.facts == [] and edit.rounds == []
     assert_unedited(lm, before)
-    assert calm._passed({limit.removeprefix("max_"): math.nan}) is not None
+    assert calm.limits.passed({limit.removeprefix("max_"): math.nan}) is not None
 
 
 def test_a_trainer_of_the_users_own_can_be_watched(lm: le.LanguageModel, tmp_path: Path, monkeypatch) -> None:

@@ -284,7 +284,7 @@ def test_bfloat16_model_is_edited_and_restored_bit_for_bit() -> None:
 
 def test_layer_out_of_range(lm: le.LanguageModel) -> None:
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        run(lm, method=replace(MEMIT, layers=(3, 4)))
+        run(lm, method=replace(MEMIT, layers=(3, 4)), covariance=covariance_of(lm))
 
 
 def test_duplicate_fact(lm: le.LanguageModel) -> None:

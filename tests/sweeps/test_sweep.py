@@ -210,7 +210,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
         return score(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", stop_in_the_second_run)
+        patch.setattr(sweeping, "evaluate", stop_in_the_second_run)
         with pytest.raises(KeyboardInterrupt):
             sweep(lm, tmp_path / "s", grid=grid)
     assert_unedited(lm, before)

@@ -1,6 +1,7 @@
 """The one editor behind all locate-then-edit methods: values by gradient descent, then a closed-form update."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,6 +66,7 @@ class ClosedFormEditor(Editor):
         self.round_keys: dict[Place, Tensor] = {}
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
+        self._merged: set[int] = set()  # facts that share a value, which is searched in every run
         self._rounds_written = 0
         # Stands in for the δ of the chunk at work, which is exchanged in the optimizer's parameter group
         self._placeholder = nn.Parameter(torch.zeros(1))
@@ -98,14 +100,11 @@ class ClosedFormEditor(Editor):
             self._check_independence(rounds)
 
     def lend_factors(self, other: "ClosedFormEditor") -> dict[Place, Preservation] | None:
-        """The factors for an editor that needs the same, as they were made; given away if a run makes them grow."""
+        """The factors for an editor that needs the same, each in a copy that remembers past keys of its own."""
         same = self.covariance is other.covariance and self.method.same_preservation(other.method)
         if not same or (self.method.keeps_past_keys and self._rounds_written):
             return None
-        lent = self.preservation
-        if self.method.keeps_past_keys:
-            self.preservation = {}
-        return lent or None
+        return {place: copy(term) for place, term in self.preservation.items()} or None
 
     def lend_prompts(self, other: "ClosedFormEditor") -> _Shared | None:
         """Contexts and prompts for an editor of the same contexts and facts, or the first of them."""
@@ -155,7 +154,7 @@ class ClosedFormEditor(Editor):
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
-                self._given.pop(member, None)
+            self._merged.update(members)
 
     def _refuse(self, one: int, other: int, cosine: float) -> None:
         first, second = self.facts[one], self.facts[other]
@@ -205,7 +204,7 @@ class ClosedFormEditor(Editor):
         prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
         if not self._rounds_written:  # later rounds start from another model
             device = self.lm.weight(self.method.value_place).device
-            for index in prompts.keys() & self._given.keys():
+            for index in (prompts.keys() & self._given.keys()) - self._merged:
                 self.results[index] = self._given[index].to(device, torch.float64)
                 del prompts[index]
         self._searched = list(prompts)
