@@ -113,16 +113,16 @@ def smollm2(*names: str) -> dict[str, Any]:
     return {name: method(name, SETTINGS[f"smollm2/{name.lower()}"]) for name in names}
 
 
-KEPT = {"on_collision": "keep"}
+KEPT = {"run": {"on_collision": "keep"}}
 
 # file -> all of it but the model, its dtype and the facts' file
 SWEEPS: dict[str, dict[str, Any]] = {
     "sweeps/methods": {
-        "limit": 200, "generate": True, **KEPT, "out": "sweeps/methods",
+        "limit": 200, "evaluation": {"generate": True}, **KEPT, "out": "sweeps/methods",
         "methods": smollm2("MEMIT", "EMMET", "PMET", "AlphaEdit", "ENCORE"),
     },
     "sweeps/single": {
-        "limit": 200, "facts_per_round": ["single"], "generate": True, "out": "sweeps/single",
+        "limit": 200, "facts_per_round": ["single"], "evaluation": {"generate": True}, "out": "sweeps/single",
         "methods": smollm2("ROME", "MEMIT", "PMET"),
     },
     "sweeps/counts": {

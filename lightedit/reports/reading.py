@@ -43,7 +43,6 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
       (before.json, after.json), or with tables of a log (retention.csv, health.csv). Any of these may be missing;
-      without evaluations, the scores that edit.json itself holds are taken;
     - the JSON file of one evaluation, which may hold the unedited model's too;
     - a folder of nothing but such files, which stands for each of them.
 

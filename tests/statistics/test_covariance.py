@@ -343,7 +343,7 @@ def test_default_is_ten_tokens_per_dimension(lm: LanguageModel) -> None:
 
 def test_edited_model_is_refused(text: Path) -> None:
     lm = make()
-    lm.weights.add("first edit", Place(1), LowRankUpdate(torch.ones(32, 1), torch.ones(D_IN, 1)))
+    lm.weights.add(("first edit", 0), Place(1), LowRankUpdate(torch.ones(32, 1), torch.ones(D_IN, 1)))
     with pytest.raises(CovarianceError, match=r"first edit.*revert"):
         estimate(lm, text=text)
 

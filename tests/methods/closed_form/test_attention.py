@@ -139,8 +139,9 @@ def test_without_preservation_attention_and_mlp_both_give_their_targets(architec
     list(write_facts(lm, method, preservation, prompts, targets, "round"))
     walk = KeyWalk(lm, prompts, Place(2))
     attention, mlp = targets.chunk(2)
-    assert relative(walk.outputs(2, "attention_out"), attention) < tolerance
-    assert relative(walk.outputs(2, "mlp"), mlp) < tolerance  # keys read before the attention was written would miss it
+    assert relative(walk.outputs(Place(2, "attention_out")), attention) < tolerance
+    # keys read before the attention was written would miss it
+    assert relative(walk.outputs(Place(2, "mlp")), mlp) < tolerance
 
 
 # The edit
@@ -183,7 +184,7 @@ def test_the_mlps_names_in_files_are_their_layers_alone(tmp_path: Path) -> None:
     assert names["edit.safetensors"] == {
         f"round.{r}.layer.{i}.{side}" for r in (0, 1) for i in LAYERS for side in sides
     }
-    assert names["round-0001.safetensors"] == {"random", *(f"{i}.{side}" for i in LAYERS for side in sides)}
+    assert names["round-0001.safetensors"] == {"random", *(f"change.{i}.{side}" for i in LAYERS for side in sides)}
 
 
 class Stopped(Exception):

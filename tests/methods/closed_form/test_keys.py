@@ -82,7 +82,7 @@ def test_keys_do_not_depend_on_how_rows_are_grouped(max_tokens: int) -> None:
     lm = language_model("mistral")
     whole, split = walk(lm, 1), walk(lm, 1, max_tokens=max_tokens)
     assert_relative(split.keys(), whole.keys())
-    assert_relative(split.outputs(3), whole.outputs(3))
+    assert_relative(split.outputs(Place(3, "block")), whole.outputs(Place(3, "block")))
 
 
 def test_the_bare_prompt_alone_is_a_context_too() -> None:
@@ -98,7 +98,7 @@ def test_present_values_equal_those_of_a_plain_pass(architecture: str, site: str
     started = walk(lm, 1)
     for layer in (1, 3):
         module = lm.blocks[layer] if site == "block" else lm.module(Place(layer))
-        assert_relative(started.outputs(layer, site), plain_outputs(lm, module))
+        assert_relative(started.outputs(Place(layer, site)), plain_outputs(lm, module))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -111,17 +111,17 @@ def test_advancing_after_a_write_equals_a_fresh_walk_under_the_new_weights(archi
         going.advance(Place(layer))
         fresh = walk(lm, layer)
         assert_relative(going.keys(), fresh.keys())
-        assert_relative(going.outputs(3), fresh.outputs(3))
+        assert_relative(going.outputs(Place(3, "block")), fresh.outputs(Place(3, "block")))
         assert (stale - fresh.keys()).norm() > 1e-2 * stale.norm()  # else the write would not have been felt
 
 
 def test_present_values_follow_a_write_at_once() -> None:
     lm = language_model("gpt2")
     started = walk(lm, 1)
-    before = started.outputs(2)
+    before = started.outputs(Place(2, "block"))
     lm.weights.add("edit", Place(1), random_update(lm, 1))
-    assert_relative(started.outputs(2), plain_outputs(lm, lm.blocks[2]))
-    assert (started.outputs(2) - before).norm() > 1e-2 * before.norm()
+    assert_relative(started.outputs(Place(2, "block")), plain_outputs(lm, lm.blocks[2]))
+    assert (started.outputs(Place(2, "block")) - before).norm() > 1e-2 * before.norm()
 
 
 def test_keys_ignore_what_follows_the_subject() -> None:
@@ -137,6 +137,6 @@ def test_walking_leaves_the_model_as_it_was() -> None:
     started = walk(lm, 0)
     started.keys()
     started.advance(Place(2))
-    started.outputs(3)
+    started.outputs(Place(3, "block"))
     assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in lm.model.modules())

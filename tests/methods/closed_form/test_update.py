@@ -177,7 +177,7 @@ def write(
 
 def present(lm: LanguageModel, layer: int) -> Tensor:
     """The block's output at the subjects of the bare prompts, [d, B]."""
-    return KeyWalk(lm, prompts_of(lm, BY_TYPE), Place(layer)).outputs(layer)
+    return KeyWalk(lm, prompts_of(lm, BY_TYPE), Place(layer)).outputs(Place(layer, "block"))
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
@@ -223,7 +223,7 @@ def test_a_target_behind_the_norm_after_the_mlp_is_reached(architecture: str) ->
     unaware.mlp_norm = lambda layer: None
     method, bare = MEMIT(layers=(2,), lambda_=1e-8), Contexts()
     walk = KeyWalk(lm, prompts_of(lm, bare), Place(2))
-    before, mlp = walk.outputs(2), walk.outputs(2, "mlp").T.float()
+    before, mlp = walk.outputs(Place(2, "block")), walk.outputs(Place(2, "mlp")).T.float()
     norm = lm.mlp_norm(2)
     change = norm(mlp + 0.5 * mlp.norm(dim=1, keepdim=True) / lm.d_model**0.5 * torch.randn_like(mlp)) - norm(mlp)
     targets = before + change.T.double()
