@@ -25,6 +25,7 @@ import lightedit as le
 from lightedit.__main__ import main
 from lightedit.data.prompts import ContextSettings
 from lightedit.lm import Place
+from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.editor import ClosedFormEditor
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.runs.folder import kept_rounds
@@ -272,9 +273,7 @@ def test_the_model_may_carry_an_earlier_edit(tmp_path: Path) -> None:
     def edited(seed: int) -> le.LanguageModel:
         lm = model()
         update = 0.01 * torch.randn(lm.weight(Place(0)).shape[0], 1, generator=torch.Generator().manual_seed(seed))
-        lm.weights.add(
-            "earlier", Place(0), le.lm.weights.LowRankUpdate(update, torch.ones(lm.weight(Place(0)).shape[1], 1))
-        )
+        lm.weights.add(("earlier", 0), Place(0), LowRankUpdate(update, torch.ones(lm.weight(Place(0)).shape[1], 1)))
         return lm
 
     expected_lm, lm = edited(1), edited(1)
@@ -317,7 +316,7 @@ def refused(folder: Path, *texts: str, lm: le.LanguageModel | None = None, **cha
 def test_the_folder_of_another_run(tmp_path: Path, names: list[str], changes: dict[str, Any]) -> None:
     stop(tmp_path, 1)
     files = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    refused(tmp_path, str(tmp_path), *names, "--restart true", **changes)
+    refused(tmp_path, str(tmp_path), *names, "--restart", **changes)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
@@ -400,7 +399,7 @@ def test_a_damaged_run(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     if damage is cut:
         cut(tmp_path / "run.json")  # the last newline
     damage(tmp_path / "run.json")
-    refused(tmp_path, str(tmp_path / "run.json"), "--restart true")
+    refused(tmp_path, str(tmp_path / "run.json"), "--restart")
 
 
 def test_what_a_kill_leaves_half_written_does_not_matter(uninterrupted, tmp_path: Path) -> None:
@@ -547,7 +546,7 @@ def test_the_command_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
     le.write_facts("facts.jsonl", FACTS)
     covariance_of(le.LanguageModel.load("model")).save("stats")
     arguments = ["edit", "--lm", str(tmp_path / "model"), "--facts", str(tmp_path / "facts.jsonl"),
-                 "--covariance", str(tmp_path / "stats"), "--facts_per_round", "1",
+                 "--covariance", str(tmp_path / "stats"), "--run.facts_per_round", "1",
                  "--method", "MEMIT", "--method.layers", "[1,2]", "--method.values.steps", "40"]  # fmt: skip
     errors = tmp_path / "errors"
     edits = {}
