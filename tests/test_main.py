@@ -186,7 +186,7 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
         (["edit", "--out", "edits/x", "--run.facts_per_round", "0"], "facts_per_round must be at least 1"),
         (["evaluate", "--protocol", "single", "--covariance", "other"], "covariance"),
         (["evaluate", "--protocol", "single", "--facts_per_chunk", "0"], "facts_per_chunk must be at least 1"),
-        (["evaluate", "--edit", "edits/other", "--compare"], "load the model it was made for"),
+        (["evaluate", "--edit", "edits/other", "--compare", "true"], "load the model it was made for"),
         (["evaluate", "--out", "stats"], "--out stats is a folder"),
         (["evaluate", "--facts", "stats"], "stats"),
     ],
