@@ -71,9 +71,10 @@ class Anatomy:
         return Port(enters, leaves, block, self.features(place))
 
     def features(self, place: Place) -> Features | None:
-        """The output features of its module that are the place's, or None for all: a slice where they are in one piece.
+        """The output features of the place's module that belong to the place: rows of its W [d_out, d_in].
 
-        They are the rows of the module's W [d_out, d_in].
+        Returns:
+            None for all of them, a slice if they are contiguous, else an index [n].
         """
         if place.name not in self.architecture.paths:
             return None
@@ -81,7 +82,7 @@ class Anatomy:
         return features_of(self.architecture, config, place.name, _shape(self.module(place))[0])
 
     def shape(self, place: Place) -> tuple[int, int]:
-        """(d_out, d_in): the widths of what leaves `place` and of what enters it, the vocabulary at the embedding."""
+        """(d_out, d_in), the widths of the output and the input of `place`. At the embedding d_in is the vocabulary."""
         if place.name == "block":
             return (self.shape(Place(place.layer))[0],) * 2
         if place.name == "attention":
@@ -96,8 +97,8 @@ class Anatomy:
         """The matrix of `place`, as a writable [d_out, d_in] view.
 
         Raises:
-            UnsupportedModelError: the place has no matrix, or its rows lie among those of others, or it is not stored
-                in floating point on a device; see also `module_name`.
+            UnsupportedModelError: the place has no matrix, its rows are interleaved with those of other places, or the
+                matrix is not stored in floating point on a device; see also `module_name`.
         """
         module = self.module(place)
         if place.name in ("attention", "block"):
@@ -121,7 +122,7 @@ class Anatomy:
         return self._part(place, bias.data)
 
     def _part(self, place: Place, whole: Tensor) -> Tensor:
-        """The rows of `whole` that are the place's, as a view."""
+        """The rows of `whole` that belong to `place`, as a view."""
         features = self.features(place)
         if features is None:
             return whole
@@ -152,7 +153,7 @@ class Anatomy:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a module with a matrix, whatever the way its weight is stored."""
+    """(d_out, d_in) of a module with a matrix. Conv1D and Embedding store their weight transposed."""
     if isinstance(module, Conv1D):
         return int(module.nf), int(module.nx)
     if isinstance(module, nn.Embedding):
