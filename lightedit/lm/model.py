@@ -234,7 +234,7 @@ class LanguageModel:
         return hooks.add_at(self.anatomy.port(place), shift, at)
 
     def replace_at(self, place: Place, states: Tensor, at: hooks.At) -> AbstractContextManager[None]:
-        """Within the context, `states` [n, d] replace the output of `place` at the distinct tokens `at`; see `add_at`."""
+        """Within the context, replace the output of `place` at the distinct tokens `at` by `states` [n, d]."""
         return hooks.replace_at(self.anatomy.port(place), states, at)
 
     def probe(self, places: Iterable[Place]) -> AbstractContextManager[dict[Place, hooks.Probe]]:
@@ -268,7 +268,7 @@ class LanguageModel:
 
         Args:
             layer: the first block that runs.
-            hidden: its input, [rows, tokens, d], for the batch's tokens without the cached ones; gradients flow into it.
+            hidden: its input, [rows, tokens, d], without the cached tokens; gradients flow into it.
         """
         return hooks.skip_blocks(self.blocks[:layer], hidden, self.returns_tuple)
 
