@@ -2,8 +2,8 @@
 
 `run.json` holds all settings that determine the run. A run that edits adds a file for each finished round, such as
 `round-0001.safetensors`, with the round's updates and keys. A run of the single protocol adds a file for each finished
-chunk of facts, such as `chunk-000032.json`. Each file is written completely or not at all, so a process may be killed at
-any time. Files are only added, so the cost of a checkpoint does not grow with the number of rounds.
+chunk of facts, such as `chunk-000032.json`. Each file is written completely or not at all, so a process may be killed
+at any time. Files are only added, so the cost of a checkpoint does not grow with the number of rounds.
 """
 
 import fcntl
