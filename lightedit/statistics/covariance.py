@@ -94,7 +94,7 @@ class Covariance:
         return there
 
     def eigen(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of the moment at `place`, in float64, on its device.
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of the moment at `place`, float64 on its device.
 
         They are computed once. If the covariance has a folder, they are also written there. If the folder cannot be
         written, a warning says so.
