@@ -1,4 +1,4 @@
-"""The modules, matrices and biases that the places of one model name."""
+"""The modules, matrices and biases of the places of one model."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,13 +12,13 @@ from lightedit.ops import Head
 
 
 class Anatomy:
-    """Finds what the places of a model name.
+    """Finds the modules, matrices and biases of a model's places.
 
     Args:
         model: a causal language model of a known architecture.
 
     Attributes:
-        architecture: the row of its architecture.
+        architecture: the module paths of its architecture.
         blocks: its transformer blocks, first to last.
 
     Raises:
@@ -31,10 +31,10 @@ class Anatomy:
         self._model = model
 
     def module_name(self, place: Place) -> str:
-        """The name in the model of the module whose output leaves `place`, such as "model.layers.5.mlp.down_proj".
+        """The name of the module whose output is that of `place`, such as "model.layers.5.mlp.down_proj".
 
         Raises:
-            UnsupportedModelError: the architecture has no place of that name, or the model no such layer.
+            UnsupportedModelError: the architecture has no place of this name, or the model has no such layer.
         """
         names = self.architecture.names
         if place.name not in names:
@@ -52,7 +52,7 @@ class Anatomy:
         return f"{block}.{self.architecture.paths['attention_out' if place.name == 'attention' else place.name]}"
 
     def module(self, place: Place) -> nn.Module:
-        """The module whose output leaves `place`.
+        """The module whose output is the output of `place`, or contains it (see `features`).
 
         Raises:
             UnsupportedModelError: see `module_name`.
@@ -60,7 +60,7 @@ class Anatomy:
         return self._model.get_submodule(self.module_name(place))
 
     def port(self, place: Place) -> Port:
-        """The modules where `place` is read and changed.
+        """The modules at which `place` is read and changed.
 
         Raises:
             UnsupportedModelError: see `module_name`.
@@ -109,7 +109,7 @@ class Anatomy:
         return self._part(place, weight.data.T if isinstance(module, Conv1D | nn.Embedding) else weight.data)
 
     def bias(self, place: Place) -> Tensor | None:
-        """The bias of `place`, as a writable [d_out] view; None where it has none.
+        """The bias of `place`, as a writable [d_out] view; None if it has none.
 
         Raises:
             UnsupportedModelError: see `weight`.
@@ -147,7 +147,7 @@ class Anatomy:
         return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        """The norm between the MLP's output and the residual stream; None if the architecture has none."""
         path = self.architecture.mlp_norm
         return self.blocks[layer].get_submodule(path) if path else None
 

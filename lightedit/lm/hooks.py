@@ -229,7 +229,7 @@ class Probe:
 
 @contextmanager
 def probe(ports: Mapping[_Key, Port]) -> Iterator[dict[_Key, Probe]]:
-    """Add a zero tensor with a gradient to the output of each port. Each probe holds the latest forward pass."""
+    """Add a zero tensor with a gradient to the output of each port. Each probe holds the last forward pass only."""
     probes = {key: Probe() for key in ports}
 
     def watch(into: Probe) -> OutputChange:

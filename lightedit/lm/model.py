@@ -135,7 +135,7 @@ class LanguageModel:
             raise ArgumentError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
     def module(self, place: Place) -> nn.Module:
-        """The module whose output leaves `place`; see `Anatomy.module`."""
+        """The module whose output is the output of `place`; see `Anatomy.module`."""
         return self.anatomy.module(place)
 
     def module_name(self, place: Place) -> str:
@@ -143,7 +143,7 @@ class LanguageModel:
         return self.anatomy.module_name(place)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        """The norm between the MLP's output and the residual stream; None if the architecture has none."""
         return self.anatomy.mlp_norm(layer)
 
     def weight(self, place: Place) -> Tensor:

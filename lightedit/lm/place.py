@@ -17,15 +17,15 @@ _ORDER = {name: index for index, name in enumerate(get_args(Name))}
 class Place:
     """One place in a model: a layer, and a name that means the same in every architecture.
 
-    | name | its matrix | what enters | what leaves |
+    | name | its matrix | input | output |
     |---|---|---|---|
     | embedding | token embeddings, W [d, vocabulary]; the layer is 0 | token ids | the tokens' embeddings |
-    | q, k, v | the attention's input matrices; slices where one matrix holds all three | what the attention reads | queries, keys, values |
+    | q, k, v | the attention's input matrices, or slices of one matrix | what the attention reads | queries, keys, values |
     | attention_out | the attention's output matrix | the heads' outputs | what the attention adds |
     | attention | - | what the attention reads | what the attention adds |
     | mlp_gate | the gate's matrix, where the MLP has a gate | what the MLP reads | the gate before its activation |
-    | mlp_in | the MLP's first matrix; beside a gate, the one without activation | what the MLP reads | its output |
-    | mlp | the MLP's second matrix, the one that most editors write | its key k | what the MLP adds |
+    | mlp_in | the MLP's first matrix; with a gate, the one without activation | what the MLP reads | its output |
+    | mlp | the MLP's second matrix, which most editors write | the key k | what the MLP adds |
     | block | - | the residual stream before the block | the residual stream after it |
 
     Places sort in the order in which they run.

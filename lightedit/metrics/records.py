@@ -79,7 +79,7 @@ class Generations:
     own_references: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON. The keys of texts and target are "generations" and "target_new"."""
+        """All known fields, ready for JSON. The keys of texts and target are "generations" and "target_new"."""
         fields: dict[str, Any] = {
             "target_new": self.target,
             "generations": list(self.texts),

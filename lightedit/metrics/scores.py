@@ -73,7 +73,7 @@ class NeighborhoodScore(_Success):
 
 
 class EfficacyMagnitude(_Magnitude):
-    """EM: probability of the new target minus that of the true one on the fact's own prompt.
+    """EM: per-token probability of the new target minus that of the true one on the fact's own prompt.
 
     >>> even = PromptScores(torch.tensor([0.7]), torch.tensor([0.7]), torch.tensor([1.0]))
     >>> metric = EfficacyMagnitude()
@@ -87,14 +87,14 @@ class EfficacyMagnitude(_Magnitude):
 
 
 class ParaphraseMagnitude(_Magnitude):
-    """PM: probability of the new target minus that of the true one on paraphrases."""
+    """PM: per-token probability of the new target minus that of the true one on paraphrases."""
 
     name = "PM"
     prompts = "paraphrase"
 
 
 class NeighborhoodMagnitude(_Magnitude):
-    """NM: probability of the true target minus that of the new one on prompts about other subjects."""
+    """NM: per-token probability of the true target minus that of the new one on prompts about other subjects."""
 
     name = "NM"
     prompts = "neighborhood"

@@ -132,8 +132,8 @@ def estimate_covariance(
         max_tokens: tokens of one forward pass at most; bounds memory.
         seed: seed of self-generated text.
         progress_bar: whether to show progress and the time left on standard error.
-        cache: True keeps the result in the user's cache folder, a path in that folder. A result that is already there
-            is loaded instead.
+        cache: whether to keep the result in the user's cache folder, or the path of another folder for it. A result
+            that is already there is loaded instead.
 
     Raises:
         TypeError: `lm` is no language model.
