@@ -1,4 +1,4 @@
-"""SHA-256 digests: short names for texts, tensors and files, which differ where these do."""
+"""SHA-256 digests of texts, tensors and files. Different content has a different digest."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def digest(content: str | bytes = "", tensors: Mapping[str, Tensor] | None = None) -> str:
-    """The digest of a text or bytes, and of tensors with their names, dtypes and shapes; 64 hexadecimal digits.
+    """The digest of a text or bytes and of tensors with their names, dtypes and shapes, in 64 hexadecimal digits.
 
     >>> digest("Rome")[:16]
     'd0d22019186582c6'
@@ -22,6 +22,6 @@ def digest(content: str | bytes = "", tensors: Mapping[str, Tensor] | None = Non
 
 
 def file_digest(path: str | Path) -> str:
-    """The digest of a file's bytes; 64 hexadecimal digits."""
+    """The digest of a file's bytes, in 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

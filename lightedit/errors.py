@@ -1,19 +1,19 @@
-"""What lightedit raises on purpose: everything here is an error of input or of circumstance, never a bug of ours.
+"""The errors that lightedit raises on purpose. Each reports invalid input or a failed resource, not a bug of lightedit.
 
-Each kind is also the built-in exception that fits it, so that `except ValueError` works as ever.
+Each class is also a subclass of the matching built-in exception, so `except ValueError` catches an `ArgumentError`.
 """
 
 
 class LightEditError(Exception):
-    """Base of all errors that lightedit raises on purpose; the message names the value and the way out."""
+    """Base of all errors that lightedit raises on purpose. The message names the value and the way out."""
 
 
 class ArgumentError(LightEditError, ValueError):
-    """An argument or setting is out of range, contradicts another, or is of the wrong kind."""
+    """An argument or setting is out of range, invalid, or contradicts another."""
 
 
 class ArgumentTypeError(LightEditError, TypeError):
-    """An argument is an object of another kind, such as one of two that were swapped."""
+    """An argument has the wrong type, for example because two arguments were swapped."""
 
 
 class MissingFileError(LightEditError, FileNotFoundError):
@@ -25,7 +25,7 @@ class MissingPackageError(LightEditError, ImportError):
 
 
 class UnavailableError(LightEditError, RuntimeError):
-    """Something outside cannot be had: a download, a data set."""
+    """An external resource, such as a download or a data set, is not available."""
 
 
 class UnreachableError(LightEditError, ConnectionError):
@@ -37,8 +37,8 @@ class NumericalError(LightEditError, FloatingPointError):
 
 
 class UnsupportedModelError(LightEditError, ValueError):
-    """The model's architecture, or the state of its weights, does not allow what was asked."""
+    """The model's architecture, or the state of its weights, does not support the request."""
 
 
 class RunFailedError(LightEditError, RuntimeError):
-    """Work was done, but not all of it succeeded."""
+    """Some of the requested work failed; the rest is done."""

@@ -1,4 +1,4 @@
-"""The one way to draw and to save a figure. Charts are described in plain data; matplotlib draws them.
+"""Charts: they are described in plain data, and matplotlib draws them.
 
 A chart becomes a `Drawing`, which `save` writes to a file. Matplotlib is imported with the first drawing.
 """
@@ -26,22 +26,22 @@ PALETTE = {
     "series-4": "#946200",
     "series-5": "#5a52a3",
 }
-"""Name -> colour, the only ones that a drawing has. In a report each is the CSS variable of that name.
+"""Name -> colour. Drawings use no other colours. In a report each is the CSS variable of that name.
 
-Series follow Okabe and Ito (2008), darkened for text on white; colour-blind readers can tell them apart.
+Series follow Okabe and Ito (2008), darkened for text on white. Colour-blind readers can tell them apart.
 """
-_COLORS = 6  # five marks and six colours give thirty series that differ
+_COLORS = 6  # six colours and five marks give thirty different series
 _MARKS = ("o", "s", "^", "D", "v")
-_DASHES = ("-", (0, (3.4, 1.7)), (0, (0.9, 1.7)))  # in line widths
+_DASHES = ("-", (0, (3.4, 1.7)), (0, (0.9, 1.7)))  # lengths in line widths
 _LINE_WIDTH = 1.75
-_MARK_SIZES = (7.0, 6.4, 7.5, 6.4, 7.5)  # points; of equal weight to the eye
-_MARKED = 25  # a line with more points has a mark at its end only
+_MARK_SIZES = (7.0, 6.4, 7.5, 6.4, 7.5)  # in points; the marks look equally large
+_MARKED = 25  # a line with more points has a mark only at its end
 _DRAWN = 200  # points of a line at most
-_DECADES = 2  # range from which an axis that may choose is logarithmic
+_DECADES = 2  # an axis with `logarithmic` None is logarithmic from this range on
 _STYLE = {
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # text stays text, not paths
     "svg.hashsalt": "lightedit",  # equal figures give equal files
-    "text.parse_math": False,  # a dollar sign in a name is one
+    "text.parse_math": False,  # a dollar sign in a name is printed as it is
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlepad": 9,
@@ -73,11 +73,11 @@ class Line(NamedTuple):
     """A line of a chart.
 
     Attributes:
-        name: for the legend, the pointer and the table.
+        name: name in the legend, the tooltip and the table.
         points: (x, y), x ascending. A y that is not finite breaks the line.
         series: number of its colour and mark; None for a reference such as the unedited model, which is grey.
         style: 0 solid, 1 dashed, 2 dotted; None for marks alone.
-        half_widths: x -> half the width of the interval around y; x without one have no interval.
+        half_widths: x -> half the width of the interval around y. An x that is missing has no interval.
         marks: whether points have marks.
     """
 
@@ -90,7 +90,7 @@ class Line(NamedTuple):
 
 
 class Level(NamedTuple):
-    """A value that holds for every x, drawn as a level line; fields as in `Line`."""
+    """A value that does not depend on x, drawn as a horizontal line. Fields are as in `Line`."""
 
     name: str
     value: float
@@ -103,12 +103,12 @@ class Axis:
     """An axis of a panel.
 
     Attributes:
-        label: what it shows, with its unit.
-        limits: its ends; None: those of the values, widened to round numbers on a vertical axis.
-        logarithmic: None: where all values are positive and span two decades.
-        names: place -> the name that stands there; None: round numbers.
-        whole: only whole numbers are marked.
-        base: a value that an axis without limits holds in any case, unless it is logarithmic.
+        label: the quantity and its unit.
+        limits: its ends; None takes those of the values, widened to round numbers on a vertical axis.
+        logarithmic: None makes it logarithmic if it has no limits and all values are positive and span two decades.
+        names: value -> the name of the tick there; None puts ticks at round numbers.
+        whole: whether ticks are at whole numbers only.
+        base: a value that a linear axis without limits always contains.
     """
 
     label: str = ""
@@ -121,7 +121,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over common axes, at least one of them with a finite value; `grid` is "x", "y" or "both"."""
+    """Lines on common axes. At least one line has a finite value. `grid` is "x", "y" or "both"."""
 
     title: str
     lines: Sequence[Line | Level]
@@ -132,12 +132,12 @@ class Panel:
 
 @dataclass
 class Drawing:
-    """A figure of matplotlib and what it says in words.
+    """A figure of matplotlib, with its alternative text and tooltips.
 
     Attributes:
         figure: a `matplotlib.figure.Figure`.
-        about: a sentence for readers who cannot see it; empty for an ornament.
-        titles: id of a group of marks -> what the pointer shows at each of them.
+        about: alternative text; empty for an ornament.
+        titles: id of a group of marks -> the tooltip of each mark.
     """
 
     figure: Any
@@ -155,10 +155,10 @@ def line_chart(
     """Draw panels of lines in a grid.
 
     Args:
-        panels: row by row.
+        panels: the panels, row by row.
         size: width and height of the whole figure in points (1/72 inch), which are pixels of an SVG.
-        columns: panels beside one another.
-        titles: whether panels carry their titles; without, they are only in `Drawing.about`.
+        columns: panels in a row.
+        titles: whether panels have their titles; False leaves them in `Drawing.about` only.
         legend_columns: columns of a legend below the panels; 0 for none.
     """
     with style():
@@ -175,17 +175,17 @@ def line_chart(
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """So many of the points, evenly chosen with the first and the last, as a chart shows."""
+    """The points that a chart shows: at most 200, evenly chosen, the first and the last included."""
     if len(points) <= _DRAWN:
         return list(points)
     return [points[round(place * (len(points) - 1) / (_DRAWN - 1))] for place in range(_DRAWN)]
 
 
 def save(drawing: Drawing, path: Path) -> None:
-    """Write a drawing to an .svg or .png file, which appears complete or not at all. Equal drawings give equal bytes.
+    """Write a drawing to an .svg or .png file, completely or not at all. Equal drawings give equal bytes.
 
     Raises:
-        ArgumentError: the file is of another kind.
+        ArgumentError: `path` has another suffix.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
@@ -199,7 +199,7 @@ def save(drawing: Drawing, path: Path) -> None:
 
 
 def style() -> AbstractContextManager[None]:
-    """Matplotlib's own settings and those of this module, whatever the user's are."""
+    """Within the context, matplotlib has its defaults and the settings of this module, not the user's."""
     import matplotlib.style
 
     context: AbstractContextManager[None] = matplotlib.style.context(["default", _STYLE])
@@ -207,14 +207,14 @@ def style() -> AbstractContextManager[None]:
 
 
 def blank(size: tuple[float, float], about: str = "", layout: Literal["constrained"] | None = None) -> Drawing:
-    """A figure without axes, of a width and height in points; to be drawn on within `style`."""
+    """A figure without axes. `size` is its width and height in points. Draw on it within `style`."""
     from matplotlib.figure import Figure
 
     return Drawing(Figure(figsize=(size[0] / 72, size[1] / 72), layout=layout), about, {})
 
 
 def sample(series: int | None, dashes: int) -> Drawing:
-    """A short line of a series and `Line.style` with its mark, for the legend of a page: 46 by 14 points."""
+    """A short line of a series with its mark, 46 by 14 points, for the legend of a page; `dashes` is `Line.style`."""
     with style():
         drawing = blank((46, 14))
         axes = drawing.figure.add_axes((0, 0, 1, 1), xlim=(0, 46), ylim=(0, 14))
@@ -225,7 +225,7 @@ def sample(series: int | None, dashes: int) -> Drawing:
 
 
 def draw_bar(axes: Any, x: Sequence[float], y: Sequence[float], series: int | None, upright: bool = False) -> None:
-    """Draw an interval between two points, which lie level or upright, with a stroke at each end."""
+    """Draw a horizontal (or `upright`, vertical) interval between two points, with a stroke at each end."""
     ends, width = ("_", 1.0) if upright else ("|", _LINE_WIDTH)
     axes.plot(x, y, color=_color(series), linewidth=width, marker=ends, markeredgewidth=width, clip_on=False)
 
@@ -233,7 +233,7 @@ def draw_bar(axes: Any, x: Sequence[float], y: Sequence[float], series: int | No
 def draw_marks(
     drawing: Drawing, axes: Any, points: Sequence[tuple[float, float]], series: int | None, titles: list[str]
 ) -> None:
-    """Draw the marks of a series at points, each with what the pointer shows at it."""
+    """Draw the marks of a series at points; `titles` holds the tooltip of each mark."""
     if points:
         name = f"marks-{len(drawing.titles)}"
         drawing.titles[name] = titles
@@ -245,7 +245,7 @@ def _color(series: int | None) -> str:
 
 
 def _mark(series: int | None) -> dict[str, Any]:
-    """Arguments of matplotlib for the mark of a series; that of a reference is hollow."""
+    """Matplotlib's arguments for the mark of a series. The mark of a reference is hollow."""
     color, index = _color(series), (series or 0) % len(_MARKS)
     face, edge, width = (PALETTE["page"], color, _LINE_WIDTH) if series is None else (color, PALETTE["page"], 1.0)
     return {
@@ -260,7 +260,7 @@ def _mark(series: int | None) -> dict[str, Any]:
 
 
 def _stroke(line: Line | Level, panel: Panel) -> dict[str, Any]:
-    """Arguments of matplotlib for a line; successive references of a panel are ever fainter."""
+    """Matplotlib's arguments for a line. Each further reference of a panel is fainter."""
     references = [other.name for other in panel.lines if other.series is None]
     return {
         "color": _color(line.series),

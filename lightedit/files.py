@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and are on the disk once they have appeared."""
+"""Atomic writes: a file or folder appears completely or not at all, and is synced to disk when it appears."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` on success.
 
-    If the context is left by an exception, `path` stays as it was and nothing else is left. A process that is killed
-    leaves a file whose name begins with a dot and ends in `.tmp`.
+    If the context raises, `path` stays as it was and the temporary file is deleted. A killed process leaves the
+    temporary file, whose name begins with a dot and ends in `.tmp`.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,14 +28,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path, finished_by: str | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which is renamed to it on success, in the place of an earlier one.
+    """Yield an empty temporary folder beside `folder`, which is renamed to `folder` on success and replaces an old one.
 
-    If the context is left by an exception, `folder` stays as it was and nothing else is left.
+    If the context raises, `folder` stays as it was and the temporary folder is deleted.
 
     Args:
-        folder: the folder; those above it are made.
-        finished_by: a file that only a finished folder holds. If `folder` holds it by the end, another process was
-            faster, and its folder stays.
+        folder: the folder; its missing parents are created.
+        finished_by: name of a file that only a finished folder holds. If `folder` holds it at the end, another process
+            was faster, and its folder stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -52,7 +52,7 @@ def whole_folder(folder: Path, finished_by: str | None = None) -> Iterator[Path]
 
 
 def _take_the_place(unfinished: Path, folder: Path, finished_by: str | None) -> None:
-    """Rename `unfinished` to `folder`; an earlier folder is put back if that fails."""
+    """Rename `unfinished` to `folder`. If that fails, an earlier folder is put back."""
     old = unfinished.with_name(unfinished.name + ".old")
     try:
         if folder.exists():
@@ -72,7 +72,7 @@ def _is_finished(folder: Path, finished_by: str | None) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Sync a file's content, or a folder's list of names, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -81,7 +81,7 @@ def _sync(path: Path) -> None:
 
 
 def _open_to_others(path: Path) -> None:
-    """Give `path` the mode of any new file or folder; safetensors files and temporary folders are private."""
+    """Give `path` the default mode of a new file or folder. safetensors files and temporary folders start private."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

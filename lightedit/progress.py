@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: how far it is and how long it will take."""
+"""Progress of long work on standard error: the share that is done and the time left."""
 
 import logging
 import signal
@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 Report = Callable[[float, float], None]
 
-_LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
+_LINE_EVERY = 15.0  # seconds between lines, if standard error is not a terminal
 
 
 @contextmanager
 def progress(description: str, show: bool = True) -> Iterator[Report]:
-    """Show progress while the context lasts: a bar in a terminal, a line now and then elsewhere.
+    """Show progress within the context: a bar in a terminal, elsewhere a line every 15 seconds.
 
     Yields:
         A function to call with (work done, work in all), in any unit.
@@ -57,13 +57,13 @@ def _lines(description: str) -> Report:
 
 
 def subprogress(report: Report | None, before: float, size: float, total: float) -> Report:
-    """A function to report a part of work with.
+    """A function that reports the progress of one part of the work.
 
     Args:
-        report: where the whole work is reported; None for nowhere.
-        before: what comes before the part, in the unit of `total`.
-        size: of the part, in that unit.
-        total: of the whole work.
+        report: reports the progress of the whole work; None reports nothing.
+        before: work before the part, in the unit of `total`.
+        size: work of the part, in that unit.
+        total: the whole work.
     """
     if report is None:
         return lambda done, of: None
@@ -72,10 +72,10 @@ def subprogress(report: Report | None, before: float, size: float, total: float)
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep a trainer's advice about devices, loaders and services, which does not apply here, off the screen.
+    """Within the context, hide the trainer's advice about devices, loaders and services, which does not apply here.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, which a trainer turns into an exit of the process.
+        KeyboardInterrupt: Ctrl-C was pressed; the trainer itself would exit the process.
     """
     logger = logging.getLogger("lightning.pytorch")
     level, interrupt = logger.level, signal.getsignal(signal.SIGINT)
@@ -87,7 +87,7 @@ def quiet_lightning() -> Iterator[None]:
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, interrupt or signal.default_int_handler)  # which the trainer has set to be ignored
+        signal.signal(signal.SIGINT, interrupt or signal.default_int_handler)  # the trainer set it to be ignored
         raise KeyboardInterrupt from stop
     finally:
         logger.setLevel(level)

@@ -12,7 +12,7 @@ _MOST_NEIGHBORS = 5
 
 @dataclass(frozen=True)
 class _Relation:
-    """One column of the table as English; `{}` stands for the country, with its article."""
+    """The prompts of one column of the table. `{}` stands for the country, with its article."""
 
     name: str
     prompt: str
@@ -46,10 +46,10 @@ _LANDMARK_PROMPT = "{} is located in the city of"
 
 @dataclass(frozen=True)
 class _Country:
-    """One row of the table: its name as it stands inside a sentence, and the right answers by column.
+    """One row of the table: the country's name as written inside a sentence, and the right answers by column.
 
-    The first answer of a column is the one that facts ask for; further ones (a second official language,
-    another name of the currency) are right too and so never serve as a made-up target.
+    The first answer of a column is the true target of its fact. Further answers, such as a second official language,
+    are also right, so none of them is a new target.
     """
 
     name: str
@@ -63,10 +63,10 @@ class _Country:
 def builtin_facts() -> list[Fact]:
     """Some 700 facts on capitals, currencies, languages and continents, for trials without a data set.
 
-    New targets are other values of the same relation. Neighbourhood prompts name landmarks of the capital, or
-    other countries that share the value; they are missing where there is neither. Those other countries have
-    facts here too, so editing all facts at once edits neighbours: measure locality on a part of the facts.
-    Every call returns the same facts in the same order.
+    New targets are other values of the same relation. Neighbourhood prompts name landmarks of the capital, or other
+    countries that share the value. A fact with neither has none. The other countries are subjects of facts as well, so
+    editing all facts edits neighbours: measure locality on a part of the facts. Every call returns the same facts in
+    the same order.
 
     >>> builtin_facts()[0].text
     'The capital of Afghanistan is'
@@ -113,7 +113,7 @@ def _sentence(template: str, name: str) -> str:
 
 
 def _new_target(relation: _Relation, country: _Country, countries: list[_Country]) -> str:
-    """Another value of the relation; every value is equally likely, however many countries have it."""
+    """Another value of the relation. Each value is equally likely, whatever the number of countries that have it."""
     known = [other for other in countries if relation.name != "capital" or other.answers["landmarks"]]
     values = {other.answers[relation.name][0] for other in known if other.answers[relation.name]}
     right = {answer for answers in country.answers.values() for answer in answers}
@@ -125,7 +125,7 @@ def _neighborhood(relation: _Relation, country: _Country, countries: list[_Count
     if relation.name == "capital":
         return tuple(_sentence(_LANDMARK_PROMPT, landmark) for landmark in country.answers["landmarks"])
     true = country.answers[relation.name][0]
-    # "Guinea-Bissau" holds the subject "Guinea": a prompt with it would ask about the subject's own tokens
+    # "Guinea-Bissau" contains the subject "Guinea", so a prompt about it would contain the subject's tokens
     others = [
         other.name
         for other in countries

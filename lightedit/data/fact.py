@@ -27,19 +27,19 @@ class Fact:
     'The mother tongue of Danielle Darrieux is'
 
     Attributes:
-        prompt: text before the target, with exactly one `{}` where the subject stands.
-        subject: what the fact is about.
+        prompt: text before the target, with exactly one `{}` for the subject.
+        subject: the entity that the fact is about.
         target_new: the answer to write.
-        target_true: the answer before the edit, where it is known.
+        target_true: the right answer before the edit, if known.
         paraphrase_prompts: complete texts that ask for the same fact in other words.
         neighborhood_prompts: complete texts about other subjects, whose answers must not change.
-        neighborhood_target: right answer of the neighbourhood prompts; None means `target_true`.
+        neighborhood_target: right answer to the neighbourhood prompts; None means `target_true`.
         attribute_prompts: complete texts about subjects for which `target_new` is right.
         generation_prompts: complete texts to continue freely.
         relation: name of the relation in its data set.
         id: name of the record in its data set.
         target_id: name of `target_new` in its data set, by which its reference texts are found.
-        portability: (complete text, right answer) pairs, whose answers follow from the new target in a further step.
+        portability: (complete text, right answer) pairs, whose answers follow from the new target.
 
     Raises:
         FactError: a field has the wrong type or a value that cannot be edited or scored.
@@ -125,7 +125,7 @@ def as_prompts(field: str, value: Any) -> tuple[str, ...]:
     """The texts of a field.
 
     Raises:
-        FactError: it is no list of texts that are not empty.
+        FactError: `value` is not a list of texts, or one of them is empty.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise FactError(f"{field}: expected a list of texts, got {value!r}")

@@ -1,4 +1,4 @@
-"""Facts to edit, in files and together."""
+"""Reading, writing and checking lists of facts."""
 
 import json
 import os
@@ -16,25 +16,25 @@ __all__ = ["Fact", "FactError", "check_facts", "read_facts", "write_facts"]
 def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: str | None = None) -> list[Fact]:
     """Read facts from a file.
 
-    A file ending in `.json` holds a list of records, any other holds one JSON record a line. Formats:
+    A file ending in `.json` holds a list of records, any other file one JSON record a line. Formats:
 
-    - `counterfact`: the nested records of CounterFact (Meng et al., 2022), with `requested_rewrite`, and the question
-      about portability that Yao et al. (2023) add;
+    - `counterfact`: the nested records of CounterFact (Meng et al., 2022), with `requested_rewrite`, and optionally the
+      portability question of Yao et al. (2023);
     - `counterfact_flat`: `prompt` (subject filled in), `subject`, `target_new`, `ground_truth`,
-      `locality_prompt`, `locality_ground_truth`, and `rephrase_prompt` where there is one;
+      `locality_prompt`, `locality_ground_truth`, and optionally `rephrase_prompt`;
     - `zsre`: the records of MEND (Mitchell et al., 2022): `src`, `rephrase`, `subject`, `answers`, `loc`,
-      `loc_ans`. The first answer is written, as in MEMIT's evaluation; questions about portability, which follow from
-      `alt`, are left out;
-    - `jsonl`: `Fact`'s own field names, as `write_facts` writes them.
+      `loc_ans`. The first answer is the new target, as in MEMIT's evaluation. Portability questions are left out,
+      because they follow from `alt`;
+    - `jsonl`: the field names of `Fact`, as `write_facts` writes them.
 
     Args:
         path: the file.
-        limit: read only the first records, at least 1; what follows them is not checked.
+        limit: number of records to read, at least 1; later records are not checked. None reads all.
         format: one of the names above; None recognises it by the fields of the first record.
 
     Raises:
         MissingFileError: there is no such file.
-        FactError: the file, its format or a record is invalid; names the file, record (from 0) and field.
+        FactError: the file, its format or a record is invalid. The message names file, record (from 0) and field.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -70,10 +70,10 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
 def write_facts(path: str | os.PathLike[str], facts: Iterable[Fact]) -> None:
     """Write facts as JSON lines, which `read_facts` reads back unchanged.
 
-    The file appears complete or not at all: an interrupted call leaves an earlier file as it was.
+    The file is written completely or not at all. An interrupted call leaves an earlier file unchanged.
 
     Raises:
-        FactError: `path` ends in `.json`, which would be read as one JSON list.
+        FactError: `path` ends in `.json`, so it would be read as one JSON list.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -87,7 +87,7 @@ def check_facts(facts: Sequence[Fact]) -> None:
     """Check that the facts can be written together.
 
     Raises:
-        FactError: there are none, or two complete the same text, letter case aside.
+        FactError: there are none, or two facts have the same text, ignoring letter case.
     """
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact")

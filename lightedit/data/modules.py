@@ -1,4 +1,4 @@
-"""Facts as a trainer's data: rounds, and chunks of a round."""
+"""The data module that gives a trainer facts in rounds and chunks."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class Chunk:
 
 
 class _Rounds(IterableDataset[Chunk]):
-    """One epoch is one round: each of its chunks is yielded again until it is finished."""
+    """The chunks of the current round; one epoch is one round. Each chunk is yielded again until it is finished."""
 
     def __init__(self, data: "FactsDataModule") -> None:
         self.data = data
@@ -48,7 +48,7 @@ class _Rounds(IterableDataset[Chunk]):
 
 
 class _SoFar(IterableDataset[Chunk]):
-    """The facts of this round and all earlier ones; outside of a fit, all facts."""
+    """The facts of this round and all earlier ones. Outside of a fit, all facts."""
 
     def __init__(self, data: "FactsDataModule") -> None:
         self.data = data
@@ -62,16 +62,16 @@ class _SoFar(IterableDataset[Chunk]):
 
 
 class FactsDataModule(LightningDataModule):
-    """Gives facts to a trainer in rounds; the facts of a round are written into the model together.
+    """Gives facts to a trainer in rounds. The facts of a round are written into the model together.
 
     Args:
-        facts: what to edit, in this order.
+        facts: the facts to edit, in this order.
         facts_per_round: facts written together; None puts all into one round.
-        facts_per_chunk: facts whose values are optimised together. More is faster and takes more memory.
+        facts_per_chunk: facts whose values are optimised together. Larger chunks are faster and take more memory.
 
     Raises:
-        FactError: no facts, or a fact that occurs twice.
-        ArgumentError: a size below 1.
+        FactError: there are no facts, or a fact occurs twice.
+        ArgumentError: a size is below 1.
     """
 
     def __init__(self, facts: Sequence[Fact], facts_per_round: int | None = None, facts_per_chunk: int = 32) -> None:
@@ -97,12 +97,12 @@ class FactsDataModule(LightningDataModule):
         return DataLoader(_SoFar(self), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Leave chunks alone: they hold text, and the trainer must see the very object that the module finishes."""
+        """Return the chunk itself. It holds text, and the module sets `finished` on this very object."""
         return batch
 
 
 def chunks_by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Split `indices` into chunks of facts with a similar number of characters after the subject (less padding)."""
+    """Split `indices` into chunks of facts with similar numbers of characters after the subject, to reduce padding."""
 
     def suffix(index: int) -> int:
         fact = facts[index]

@@ -1,4 +1,4 @@
-"""From facts to token ids: contexts, the subject's last token, and the target's tokens."""
+"""Facts as token ids: contexts, the subject's last token, and the target's tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from lightedit.data.facts import Fact, FactError
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 
-KL_TEMPLATE = "{} is a"  # where the published loss keeps the subject's essence
+KL_TEMPLATE = "{} is a"  # prompt of the KL term in the published loss
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Texts that precede a prompt, so that a key and a value do not hang on a single context.
+    """Texts that precede a prompt, so that a key and a value do not depend on a single context.
 
     Attributes:
         templates: each holds one "{}" for the prompt; the first is the bare "{}".
@@ -36,12 +36,13 @@ class Contexts:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """How contexts are sampled from the model itself.
+    """Settings for sampling contexts from the model.
 
     Attributes:
-        prefixes: (first words, how many, length in tokens with the first words); "" starts from the text-start token.
+        prefixes: (first words, number of texts, tokens of each with the first words); "" starts from the text-start
+            token.
         bare_weight: weight of the bare prompt in the averaged key; None gives every context the same weight.
-        seed: of the sampling.
+        seed: seed of the sampling.
     """
 
     prefixes: tuple[tuple[str, int, int], ...] = tuple(
@@ -61,12 +62,12 @@ class ContextSettings:
             raise ArgumentError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
 
     def sample(self, lm: LanguageModel) -> Contexts:
-        """Let `lm` write the prefixes (top-5 sampling)."""
+        """Generate the prefixes with `lm` by top-5 sampling."""
         templates = ["{}"]
         for start, count, length in self.prefixes:
             begin = lm.encode([start])[0] if start else [lm.text_start]
             new = max(1, length - len(begin))
-            # a seed of its own for each line, or lines with the same start would yield the same texts
+            # each entry has its own seed; with one seed, entries with equal first words would give equal texts
             for ids in lm.generate([begin] * count, new, top_k=5, seed=self.seed + len(templates)):
                 text = lm.decode([*begin, *ids]).replace("{", " ").replace("}", " ").strip()
                 templates.append(f"{text}. {{}}")
@@ -80,7 +81,7 @@ class Row:
     """One tokenised text.
 
     Attributes:
-        ids: token ids; a target's last token is left out, since nothing is predicted from it.
+        ids: token ids without the target's last token, from which nothing is predicted.
         lookup: position of the subject's last token.
         targets: the target's token ids, predicted at the last `len(targets)` positions.
     """
@@ -92,14 +93,14 @@ class Row:
 
 @dataclass(frozen=True)
 class FactPrompts:
-    """What one key and one value are found from: a fact, or several that share them.
+    """The prompt rows of one key and one value: those of a fact, or of several facts that share both.
 
     Attributes:
         fact: the fact, or the first of several.
-        rows: one per context, the bare prompt first; those of several facts follow one another.
-        subject: the tokens of "{subject} is a" up to the subject's last, where the KL term is read.
+        rows: one for each context, the bare prompt first; the rows of several facts follow one another.
+        subject: the tokens of "{subject} is a" up to the subject's last token, where the KL term is read.
         key_weights: weight of each row in the averaged key; they sum to 1.
-        bare: which rows are bare prompts.
+        bare: indices of the rows that are bare prompts.
     """
 
     fact: Fact
@@ -110,7 +111,7 @@ class FactPrompts:
 
 
 def merge_prompts(members: Sequence[FactPrompts]) -> FactPrompts:
-    """Let several facts share one key, the mean of theirs, and one value that serves the texts of all."""
+    """Merge several facts into one: they share the mean of their keys, and one value optimised on all their rows."""
     starts = accumulate((len(member.rows) for member in members), initial=0)
     return FactPrompts(
         members[0].fact,
@@ -124,13 +125,13 @@ def merge_prompts(members: Sequence[FactPrompts]) -> FactPrompts:
 def encode_targets(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
 ) -> list[tuple[list[int], int]]:
-    """Tokenise each "prompt target" as one text and tell the target's tokens by their character offsets.
+    """Tokenise each "prompt target" as one text, and find the target's tokens by their character offsets.
 
     Returns:
-        For each pair: all token ids, and how many of the last ones spell the target.
+        For each pair: all token ids, and the number of target tokens at their end.
 
     Raises:
-        FactError: a target has no token of its own, or the tokenizer cannot spell it.
+        FactError: a target has no token of its own, or holds a token that the tokenizer does not know.
     """
     if not prompts:
         return []
@@ -154,9 +155,9 @@ def encode_targets(
 def subject_positions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[int]
 ) -> list[tuple[list[int], int]]:
-    """Token ids of each text and the position of the token that holds the character before `ends`.
+    """Token ids of each text, and the position of the token that holds the last character before its `ends`.
 
-    Where several tokens share that character (byte fallback), it is the last of them.
+    If several tokens share that character (byte fallback), the position is that of the last one.
     """
     encoding = tokenizer(list(texts), return_offsets_mapping=True)
     found = []

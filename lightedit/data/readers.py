@@ -1,4 +1,4 @@
-"""Readers of files of facts: CounterFact, zsRE and JSON lines, one record after the other."""
+"""Readers of fact files, one record at a time: CounterFact, zsRE and JSON lines."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from lightedit.data.fact import PROMPT_LISTS, Fact, FactError, as_prompts
 
 
 def _get(record: dict[str, Any], path: str, kind: type) -> Any:
-    """Value at a dotted path of a nested record; texts are stripped."""
+    """The value at a dotted path of a nested record. Texts are stripped."""
     value: Any = record
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -24,7 +24,7 @@ def _get(record: dict[str, Any], path: str, kind: type) -> Any:
 
 
 def _cut_subject(text: str, subject: str, any_case: bool = False) -> tuple[str, str]:
-    """Prompt with `{}` for the first mention of the subject, and the subject as it is written there."""
+    """The prompt with `{}` in place of the first mention of the subject, and the subject as written there."""
     if not subject:
         raise FactError("subject: '' is empty; give it some text")
     found = re.search(re.escape(subject), text) or (
@@ -50,7 +50,7 @@ def _from_counterfact(record: dict[str, Any], number: int) -> Fact:
 
 
 def _one_hop(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The question that Yao et al. (2023, arXiv 2305.13172) add to a record of CounterFact, if they do."""
+    """The portability question that Yao et al. (2023, arXiv 2305.13172) add to records of CounterFact, if present."""
     if "portability" not in record:
         return ()
     return ((_get(record, "portability.New Question", str), _get(record, "portability.New Answer", str)),)
@@ -79,7 +79,7 @@ def _from_zsre(record: dict[str, Any], number: int) -> Fact:
     return Fact(
         prompt=prompt,
         subject=subject,
-        # MEND writes the counterfactual `alt`; MEMIT's evaluation, which later work follows, the right answer
+        # MEND writes the counterfactual `alt`. MEMIT's evaluation, which later work follows, writes the right answer
         target_new=answers[0].strip(),
         paraphrase_prompts=(_get(record, "rephrase", str),),
         neighborhood_prompts=(question if question.endswith("?") else question + "?",),
@@ -98,7 +98,7 @@ READERS: dict[str, Callable[[dict[str, Any], int], Fact]] = {
     "zsre": _from_zsre,
     "jsonl": _from_own,
 }
-"""Format -> reader of one record and its number."""
+"""Format -> function of (record, its number) that returns the fact."""
 
 _MARKS = {
     "counterfact": {"requested_rewrite"},
@@ -109,7 +109,7 @@ _MARKS = {
 
 
 def records(path: Path, limit: int | None) -> Iterator[Any]:
-    """Parsed records of a JSON list (files ending in .json) or of JSON lines (any other), at most `limit`."""
+    """Parsed records of a JSON list (files ending in .json) or of JSON lines (other files), at most `limit`."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -140,13 +140,13 @@ def records(path: Path, limit: int | None) -> Iterator[Any]:
 
 
 def json_name(value: Any) -> str:
-    """What JSON calls a value."""
+    """JSON's name for the type of a value, with its article."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def format_of(record: Any) -> str | None:
-    """The first format all of whose marking fields the record has."""
+    """The first format whose marking fields are all in the record; None if there is none."""
     if not isinstance(record, dict):
         return None
     return next((name for name, marks in _MARKS.items() if marks <= record.keys()), None)

@@ -1,4 +1,4 @@
-"""Text as token windows: from a file, from a data set, or written by the model itself."""
+"""Text as token windows: from a file, from a data set, or self-generated."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -16,21 +16,21 @@ from lightedit.lm.batch import pad
 from lightedit.lm.sampling import SharedDraws, next_tokens
 from lightedit.progress import progress
 
-_TEXTS_AT_ONCE = 64  # tokenised together: many enough for the tokenizer's threads, few enough to read lazily
-_ROWS = 128  # windows written together
+_TEXTS_AT_ONCE = 64  # tokenised together: enough for the tokenizer's threads, and few enough to read lazily
+_ROWS = 128  # windows generated together
 
 
 def read_texts(source: str | Path) -> Iterator[str]:
-    """Open a local text file, or a Hub data set by streaming.
+    """Read the texts of a local file, or stream those of a Hub data set.
 
     Args:
-        source: a `.txt` file, whose texts are separated by blank lines; or a data set "name" or "name:configuration"
-            such as "wikitext:wikitext-103-raw-v1", of which the column "text" of the split "train" is read.
+        source: a `.txt` file, whose texts are separated by blank lines; or a data set "name" or "name:configuration",
+            such as "wikitext:wikitext-103-raw-v1". Of a data set, the column "text" of the split "train" is read.
 
     Raises:
         MissingFileError: there is no such file.
         ArgumentError: the file is not UTF-8, or the data set has no column "text".
-        MissingPackageError: a data set is asked for, but `datasets` is not installed.
+        MissingPackageError: `source` is a data set, and `datasets` is not installed.
         RuntimeError: the data set could not be opened.
     """
     path = Path(source)
@@ -65,7 +65,7 @@ def _streamed(source: str) -> Iterator[str]:
     name, _, configuration = source.partition(":")
     try:
         rows = load_dataset(name, configuration or None, split="train", streaming=True)
-    except Exception as error:  # the library raises a different class for each of many causes
+    except Exception as error:  # the library raises many different classes
         raise UnavailableError(
             f"{source!r} is no file, and could not be opened as a data set ({type(error).__name__}: {error}); "
             'give a local .txt file, or "name:configuration" of a data set that can be reached'
@@ -78,8 +78,8 @@ def _streamed(source: str) -> Iterator[str]:
 def token_windows(lm: LanguageModel, texts: Iterable[str], tokens: int, length: int) -> list[list[int]]:
     """Cut texts, joined by blank lines, into windows of `length` tokens.
 
-    Every window starts with the text-start token if the tokenizer puts one before a text. Reading stops at `tokens`
-    tokens in all, so the last window may be shorter; fewer come back only if the texts end before.
+    A window starts with the beginning-of-text token if the tokenizer puts one before a text. The windows hold `tokens`
+    tokens in all, so the last one may be shorter. They hold fewer only if the texts do.
     """
     encoded = lm.encode(["a"])[0]
     begin = encoded[:1] if encoded[0] == lm.tokenizer.bos_token_id else []
@@ -96,7 +96,7 @@ def _token_stream(lm: LanguageModel, texts: Iterable[str]) -> Iterator[int]:
     stripped = (text.strip() for text in texts)
     filled = (f"{text}\n\n" for text in stripped if text)
     while group := list(islice(filled, _TEXTS_AT_ONCE)):
-        # verbose=False: a text longer than the model's context is no mistake here
+        # verbose=False: no warning of texts longer than the model's context, which are cut into windows
         encoding = lm.tokenizer(group, add_special_tokens=False, verbose=False)
         yield from chain.from_iterable(encoding["input_ids"])
 
@@ -104,16 +104,16 @@ def _token_stream(lm: LanguageModel, texts: Iterable[str]) -> Iterator[int]:
 def write_texts(
     lm: LanguageModel, tokens: int, length: int, seed: int = 0, top_k: int = 50, progress_bar: bool = True
 ) -> list[list[int]]:
-    """Let the model write windows of `length` tokens from the text-start token, by top-k sampling.
+    """Generate windows of `length` tokens from the text-start token, by top-k sampling.
 
-    An end-of-text token is a token like any other: what follows it is the model's next text.
+    An end-of-text token does not end a window; the model's next text follows it.
 
     Returns:
-        As few windows as hold `tokens` tokens, text-start tokens included.
+        The smallest number of windows that hold `tokens` tokens, text-start tokens included.
     """
     count = -(-tokens // length)
     batches = -(-count // _ROWS)
-    # Drawing among the k best only: torch's draw over a whole vocabulary takes a third of the time
+    # Draw among the top k alone: torch's draw over the whole vocabulary would take a third of the time
     draw = SharedDraws(torch.Generator(lm.device).manual_seed(seed), top_k, whole_vocabulary=False)
     windows: list[list[int]] = []
     with progress("sampling text", progress_bar) as report:
@@ -133,9 +133,9 @@ class TextDataModule(LightningDataModule):
     """Gives token windows to a trainer's predict loop, as `Batch`es padded on the right.
 
     Args:
-        windows: token ids.
-        pad_id: id for padding, which is masked.
-        max_tokens: tokens of one batch at most, padding included, as long as one window fits.
+        windows: token ids of each window.
+        pad_id: token id for padding, which is masked.
+        max_tokens: tokens of one batch at most, padding included, unless a single window is longer.
     """
 
     def __init__(self, windows: Sequence[list[int]], pad_id: int, max_tokens: int = 4096) -> None:

@@ -1,4 +1,4 @@
-"""The modules, matrices and biases that the places of one model name."""
+"""The modules, matrices and biases of the places of one model."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,13 +12,13 @@ from lightedit.ops import Head
 
 
 class Anatomy:
-    """Finds what the places of a model name.
+    """Finds the modules, matrices and biases of a model's places.
 
     Args:
         model: a causal language model of a known architecture.
 
     Attributes:
-        architecture: the row of its architecture.
+        architecture: the module paths of its architecture.
         blocks: its transformer blocks, first to last.
 
     Raises:
@@ -31,10 +31,10 @@ class Anatomy:
         self._model = model
 
     def module_name(self, place: Place) -> str:
-        """The name in the model of the module whose output leaves `place`, such as "model.layers.5.mlp.down_proj".
+        """The name of the module whose output is that of `place`, such as "model.layers.5.mlp.down_proj".
 
         Raises:
-            UnsupportedModelError: the architecture has no place of that name, or the model no such layer.
+            UnsupportedModelError: the architecture has no place of this name, or the model has no such layer.
         """
         names = self.architecture.names
         if place.name not in names:
@@ -52,7 +52,7 @@ class Anatomy:
         return f"{block}.{self.architecture.paths['attention_out' if place.name == 'attention' else place.name]}"
 
     def module(self, place: Place) -> nn.Module:
-        """The module whose output leaves `place`.
+        """The module whose output is the output of `place`, or contains it (see `features`).
 
         Raises:
             UnsupportedModelError: see `module_name`.
@@ -60,7 +60,7 @@ class Anatomy:
         return self._model.get_submodule(self.module_name(place))
 
     def port(self, place: Place) -> Port:
-        """The modules where `place` is read and changed.
+        """The modules at which `place` is read and changed.
 
         Raises:
             UnsupportedModelError: see `module_name`.
@@ -71,9 +71,10 @@ class Anatomy:
         return Port(enters, leaves, block, self.features(place))
 
     def features(self, place: Place) -> Features | None:
-        """The output features of its module that are the place's, or None for all: a slice where they are in one piece.
+        """The output features of the place's module that belong to the place: rows of its W [d_out, d_in].
 
-        They are the rows of the module's W [d_out, d_in].
+        Returns:
+            None for all of them, a slice if they are contiguous, else an index [n].
         """
         if place.name not in self.architecture.paths:
             return None
@@ -81,7 +82,7 @@ class Anatomy:
         return features_of(self.architecture, config, place.name, _shape(self.module(place))[0])
 
     def shape(self, place: Place) -> tuple[int, int]:
-        """(d_out, d_in): the widths of what leaves `place` and of what enters it, the vocabulary at the embedding."""
+        """(d_out, d_in), the widths of the output and the input of `place`. At the embedding d_in is the vocabulary."""
         if place.name == "block":
             return (self.shape(Place(place.layer))[0],) * 2
         if place.name == "attention":
@@ -96,8 +97,8 @@ class Anatomy:
         """The matrix of `place`, as a writable [d_out, d_in] view.
 
         Raises:
-            UnsupportedModelError: the place has no matrix, or its rows lie among those of others, or it is not stored
-                in floating point on a device; see also `module_name`.
+            UnsupportedModelError: the place has no matrix, its rows are interleaved with those of other places, or the
+                matrix is not stored in floating point on a device; see also `module_name`.
         """
         module = self.module(place)
         if place.name in ("attention", "block"):
@@ -108,7 +109,7 @@ class Anatomy:
         return self._part(place, weight.data.T if isinstance(module, Conv1D | nn.Embedding) else weight.data)
 
     def bias(self, place: Place) -> Tensor | None:
-        """The bias of `place`, as a writable [d_out] view; None where it has none.
+        """The bias of `place`, as a writable [d_out] view; None if it has none.
 
         Raises:
             UnsupportedModelError: see `weight`.
@@ -121,7 +122,7 @@ class Anatomy:
         return self._part(place, bias.data)
 
     def _part(self, place: Place, whole: Tensor) -> Tensor:
-        """The rows of `whole` that are the place's, as a view."""
+        """The rows of `whole` that belong to `place`, as a view."""
         features = self.features(place)
         if features is None:
             return whole
@@ -146,13 +147,13 @@ class Anatomy:
         return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        """The norm between the MLP's output and the residual stream; None if the architecture has none."""
         path = self.architecture.mlp_norm
         return self.blocks[layer].get_submodule(path) if path else None
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a module with a matrix, whatever the way its weight is stored."""
+    """(d_out, d_in) of a module with a matrix. Conv1D and Embedding store their weight transposed."""
     if isinstance(module, Conv1D):
         return int(module.nf), int(module.nx)
     if isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""Where each architecture keeps what a `Place` names: one row a `model_type`."""
+"""Module paths of the places of each architecture, one row for each `model_type`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm.place import Name
 
 Features = slice | Tensor
-"""Which output features of a module: a slice, or an index [n]; the same rows of its weight W [d_out, d_in]."""
+"""Output features of a module, as a slice or an index [n]. They are the same rows of its weight W [d_out, d_in]."""
 
 Layout = Literal["stacked", "grouped"]
 
@@ -24,13 +24,14 @@ class Architecture:
     Attributes:
         embedding: path from the causal language model to its token embeddings.
         blocks: path from the causal language model to the list of transformer blocks.
-        paths: name of a place -> path inside a block to the module of its matrix. Names of one path share a matrix.
-        layout: how such a matrix orders its output features: "stacked" has all of q, then k, then v (or the gate, then
-            mlp_in); "grouped" has, for every group of query heads, these heads, one head of k and one of v.
+        paths: name of a place -> path inside a block to the module of its matrix. Places with equal paths share a
+            matrix.
+        layout: order of the output features of a shared matrix. "stacked": all of q, then k, then v (or the gate, then
+            mlp_in). "grouped": for each group of query heads, these heads, then one head of k and one of v.
         mlp_norm: path inside a block to a norm between the MLP's output and the residual stream, if any.
         takes_position_ids: whether the model's forward accepts `position_ids`.
-        packs: whether its attention can be exchanged (transformers' attention interface, no soft-capping), so that rows
-            can be packed without padding.
+        packs: whether rows can be packed without padding. This needs transformers' attention interface and no
+            soft-capping of attention logits.
     """
 
     embedding: str
@@ -48,7 +49,7 @@ class Architecture:
 
 
 def _paths(attention: str, qkv: str, out: str, mlp_in: str, mlp: str, gate: str | None = None) -> dict[Name, str]:
-    """Paths inside a block; `qkv` is one name for all three or a name each, separated by spaces."""
+    """Paths inside a block. `qkv` is one name for a shared matrix, or three names separated by spaces."""
     q, *kv = [f"{attention}.{name}" for name in qkv.split()]
     k, v = kv or (q, q)
     paths: dict[Name, str] = {"q": q, "k": k, "v": v, "attention_out": f"{attention}.{out}"}
@@ -133,12 +134,15 @@ def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleLi
 
 
 def features_of(architecture: Architecture, config: Any, name: Name, d_out: int) -> Features | None:
-    """The output features that `name` has of its module, which has `d_out`; None for all of them.
+    """The output features of a module that belong to the place `name`; None for all of them.
 
-    Features come in the order in which the model counts them: head by head.
+    They come in the model's own order, head by head.
 
     Args:
-        config: the text model's.
+        architecture: the model's row.
+        config: the text model's configuration.
+        name: name of the place.
+        d_out: number of output features of the module.
     """
     path = architecture.paths.get(name)
     if path is None or list(architecture.paths.values()).count(path) == 1:
@@ -159,7 +163,7 @@ def features_of(architecture: Architecture, config: Any, name: Name, d_out: int)
 
 
 def _groups(config: Any) -> int:
-    """The groups of query heads, which have one head of keys and values each: every head alone, but in Falcon."""
+    """Number of groups of query heads. A group shares one head of keys and values; only Falcon has larger groups."""
     if getattr(config, "new_decoder_architecture", False):
         return int(config.num_kv_heads)
     return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)

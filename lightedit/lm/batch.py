@@ -1,4 +1,4 @@
-"""Rows of token ids padded to a rectangle."""
+"""Batches: rows of token ids padded to equal length, and rows grouped into batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Batch:
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> Batch:
-    """Pad `rows` with `pad_id` on the right, or on the left. Rows may be empty as long as one is not."""
+    """Pad `rows` with `pad_id` on the right, or on the left. Rows may be empty, but not all of them."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -39,9 +39,10 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> Batch
 
 
 def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group indices of rows by similar length, so that a group's rectangle holds at most `max_tokens` tokens.
+    """Group the indices of rows by similar length. A group holds at most `max_tokens` tokens, padding included.
 
-    Longest first: memory runs out at the start or not at all, and time left is overestimated rather than under-.
+    A single row longer than `max_tokens` is a group of its own. The longest rows come first: a lack of memory shows
+    at the start, and the time left is not underestimated.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
@@ -51,15 +52,23 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         start += rows
 
 
-# What one more pass costs beside its tokens (reading all weights, dispatching all operations), in tokens
+# Fixed cost of a pass (reading all weights, dispatching all operations), in tokens
 PASS_COST = 40
 
 
 def rectangles(lengths: Sequence[int], max_tokens: int, pass_cost: int = PASS_COST) -> list[list[int]]:
-    """Partition rows of the given lengths into rectangles of at most `max_tokens`, at the least cost.
+    """Partition rows of the given lengths into batches of at most `max_tokens` tokens, at the least total cost.
 
-    The cost of a rectangle is its tokens, padding included, and `pass_cost`. Rows sorted by length are cut by
-    dynamic programming over their distinct lengths.
+    The cost of a batch is its number of tokens, padding included, plus `pass_cost`. Rows are sorted by length. Dynamic
+    programming over the distinct lengths finds the cuts.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: tokens of a batch at most, padding included, unless a single row is longer.
+        pass_cost: fixed cost of a batch, in tokens.
+
+    Returns:
+        The indices of each batch's rows.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     ends = [k + 1 for k in range(len(order)) if k + 1 == len(order) or lengths[order[k]] != lengths[order[k + 1]]]
@@ -76,7 +85,7 @@ def rectangles(lengths: Sequence[int], max_tokens: int, pass_cost: int = PASS_CO
     while end:
         start = best[end][1]
         passes = -(-(end - start) // max(1, max_tokens // max(1, lengths[order[end - 1]])))
-        size = -(-(end - start) // passes)  # passes of equal size, rather than full ones and a remainder
+        size = -(-(end - start) // passes)  # equal passes, not full ones and a remainder
         groups += [order[i : min(i + size, end)] for i in range(start, end, size)]
         end = start
     return groups[::-1]

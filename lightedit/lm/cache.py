@@ -1,4 +1,4 @@
-"""Keys and values of tokens that an edit cannot change, put before every later forward pass."""
+"""The prefix cache: attention keys and values of the tokens before the subject's last one, which no edit changes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 
 class PrefixCache(DynamicCache):
-    """A read-only attention cache: every `update` returns prefix and new states together and stores nothing.
+    """A read-only KV cache. `update` returns the prefix's states and the new ones together and stores nothing.
 
     Args:
-        layers: key and value states of the prefix, each [rows, heads, prefix, head_dim]; None where a layer is skipped.
+        layers: key and value states of the prefix, each [rows, heads, prefix, head_dim]; None for a skipped layer.
         length: number of prefix positions, left padding included.
     """
 
@@ -36,7 +36,7 @@ class PrefixCache(DynamicCache):
         return self.length + query_length, 0
 
     def rows(self, index: Tensor, length: int | None = None) -> "PrefixCache":
-        """The cache of the rows `index` [n] alone, and of the last `length` positions if that is given."""
+        """The cache of the rows `index` [n], cut to the last `length` positions; None keeps all positions."""
         length = self.length if length is None else length
         start = self.length - length
 
@@ -48,5 +48,5 @@ class PrefixCache(DynamicCache):
         )
 
     def without(self, layers: range) -> "PrefixCache":
-        """The cache without the states of `layers`, to free memory once their blocks are skipped."""
+        """The cache without the states of `layers`, whose blocks are skipped. This frees their memory."""
         return PrefixCache([None if i in layers else layer for i, layer in enumerate(self.prefix)], self.length)

@@ -1,4 +1,4 @@
-"""What an edit does to one place of a model: a low-rank or dense change of its matrix, or a small module behind it."""
+"""Changes of one place of a model: a low-rank or dense update of its matrix, or an adaptor behind it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ _KINDS: dict[str, type["Change"]] = {}
 
 
 class Change(ABC):
-    """A change of one place. A subclass with a `kind` of its own is known to `change_from` by it.
+    """A change of one place. A subclass that sets `kind` is registered under it, and `change_from` reads it back.
 
     Attributes:
-        kind: its name in files.
+        kind: the subclass's name in files.
     """
 
     kind: ClassVar[str]
@@ -38,18 +38,18 @@ class Change(ABC):
 
     @abstractmethod
     def norm(self) -> float:
-        """How large the change is: the Frobenius norm of all that it adds to weight and bias, or of its parameters."""
+        """The Frobenius norm of what the change adds to weight and bias; of its parameters if it is an adaptor."""
 
     @abstractmethod
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """The change on `device`, and in `dtype` if that is given."""
+        """The change on `device`, in `dtype` if one is given."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What to save of it, by names that `from_tensors` knows."""
+        """The tensors to save, by the names that `from_tensors` reads."""
 
     def settings(self) -> dict[str, Any]:
-        """What JSON is to keep of it beside its tensors, its "kind" included."""
+        """The settings to save as JSON beside the tensors, "kind" included."""
         return {"kind": self.kind}
 
     @classmethod
@@ -60,7 +60,7 @@ class Change(ABC):
 
 @dataclass(frozen=True)
 class LowRankUpdate(Change):
-    """A change of one weight matrix, ΔW = left @ right.T, of rank at most B; or several changes, batched.
+    """An update ΔW = left rightᵀ of one weight matrix, of rank at most B. Leading dimensions batch separate updates.
 
         >>> update = LowRankUpdate(torch.ones(2, 1), torch.tensor([[1.0], [0.0], [2.0]]))
         >>> update.dense()
@@ -72,7 +72,7 @@ class LowRankUpdate(Change):
         right: [..., d_in, B].
 
     Raises:
-        ArgumentError: the factors are not matrices of equally many columns, or not equally many of them.
+        ArgumentError: the factors are not matrices, or differ in B or in their leading dimensions.
     """
 
     left: Tensor
@@ -87,7 +87,7 @@ class LowRankUpdate(Change):
 
     @property
     def rank(self) -> int:
-        """B, the number of columns of both factors: an upper bound of the rank."""
+        """B, the number of columns of each factor. The rank of ΔW is at most B."""
         return self.left.shape[-1]
 
     def check(self, place: Place, shape: tuple[int, int]) -> None:
@@ -100,7 +100,7 @@ class LowRankUpdate(Change):
         return self.left @ self.right.mT
 
     def compact(self) -> "LowRankUpdate | DenseUpdate":
-        """The form that has fewer numbers: itself, or the same change dense, in float32 or wider."""
+        """The form with fewer numbers: this update, or the equal `DenseUpdate` in float32 or wider."""
         d_out, d_in = self.left.shape[-2], self.right.shape[-2]
         if self.rank * (d_out + d_in) <= d_out * d_in:
             return self
@@ -108,7 +108,7 @@ class LowRankUpdate(Change):
         return DenseUpdate(self.left.to(wide) @ self.right.to(wide).mT)
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW, of all changes together, from the factors' Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
+        """Frobenius norm of ΔW, over all batched updates, from the Gram matrices: ||L Rᵀ||² = <LᵀL, RᵀR>."""
         left, right = self.left.double(), self.right.double()
         return float(((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0).sqrt())
 
@@ -132,7 +132,7 @@ class DenseUpdate(Change):
         bias: Δb [d_out], or None.
 
     Raises:
-        ArgumentError: both are None, or they are no matrix and vector of one d_out.
+        ArgumentError: both are None, `weight` is no matrix, `bias` is no vector, or their d_out differ.
     """
 
     weight: Tensor | None = None
@@ -176,18 +176,18 @@ class DenseUpdate(Change):
 
 
 class Adaptor(Change):
-    """A small module behind a place: it changes what leaves it and writes no weight. Subclasses name their `kind`."""
+    """A small module behind a place. It changes the place's output and writes no weight. Subclasses set `kind`."""
 
     @abstractmethod
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """What is to leave the place.
+        """The new output of the place.
 
         Args:
-            inputs: what entered it, [rows, tokens, d_in]; token ids [rows, tokens] at the embedding.
-            output: what left it, [rows, tokens, d_out].
+            inputs: the place's input, [rows, tokens, d_in]; token ids [rows, tokens] at the embedding.
+            output: the place's output, [rows, tokens, d_out].
 
         Returns:
-            [rows, tokens, d_out] in the dtype of `output`.
+            The output that replaces it, [rows, tokens, d_out], in the dtype of `output`.
         """
 
 
@@ -199,7 +199,7 @@ def change_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> C
     1
 
     Raises:
-        ArgumentError: its kind is not known, or a tensor is missing.
+        ArgumentError: the kind is not known, or a tensor is missing.
     """
     kind = settings.get("kind")
     if kind not in _KINDS:

@@ -1,4 +1,4 @@
-"""Equal work done once: what is distinct among many, and where each of the many finds its result."""
+"""Distinct items of a list, so that equal work is done once."""
 
 from collections.abc import Hashable, Iterable
 from typing import TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 def distinct(items: Iterable[T]) -> tuple[list[T], list[int]]:
-    """The distinct items, in the order in which they first occur, and for each of `items` its place among them.
+    """The distinct items in order of first occurrence, and for each of `items` its index among them.
 
     >>> distinct(["Rome", "Paris", "Rome"])
     (['Rome', 'Paris'], [0, 1, 0])

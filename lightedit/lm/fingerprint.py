@@ -1,19 +1,18 @@
-"""A short name for a model's weights, the same on every machine, in float32 and in bfloat16."""
+"""The fingerprint of a model's weights. It is the same on every machine, in float32 and in bfloat16."""
 
 import hashlib
 
 import torch
 from transformers import PreTrainedModel
 
-_SAMPLES = 64  # elements read of each parameter: enough to tell two models apart, cheap for a large one
+_SAMPLES = 64  # elements read of each parameter: they tell two models apart, and reading them is cheap
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash the architecture and evenly spaced elements of every parameter, rounded to bfloat16.
 
-    A covariance or an edit belongs to one model's weights; this tells them apart without reading all of them.
-    Parameters that are not in memory (offloaded) count by name and shape. Weights that were rounded to float16 on
-    loading may hash differently.
+    The fingerprint ties a covariance or an edit to one model. Offloaded parameters count by name and shape alone.
+    Weights that were rounded to float16 on loading may hash differently.
 
     Returns:
         16 hexadecimal digits.
@@ -24,7 +23,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         if parameter.device.type != "meta":
             flat = parameter.detach().reshape(-1)
             count = min(_SAMPLES, flat.numel())
-            # in integers, because a float's rounding could move an index on another machine
+            # integer arithmetic: rounding in floating point could move an index on another machine
             index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
             sample = flat[index].to(torch.bfloat16)
             digest.update(sample.view(torch.int16).cpu().numpy().tobytes())

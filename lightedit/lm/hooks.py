@@ -1,7 +1,8 @@
-"""Hooks on modules: all that the package registers.
+"""All forward hooks of the package.
 
-They serve modules that return a tensor and those that return a tuple, and modules that see all rows as one list (OPT's
-MLP). Hooks run in the order in which their contexts were entered, so that a later one sees what an earlier one changed.
+They work on modules that return a tensor and on modules that return a tuple. They also work on modules that get all
+rows' tokens as one list, such as OPT's MLP. Hooks run in the order in which their contexts were entered, so a later
+one sees what an earlier one changed.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -16,9 +17,9 @@ from lightedit.lm.architectures import Features
 
 _Key = TypeVar("_Key", bound=Hashable)
 At = tuple[Tensor, Tensor]
-"""(rows, positions) of chosen tokens, two integer tensors of shape [n]."""
+"""(rows, positions) of n tokens, two integer tensors [n]."""
 OutputChange = Callable[[Tensor, Tensor], Tensor]
-"""What enters a place and what leaves it, both [rows, tokens, features] -> what is to leave it instead."""
+"""(input of a place, its output), both [rows, tokens, features] -> the output that replaces it."""
 
 
 class _StopForward(Exception):
@@ -30,10 +31,10 @@ class Port:
     """The modules of one place.
 
     Attributes:
-        entry: the module whose first input enters the place.
-        exit: the module whose output leaves it; mostly the same.
-        block: the block around them, whose input tells how many rows and tokens there are; None outside of blocks.
-        features: which output features of `exit` are the place's; None for all.
+        entry: the module whose first input is the place's input.
+        exit: the module whose output is the place's output; the same module except at `attention`.
+        block: the block around them, whose input gives the numbers of rows and tokens; None outside of blocks.
+        features: the output features of `exit` that belong to the place; None for all.
     """
 
     entry: nn.Module
@@ -51,7 +52,7 @@ def hidden_of(output: Any) -> Tensor:
 def stop_after(module: nn.Module, before: bool = False) -> Iterator[None]:
     """End every forward pass inside the context right after `module` has run, or right before.
 
-    The forward call must be the last statement of the context: leaving it by the internal exception is what ends it.
+    An internal exception ends the pass and leaves the context, so the forward call must be its last statement.
     """
 
     def stop(*_: Any) -> None:
@@ -68,7 +69,7 @@ def stop_after(module: nn.Module, before: bool = False) -> Iterator[None]:
 
 @contextmanager
 def returned_by(module: nn.Module) -> Iterator[list[Any]]:
-    """Yield a list that fills with what `module` returns at each call, as it is."""
+    """Yield a list to which each call of `module` adds its return value, unchanged."""
     returned: list[Any] = []
     handle = module.register_forward_hook(lambda _, __, output: returned.append(output))
     try:
@@ -85,17 +86,17 @@ def capture(
     inputs: bool = False,
     features: Mapping[_Key, Features] | None = None,
 ) -> Iterator[dict[_Key, Tensor]]:
-    """Collect what enters or leaves each module.
+    """Collect the output or the input of each module.
 
     Args:
-        modules: modules to watch, by a key of the caller's choice, such as the layer.
-        rows: number of rows in the batch; some modules (OPT's MLP) see all rows' tokens as one list.
-        at: only these states are kept, as [n, d]. None keeps all.
+        modules: modules to watch, by a key of the caller's choice, such as the place.
+        rows: number of rows in the batch; some modules (OPT's MLP) get all rows' tokens as one list.
+        at: the tokens whose states are kept, as [n, d]. None keeps all.
         inputs: keep the module's first input instead of its output.
-        features: for keys in it, the features to keep; all for others.
+        features: key -> the features to keep; all features of a key that is missing.
 
     Yields:
-        A dictionary that fills during the forward pass: key -> [n, d] or [rows, positions, d]. Tensors are copies.
+        A dictionary that fills during the forward pass: key -> [n, d] or [rows, tokens, d]. Tensors are copies.
     """
     captured: dict[_Key, Tensor] = {}
 
@@ -117,9 +118,12 @@ def capture(
 
 
 def install(port: Port, change: OutputChange) -> Callable[[], None]:
-    """Let `change` decide what leaves `port` in every forward pass. Returns what takes it away again.
+    """Let `change` replace the output of `port` in every forward pass.
 
-    The place's input is handed on with its token ids [rows, tokens] where it is the embedding.
+    `change` gets the place's input and output. At the embedding, the input is token ids [rows, tokens].
+
+    Returns:
+        A function that removes the hooks.
     """
     seen: dict[str, Any] = {}
     handles = []
@@ -165,7 +169,7 @@ def changed(port: Port, change: OutputChange) -> Iterator[None]:
 
 @contextmanager
 def add_at(port: Port, shift: Tensor, at: At) -> Iterator[None]:
-    """Add `shift` [n, d] to what leaves `port` at `at`, in the wider of both dtypes. Gradients flow into it."""
+    """Add `shift` [n, d] to the output of `port` at `at`, in the wider of both dtypes. Gradients flow into it."""
 
     def change(_: Tensor, output: Tensor) -> Tensor:
         wide = output.to(torch.promote_types(shift.dtype, output.dtype))
@@ -177,7 +181,7 @@ def add_at(port: Port, shift: Tensor, at: At) -> Iterator[None]:
 
 @contextmanager
 def replace_at(port: Port, states: Tensor, at: At) -> Iterator[None]:
-    """Put `states` [n, d] in place of what leaves `port` at `at`, all distinct. Gradients flow into them."""
+    """Replace the output of `port` at the distinct tokens `at` by `states` [n, d]. Gradients flow into them."""
 
     def change(_: Tensor, output: Tensor) -> Tensor:
         return output.index_put(_on_device(at, output), states.to(output))
@@ -188,17 +192,17 @@ def replace_at(port: Port, states: Tensor, at: At) -> Iterator[None]:
 
 @dataclass
 class Probe:
-    """What one forward and backward pass says of a place: the token factors of its weight's gradient.
+    """The token factors of the gradient at one place, from one forward and backward pass.
 
     For a place with a matrix W, dL/dW [d_out, d_in] is the sum over tokens of the outer products of `grads` and
-    `inputs`, and dL/db the sum of `grads` alone.
+    `inputs`. dL/db is the sum of `grads` over tokens.
     """
 
     _seen: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def inputs(self) -> Tensor:
-        """What entered the place, [rows, tokens, d_in].
+        """The place's input, [rows, tokens, d_in].
 
         Raises:
             RuntimeError: no forward pass has reached the place.
@@ -209,7 +213,7 @@ class Probe:
 
     @property
     def grads(self) -> Tensor:
-        """The loss's gradient with respect to what left the place, [rows, tokens, d_out].
+        """The gradient of the loss with respect to the place's output, [rows, tokens, d_out].
 
         Raises:
             RuntimeError: no backward pass has reached the place.
@@ -225,7 +229,7 @@ class Probe:
 
 @contextmanager
 def probe(ports: Mapping[_Key, Port]) -> Iterator[dict[_Key, Probe]]:
-    """Add a zero that requires a gradient to what leaves each port; each probe holds the last forward pass's."""
+    """Add a zero tensor with a gradient to the output of each port. Each probe holds the last forward pass only."""
     probes = {key: Probe() for key in ports}
 
     def watch(into: Probe) -> OutputChange:
@@ -244,9 +248,9 @@ def probe(ports: Mapping[_Key, Port]) -> Iterator[dict[_Key, Probe]]:
 
 @contextmanager
 def skip_blocks(blocks: Iterable[nn.Module], hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Let every one of `blocks` return `hidden` without running.
+    """Let each of `blocks` return `hidden` without running.
 
-    Only their `forward` is exchanged, so that indices, attributes and parameters stay what the model expects.
+    Only their `forward` is replaced, so indices, attributes and parameters stay as the model expects them.
 
     Args:
         blocks: the first blocks of a model.
@@ -256,7 +260,7 @@ def skip_blocks(blocks: Iterable[nn.Module], hidden: Tensor, as_tuple: bool) -> 
     output = (hidden, None) if as_tuple else hidden
     with ExitStack() as stack:
         for block in blocks:
-            # accelerate's hooks also live in the instance's __dict__; they must come back as they were
+            # accelerate, too, keeps a `forward` in the instance's __dict__; it must be restored
             previous = block.__dict__.get("forward")
             block.forward = lambda *_, **__: output
             if previous is None:

@@ -1,4 +1,4 @@
-"""Getting a pretrained model: the built-in one, a Hub id, a local folder or a GGUF file."""
+"""Load a pretrained model: the built-in one, a Hub id, a local folder or a GGUF file."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def cache_folder() -> Path:
-    """Where models and statistics are kept: LIGHTEDIT_CACHE, or `lightedit` in the user's cache folder."""
+    """The folder of models and statistics: LIGHTEDIT_CACHE, or `lightedit` in the user's cache folder."""
     if folder := os.environ.get("LIGHTEDIT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightedit"
@@ -76,13 +76,13 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _check_hub(name: str) -> None:
-    """Raise UnreachableError at once where transformers would try again and again, file after file."""
+    """Raise UnreachableError at once if the Hub does not answer. transformers would retry for every file."""
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except (HfHubHTTPError, HFValidationError):
-        return  # no such model, or one that asks for a token: transformers says which
-    except Exception as error:  # of the HTTP library, which is not the same one in all versions of huggingface_hub
+        return  # no such model, or a gated one: transformers reports which
+    except Exception as error:  # the HTTP library, and so the class, differs between versions of huggingface_hub
         raise UnreachableError(
             f"{name} is no folder here and not in the Hub's cache, and the Hub does not answer ({error}); give the "
             f"built-in {BUILTIN}, the path of a model's folder or .gguf file, or go online"
@@ -90,10 +90,10 @@ def _check_hub(name: str) -> None:
 
 
 def builtin_model() -> Path:
-    """The folder of the built-in model, fetched and unpacked on first use.
+    """The folder of the built-in model, which is downloaded and converted on first use.
 
-    The download's checksum is verified before it is read, and the folder appears in one rename, so a broken download
-    or an interrupted conversion is never taken for the model.
+    The checksum of the download is verified before it is read. The folder appears in one rename, so an interrupted
+    conversion is never taken for the model.
 
     Raises:
         UnavailableError: the download failed or its checksum is wrong.
@@ -144,10 +144,10 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer into `folder`; what a GGUF file held quantised becomes plain weights."""
+    """Write a model and its tokenizer into `folder`. The weights of a GGUF file are written dequantised."""
     quantization = getattr(model.config, "quantization_config", None)
     if getattr(quantization, "quant_method", None) == "gguf":
-        # loading dequantised the weights, but left these marks, under which they would not be saved as they are
+        # loading dequantised the weights but left these attributes, with which they are not saved as plain weights
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The language model that is edited: a plain object around a transformers model and its tokenizer."""
+"""The language model that is edited: a transformers model and its tokenizer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -27,15 +27,15 @@ from lightedit.ops import Head
 
 
 class LanguageModel:
-    """A causal language model whose places (see `Place`) can be read, changed for a while, and edited.
+    """A causal language model whose places (see `Place`) can be read, changed within a context, and edited.
 
-    It is not an `nn.Module` on purpose: a trainer then neither moves, wraps nor checkpoints the model, and models
-    spread over devices stay intact.
+    It is not an `nn.Module`, so a trainer neither moves, wraps nor checkpoints it. A model spread over several devices
+    stays as it is.
 
     Args:
         model: a causal language model of a known architecture; it is put in evaluation mode and frozen.
-        tokenizer: its tokenizer; a fast one, because positions come from character offsets.
-        name: what to call it in provenance.
+        tokenizer: its fast tokenizer; subject positions come from character offsets.
+        name: its name in provenance.
 
     Attributes:
         model: the transformers model.
@@ -44,7 +44,7 @@ class LanguageModel:
         fingerprint: short hash of the unedited weights.
         anatomy: the modules and matrices of its places.
         blocks: its transformer blocks, first to last.
-        weights: the edited places and what was written to them.
+        weights: the changed places and their changes.
         returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
     """
 
@@ -78,13 +78,13 @@ class LanguageModel:
 
         Args:
             name: what to load.
-            dtype: "float32", "bfloat16", "float16", "auto" (as stored); default: float32 on the CPU, else as stored.
-            device: where the whole model goes; default: the GPU if there is one.
+            dtype: "float32", "bfloat16", "float16" or "auto" (as stored); default: float32 on the CPU, else as stored.
+            device: device of the whole model; default: the GPU if there is one.
             device_map: as in transformers, for a model larger than one device; excludes `device`.
 
         Raises:
             FileNotFoundError: there is no such folder or file.
-            ConnectionError: the model is not here, and the Hub does not answer.
+            ConnectionError: the model is not in the local cache, and the Hub does not answer.
             OSError: the Hub has no such model, or it asks for a token.
             ArgumentError: an unknown dtype, both `device` and `device_map`, or a model of an unsupported architecture.
             RuntimeError: the built-in model could not be downloaded.
@@ -109,17 +109,17 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embeddings."""
+        """The device of token ids, which is that of the input embeddings."""
         return torch.device(self.model.get_input_embeddings().weight.device)
 
     @property
     def pad_id(self) -> int:
-        """A token id for padding; masked, so any valid one serves."""
+        """A token id for padding. Padding is masked, so any valid id serves."""
         return pad_token(self.tokenizer)
 
     @property
     def text_start(self) -> int:
-        """The token that a text begins with: beginning-of-text, or else end-of-text."""
+        """The first token of a text: beginning-of-text, or end-of-text if there is none."""
         return start_token(self.tokenizer)
 
     @property
@@ -128,22 +128,22 @@ class LanguageModel:
         return self.anatomy.head()
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise ArgumentError unless `layers` are distinct, ascending and exist."""
+        """Raise ArgumentError unless `layers` exist and are distinct and ascending."""
         if not layers or list(layers) != sorted(set(layers)):
             raise ArgumentError(f"layers must be distinct and ascending, got {list(layers)}")
         if layers[0] < 0 or layers[-1] >= self.n_layers:
             raise ArgumentError(f"layers {list(layers)} out of range: {self.name} has layers 0 to {self.n_layers - 1}")
 
     def module(self, place: Place) -> nn.Module:
-        """The module whose output leaves `place`; see `Anatomy.module`."""
+        """The module whose output is the output of `place`; see `Anatomy.module`."""
         return self.anatomy.module(place)
 
     def module_name(self, place: Place) -> str:
-        """That module's name in the model, such as "model.layers.5.mlp.down_proj"."""
+        """The name of that module, such as "model.layers.5.mlp.down_proj"; see `Anatomy.module_name`."""
         return self.anatomy.module_name(place)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the MLP's output and the residual stream, where the architecture has one."""
+        """The norm between the MLP's output and the residual stream; None if the architecture has none."""
         return self.anatomy.mlp_norm(layer)
 
     def weight(self, place: Place) -> Tensor:
@@ -151,19 +151,19 @@ class LanguageModel:
         return self.anatomy.weight(place)
 
     def bias(self, place: Place) -> Tensor | None:
-        """The bias of `place` as a writable [d_out] view, None where it has none; see `Anatomy.bias`."""
+        """The bias of `place` as a writable [d_out] view, None without one; see `Anatomy.bias`."""
         return self.anatomy.bias(place)
 
     def forward(self, batch: Batch, cache: DynamicCache | None = None, keep: int | None = None) -> Tensor:
-        """One forward pass of the stock model.
+        """Run one forward pass.
 
         Args:
             batch: rows of token ids; with a cache, the mask covers prefix and tokens.
-            cache: states of earlier tokens, such as a `PrefixCache`.
-            keep: of how many of the last tokens logits are wanted; None means all.
+            cache: keys and values of earlier tokens, such as a `PrefixCache`.
+            keep: number of last tokens whose logits are returned; None for all.
 
         Returns:
-            Logits, [rows, tokens, vocabulary].
+            Logits, [rows, tokens or keep, vocabulary].
         """
         batch = batch.to(self.device)
         arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
@@ -180,7 +180,7 @@ class LanguageModel:
         return output.logits
 
     def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span]) -> None:
-        """One forward pass over the tokens of many rows laid end to end, without padding (see `Span`).
+        """Run one forward pass over the tokens of many rows laid end to end, without padding (see `Span`).
 
         Args:
             ids: token ids, [tokens].
@@ -201,13 +201,13 @@ class LanguageModel:
     def capture(
         self, places: Iterable[Place], rows: int, at: hooks.At | None = None, inputs: bool = False
     ) -> Iterator[dict[Place, Tensor]]:
-        """Within the context, forward passes are read at `places`.
+        """Within the context, collect the outputs or inputs of `places` in a forward pass.
 
         Args:
-            places: where.
+            places: the places to read.
             rows: rows of the batch; 1 for a packed pass.
             at: (rows, positions), integer tensors [n], of the tokens to keep; None keeps all.
-            inputs: keep what enters the places instead of what leaves them; the embedding has no such states.
+            inputs: keep the places' inputs instead of their outputs; the embedding has no such states.
 
         Yields:
             A dictionary that fills during the pass: place -> [n, d] or [rows, tokens, d], copies.
@@ -221,27 +221,27 @@ class LanguageModel:
             yield states
 
     def add_at(self, place: Place, shift: Tensor, at: hooks.At) -> AbstractContextManager[None]:
-        """Within the context, `shift` [n, d] is added to what leaves `place` at the tokens `at`.
+        """Within the context, add `shift` [n, d] to the output of `place` at the tokens `at`.
 
-        Contexts of this kind compose in one pass and apply in the order in which they were entered. The sum is in the
-        wider of both dtypes; gradients flow into `shift`.
+        Several such contexts compose in one pass and apply in the order in which they were entered. The sum is in the
+        wider of both dtypes. Gradients flow into `shift`.
 
         Args:
-            place: where.
-            shift: what to add, [n, d].
-            at: (rows, positions), integer tensors [n]; a token named twice gets both.
+            place: the place to change.
+            shift: the summand, [n, d].
+            at: (rows, positions), integer tensors [n]; a token named twice gets both summands.
         """
         return hooks.add_at(self.anatomy.port(place), shift, at)
 
     def replace_at(self, place: Place, states: Tensor, at: hooks.At) -> AbstractContextManager[None]:
-        """Within the context, `states` [n, d] leave `place` at the tokens `at`, all distinct; see `add_at`."""
+        """Within the context, replace the output of `place` at the distinct tokens `at` by `states` [n, d]."""
         return hooks.replace_at(self.anatomy.port(place), states, at)
 
     def probe(self, places: Iterable[Place]) -> AbstractContextManager[dict[Place, hooks.Probe]]:
-        """Within the context, forward passes are prepared for gradients of what leaves each of `places`.
+        """Within the context, prepare forward passes for gradients with respect to the outputs of `places`.
 
-        After the backward pass, which may come after the context, each probe holds the token factors of the gradient of
-        its place's matrix (see `Probe`), without a gradient of any weight.
+        After the backward pass, each probe holds the token factors of the gradient of its place's matrix (see `Probe`).
+        The backward pass may follow the context. No weight requires a gradient.
         """
         return hooks.probe({place: self.anatomy.port(place) for place in places})
 
@@ -254,31 +254,31 @@ class LanguageModel:
             at: (rows, positions), each [n].
 
         Yields:
-            A dictionary that will hold, under 0, the states that the head would read at `at`, [n, d].
+            A dictionary that fills during the pass: 0 -> the input of the LM head at `at`, [n, d].
         """
         head = self.model.get_output_embeddings()
         with hooks.capture({0: head}, rows, at, inputs=True) as states, hooks.stop_after(head, before=True):
             yield states
 
     def starting_at(self, layer: int, hidden: Tensor) -> AbstractContextManager[None]:
-        """Within the context, forward passes begin with `hidden` at the input of block `layer`; earlier blocks rest.
+        """Within the context, forward passes start at block `layer` with input `hidden`. Earlier blocks do not run.
 
-        With `forward(batch, cache)`, whose `PrefixCache` holds keys and values of what stands before, only the tokens
-        of `batch` in blocks from `layer` on are computed. Places in earlier blocks are then not reached.
+        With a `PrefixCache` of the earlier tokens, `forward(batch, cache)` computes only the tokens of `batch`, in
+        blocks from `layer` on. Places in earlier blocks are not reached.
 
         Args:
             layer: the first block that runs.
-            hidden: its input, [rows, tokens, d], of the batch's tokens without the cached ones; gradients flow into it.
+            hidden: its input, [rows, tokens, d], without the cached tokens; gradients flow into it.
         """
         return hooks.skip_blocks(self.blocks[:layer], hidden, self.returns_tuple)
 
     @contextmanager
     def with_edits(self, edits: RowwiseEdits, rectangles: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
-        """Within the context, every row of a forward pass sees its own edit; no weight is written.
+        """Within the context, each row of a forward pass sees its own edit. No weight is written.
 
         Args:
-            edits: which edit each row sees.
-            rectangles: (rows, length) of each span of a packed pass; by default the rows are one rectangle.
+            edits: the edits, and which of them each row sees.
+            rectangles: (rows, length) of each span of a packed pass; by default all rows have one length.
         """
 
         def adding(update: LowRankUpdate) -> hooks.OutputChange:
@@ -290,7 +290,7 @@ class LanguageModel:
             yield
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens the tokenizer adds."""
+        """Token ids of each text, with the special tokens that the tokenizer adds."""
         return self.tokenizer(list(texts))["input_ids"] if texts else []
 
     def generate(
@@ -310,18 +310,18 @@ class LanguageModel:
             prompts: texts or token ids.
             max_new_tokens: tokens of a continuation at most.
             top_k: None for greedy.
-            seed: one for all prompts, or one for each. With one each, a prompt's draws depend on nothing else: not on
-                its batch, not on the other prompts.
+            seed: one for all prompts, or one for each. With one for each, the draws of a prompt depend neither on its
+                batch nor on the other prompts.
             batch_size: prompts continued together.
             stop_at_end: whether an end-of-text token ends a continuation.
-            edits: what each prompt sees beside what is written into the model, as many rows as prompts.
+            edits: which edit each prompt sees on top of the changes in the weights; one row for each prompt.
 
         Returns:
             New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
 
         Raises:
-            ArgumentError: there are not as many seeds as prompts, or no tokens are asked for.
-            FloatingPointError: with a seed for each prompt: the best logits are NaN or infinite.
+            ArgumentError: the numbers of seeds and prompts differ, or `max_new_tokens` is below 1.
+            FloatingPointError: the best logits are NaN or infinite; checked only with a seed for each prompt.
         """
         if max_new_tokens < 1:
             raise ArgumentError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")

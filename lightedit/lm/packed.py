@@ -1,7 +1,7 @@
-"""Rows of different lengths in one forward pass without padding: only attention sees that they are separate.
+"""Packed passes: rows of different lengths in one forward pass, without padding.
 
-Everything in a transformer but attention treats tokens alone, so the tokens of many rows can be one long row for it.
-Attention then goes span by span, a span being rows of one length, each with the prefix that precedes its rows.
+All of a transformer but attention treats each token separately, so the tokens of many rows can form one long row.
+Attention runs span by span. A span is several rows of one length, with the prefix cache of these rows.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ class Span:
     Attributes:
         rows: number of rows.
         length: tokens of each.
-        cache: states of the rows' prefixes, if they have any.
-        mask: what each token may attend to, [rows, 1, length, prefix + length]; 0 there, and minus infinity elsewhere.
-        positions: where each token stands in its text, counted from any place, [rows or 1, prefix + length].
+        cache: prefix cache of the rows, if they have prefixes.
+        mask: additive attention mask, [rows, 1, length, prefix + length]: 0 where a token may attend, else -infinity.
+        positions: position of each token in its text, [rows or 1, prefix + length]. Only differences count.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class Span:
 
     @classmethod
     def of(cls, mask: Tensor, length: int, cache: PrefixCache | None, dtype: torch.dtype) -> "Span":
-        """Build a span from the mask of real tokens, [rows, prefix + length], whose last `length` are all real."""
+        """Build a span from the mask of real tokens, [rows, prefix + length]; the last `length` are all real."""
         total = mask.shape[1]
         causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
         seen = mask[:, None, :] & causal
@@ -50,14 +50,14 @@ class Span:
         """Build a span of rows that each hold several texts with a common beginning.
 
         Args:
-            seen: whether each token stands before another in one text, or is it, [rows, length, length] bool.
-            positions: of each token in its texts, [rows, length].
-            dtype: of the mask.
+            seen: [rows, length, length] bool; entry (i, j) is True if token j is token i or precedes it in a text.
+            positions: position of each token in its texts, [rows, length].
+            dtype: dtype of the mask.
         """
         return cls(len(seen), seen.shape[1], None, _additive(seen, dtype), positions)
 
     def visible(self, window: int | None) -> Tensor:
-        """The mask, narrowed to the last `window` tokens where the layer's attention slides."""
+        """The mask, cut to the last `window` tokens of a layer with sliding-window attention; None for all."""
         if window is None or window >= self.mask.shape[-1]:
             return self.mask
         distance = self.positions[:, -self.length :, None] - self.positions[:, None, :]
@@ -65,7 +65,7 @@ class Span:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, length, total] bool as what is added to attention's logits, [rows, 1, length, total]."""
+    """The additive mask [rows, 1, length, total] of a boolean one [rows, length, total]."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, -torch.inf)[:, None]
 
@@ -82,13 +82,13 @@ def _attend(
     packed: list[Span],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed tokens. query [1, heads, N, head_dim]; returns [1, N, heads, head_dim]."""
+    """Attention over packed tokens. Takes query [1, heads, N, head_dim] and returns [1, N, heads, head_dim]."""
     groups = query.shape[1] // key.shape[1]
     sizes = [span.rows * span.length for span in packed]
     outputs = []
-    # split and not slices, whose backward would each fill a whole tensor with zeros
+    # split, because the backward pass of each slice would fill a whole tensor with zeros
     for span, q, k, v in zip(packed, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True):
-        # [rows, key heads, length, head_dim]; query heads that share a key head stand in line as one longer query
+        # [rows, key heads, length, head_dim]; query heads that share a key head are concatenated to one longer query
         q = q.unflatten(1, (span.rows, span.length)).unflatten(0, (-1, groups)).permute(2, 0, 1, 3, 4).flatten(2, 3)
         k, v = (states.unflatten(1, (span.rows, span.length)).transpose(0, 1) for states in (k, v))
         if span.cache is not None:
@@ -105,7 +105,7 @@ AttentionInterface.register(_NAME, _attend)
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, `model` takes its spans from the argument `packed` of its forward."""
+    """Within the context, the attention of `model` reads its spans from the argument `packed` of `forward`."""
     previous = model.config._attn_implementation
     model.config._attn_implementation = _NAME
     try:

@@ -1,4 +1,4 @@
-"""The names of places in a language model: what is read there, added there, or written."""
+"""Names of places in a language model, where states are read or changed and matrices are written."""
 
 from dataclasses import dataclass
 from functools import total_ordering
@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 from lightedit.errors import ArgumentError
 
 Name = Literal["embedding", "q", "k", "v", "attention_out", "attention", "mlp_gate", "mlp_in", "mlp", "block"]
-"""What there is in a block, in the order in which it runs; and the embedding."""
+"""The embedding, and the places of a block in the order in which they run."""
 
 _ORDER = {name: index for index, name in enumerate(get_args(Name))}
 
@@ -17,25 +17,25 @@ _ORDER = {name: index for index, name in enumerate(get_args(Name))}
 class Place:
     """One place in a model: a layer, and a name that means the same in every architecture.
 
-    | name | its matrix | what enters | what leaves |
+    | name | its matrix | input | output |
     |---|---|---|---|
-    | embedding | token embeddings, W [d, vocabulary] | token ids | what the model looks up; its layer is 0 |
-    | q, k, v | the attention's input matrices; slices where one matrix holds all three | what the attention reads | queries, keys, values |
+    | embedding | token embeddings, W [d, vocabulary]; the layer is 0 | token ids | the tokens' embeddings |
+    | q, k, v | the attention's input matrices, or slices of one matrix | what the attention reads | queries, keys, values |
     | attention_out | the attention's output matrix | the heads' outputs | what the attention adds |
     | attention | - | what the attention reads | what the attention adds |
     | mlp_gate | the gate's matrix, where the MLP has a gate | what the MLP reads | the gate before its activation |
-    | mlp_in | the MLP's first matrix; beside a gate, the one without activation | what the MLP reads | its output |
-    | mlp | the MLP's second matrix, the one that most editors write | its key k | what the MLP adds |
+    | mlp_in | the MLP's first matrix; with a gate, the one without activation | what the MLP reads | its output |
+    | mlp | the MLP's second matrix, which most editors write | the key k | what the MLP adds |
     | block | - | the residual stream before the block | the residual stream after it |
 
     Places sort in the order in which they run.
 
     Attributes:
         layer: index of the block.
-        name: which part of it.
+        name: name of the place in the block.
 
     Raises:
-        ArgumentError: an unknown name.
+        ArgumentError: the name is unknown.
     """  # noqa: E501
 
     layer: int
@@ -47,10 +47,10 @@ class Place:
 
     @classmethod
     def from_key(cls, key: str) -> Self:
-        """The place of that `key`.
+        """The place that has this `key`.
 
         Raises:
-            ArgumentError: there is none.
+            ArgumentError: no place has it.
         """
         layer, _, name = key.partition("_")
         if not layer.isdigit() or (name or "mlp") not in _ORDER:
@@ -59,7 +59,7 @@ class Place:
 
     @property
     def key(self) -> str:
-        """Its name in files and logs: "5" for the MLP's second matrix, "5_attention_out" for the attention's last."""
+        """Name in files and logs, such as "5" for `Place(5, "mlp")` and "5_attention_out"."""
         return str(self.layer) if self.name == "mlp" else f"{self.layer}_{self.name}"
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Keys and values of tokens that an edit cannot change, computed once and put before every later forward pass."""
+"""Computing the prefix cache: tokens before the subject's last token are run once and kept as a KV cache."""
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -12,33 +12,35 @@ from lightedit.lm.hooks import stop_after
 from lightedit.lm.model import LanguageModel
 
 _PREFIX_TOKENS = 1024  # tokens of one pass over prefixes at most
-# A beginning is run once for all rows that share it if it has this many tokens, and if that saves so many in all
+# A common beginning (stem) is run once if it has at least 4 tokens and this saves more than 100 tokens in all
 _STEM_TOKENS, _STEM_SAVING = 4, 100
 
 
 @torch.no_grad()
 def prefix_cache(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[PrefixCache | None, Tensor]:
-    """Run the tokens that every later pass shares.
+    """Run the prefixes of all rows and keep their attention keys and values.
 
     Args:
+        lm: the model.
         rows: prefix token ids; lengths may differ and some may be empty.
 
     Returns:
-        The cache (None if all prefixes are empty) and the prefix's mask, [rows, prefix], padded on the left.
+        The cache (None if all prefixes are empty), and the mask of real prefix tokens, [rows, prefix], padded on the
+        left.
     """
     width = max(map(len, rows))
     mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=lm.device)
     if not width:
         return None, mask.reshape(len(rows), 0)
     stems: list[tuple[int, ...]] = []
-    texts: list[tuple[tuple[int, ...], int]] = []  # every distinct row, and the number of its stem or -1
+    texts: list[tuple[tuple[int, ...], int]] = []  # each distinct row, and the index of its stem or -1
     for stem, members in _stems(sorted(set(map(tuple, rows)))):
         texts += [(member, len(stems) if stem else -1) for member in members]
         stems += [stem] if stem else []
     common = _prefix_states(lm, stems, max(map(len, stems))) if stems else None
     order: list[tuple[int, ...]] = []
     parts: list[list[tuple[Tensor, Tensor]]] = []
-    for alone in (True, False):  # rows with a stem are continued from it
+    for alone in (True, False):  # rows without a stem, then rows that continue a stem
         chosen = [(row, stem) for row, stem in texts if (stem < 0) == alone]
         lengths = [len(row) - (0 if alone else len(stems[stem])) for row, stem in chosen]
         for group in rectangles(lengths, _PREFIX_TOKENS) if chosen else []:
@@ -66,17 +68,20 @@ def _prefix_states(
     stems: PrefixCache | None = None,
     stem_lengths: Sequence[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Attention keys and values of every layer, each [rows, heads, width, head_dim], aligned to the right.
+    """Attention keys and values of each layer, each [rows, heads, width, head_dim], aligned to the right.
+
+    States left of a row's tokens have no meaning; the caller masks them.
 
     Args:
-        rows: token ids; what stands left of a row is of no meaning, and for the caller to mask.
-        width: positions to return.
-        stems: the states of what each row begins with, aligned to the right.
-        stem_lengths: how many tokens that is.
+        lm: the model.
+        rows: token ids.
+        width: number of positions to return.
+        stems: keys and values of each row's stem, aligned to the right.
+        stem_lengths: tokens of each row's stem.
     """
     before = 0 if stems is None else stems.length
     known = torch.tensor(stem_lengths or [0] * len(rows))
-    # an empty row, too, runs one token: the whole of it is masked
+    # an empty row runs one padding token, whose states the caller masks
     rest = pad([row[int(n) :] or [lm.pad_id] for row, n in zip(rows, known, strict=True)], lm.pad_id)
     batch = Batch(
         rest.ids,
@@ -104,9 +109,10 @@ def _prefix_states(
 
 
 def _stems(rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
-    """Split sorted rows into runs with a common beginning worth computing once, such as a context; yields both.
+    """Group sorted rows by a common beginning, such as a context, and yield each stem with its rows.
 
-    A stem is shorter than each of its rows. Rows that share nothing much come with an empty stem.
+    A stem is shorter than each of its rows. Rows without a stem that is worth computing once come last, with an empty
+    stem.
     """
     alone: list[tuple[int, ...]] = []
     start = 0

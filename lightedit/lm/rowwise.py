@@ -1,4 +1,4 @@
-"""Many edits of one model in one forward pass: every row sees one of its own, and no weight is written."""
+"""Separate edits of one model in one forward pass: each row sees one edit, and no weight is written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from lightedit.ops import rowwise_low_rank
 
 @dataclass(frozen=True)
 class RowwiseEdits:
-    """B separate edits of one model, and which of them each row sees.
+    """Several separate edits of one model, and which of them each row sees.
 
     Attributes:
-        updates: matrix -> the updates of all edits, left [B, d_out, r] and right [B, d_in, r].
+        updates: place -> the updates of all edits, left [edits, d_out, r] and right [edits, d_in, r].
         of_row: index of each row's edit, [rows].
     """
 
@@ -25,15 +25,21 @@ class RowwiseEdits:
 
     @classmethod
     def none(cls, rows: int) -> "RowwiseEdits":
-        """No edit at all, for so many rows."""
+        """No edit, for `rows` rows."""
         return cls({}, torch.zeros(rows, dtype=torch.long))
 
     def rows(self, index: Tensor | Sequence[int]) -> "RowwiseEdits":
-        """The same edits for the rows of that index, [n]."""
+        """The edits of the rows `index` [n]."""
         return RowwiseEdits(self.updates, self.of_row[torch.as_tensor(index, dtype=torch.long)])
 
     def added(self, inputs: Tensor, update: LowRankUpdate, rectangles: Sequence[tuple[int, int]] | None) -> Tensor:
-        """What the updates add to the outputs for `inputs`, [..., d_in], whose tokens stand row after row."""
+        """The summand ΔW x of each token's output, [..., d_out].
+
+        Args:
+            inputs: the tokens' inputs x, [..., d_in], row after row.
+            update: the updates of all edits at one place.
+            rectangles: (rows, length) of consecutive groups of rows; None for one group.
+        """
         tokens = inputs.reshape(-1, inputs.shape[-1])
         rectangles = rectangles or [(len(self.of_row), len(tokens) // len(self.of_row))]
         edits = self.of_row.to(update.left.device).split([rows for rows, _ in rectangles])

@@ -1,4 +1,4 @@
-"""Writing on after given tokens: one loop, and the rules by which each next token is drawn."""
+"""Generation: the loop over next tokens, and the rules that draw each token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ Draw = Callable[[Tensor], Tensor]
 def next_tokens(
     forward: Callable[[Batch, DynamicCache], Tensor], cache: DynamicCache, batch: Batch, draw: Draw
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, [rows], each step one forward pass, for as long as the caller asks.
+    """Yield the next token of each row, [rows]. Each step is one forward pass; the caller ends the loop.
 
     Args:
-        forward: (tokens, cache) -> logits [rows, tokens, vocabulary], of which the last token's are read.
-        cache: an empty one, which is filled.
+        forward: (tokens, cache) -> logits [rows, tokens, vocabulary]; the last token's are read.
+        cache: an empty cache, which is filled.
         batch: the rows to continue, padded on the left.
-        draw: the rule.
+        draw: the rule that draws a token.
     """
     while True:
         tokens = draw(forward(batch, cache)[:, -1].to(batch.ids.device, torch.float32))
@@ -39,8 +39,8 @@ def before_end(stream: Iterator[Tensor], steps: int, ends: Sequence[int]) -> lis
     """The first `steps` tokens of each row, cut before an end token. Stops early once every row has ended.
 
     Args:
-        stream: tokens of all rows, [rows], step by step; at least one step.
-        steps: at most.
+        stream: tokens of all rows, [rows], for each step; at least one step.
+        steps: number of steps at most.
         ends: the tokens that end a row.
     """
     columns: list[Tensor] = []
@@ -56,21 +56,21 @@ def before_end(stream: Iterator[Tensor], steps: int, ends: Sequence[int]) -> lis
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most probable token of each row, [rows]; of several the first."""
+    """The most probable token of each row, [rows]; the first one if several are equally probable."""
     return logits.argmax(-1)
 
 
 @dataclass(frozen=True)
 class SharedDraws:
-    """Draw among the `top_k` most probable tokens, all rows by the numbers of one generator.
+    """Draw among the `top_k` most probable tokens, with one generator for all rows.
 
-    What a row draws depends on its place and on the other rows.
+    The draws of a row depend on its index in the batch and on the other rows.
 
     Attributes:
-        generator: on the device of the logits.
-        top_k: how many of the most probable tokens can be drawn.
-        whole_vocabulary: draw a number for every token, as `transformers` does, rather than for the `top_k` alone. That
-            takes longer, and other tokens come out of the same seed.
+        generator: a generator on the device of the logits.
+        top_k: number of the most probable tokens that can be drawn.
+        whole_vocabulary: draw a number for every token, as `transformers` does, not for the `top_k` alone. This takes
+            longer, and the same seed gives other tokens.
     """
 
     generator: torch.Generator
@@ -88,17 +88,17 @@ class SharedDraws:
 
 
 class RowDraws:
-    """Draw among the `top_k` most probable tokens, every row by the numbers of a generator of its own.
+    """Draw among the `top_k` most probable tokens, with one generator for each row.
 
-    Step t of a row uses the t-th number of the generator with its seed, whatever its batch, its place there and the
-    number of steps. The number u in [0, 1) picks the first token, most probable first, up to which the k tokens'
-    renormalised probabilities sum to more than u. So with one model a little different from another, equal seeds
-    mostly give equal tokens.
+    Step t of a row uses the t-th number u in [0, 1) of the row's generator. It depends neither on the row's batch, nor
+    on its index there, nor on the number of steps. The k probabilities are renormalised, and the drawn token is the
+    first, from the most probable on, whose cumulative probability exceeds u. So equal seeds mostly give equal tokens
+    on two models that differ little.
 
     Args:
         seeds: one for each row, >= 0.
-        steps: tokens that will be drawn at most.
-        top_k: how many of the most probable tokens can be drawn; 1 is greedy.
+        steps: number of steps at most.
+        top_k: number of the most probable tokens that can be drawn; 1 is greedy.
     """
 
     def __init__(self, seeds: Sequence[int], steps: int, top_k: int) -> None:
@@ -108,7 +108,7 @@ class RowDraws:
         self._step = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Draw the next step's token for each row of the logits [rows, vocabulary].
+        """Draw the token of the next step for each row of the logits [rows, vocabulary].
 
         Raises:
             NumericalError: a row's best logits are NaN or infinite.
@@ -129,17 +129,17 @@ class RowDraws:
 def draw_rule(
     top_k: int | None, seed: int | Sequence[int], rows: int, steps: int, device: torch.device
 ) -> Callable[[Sequence[int]], Draw]:
-    """The rule for each group of rows, given by their indices.
+    """A function that gives the drawing rule of a group of rows from their indices.
 
     Args:
-        top_k: how many of the most probable tokens can be drawn; None for greedy.
-        seed: one of all rows, whose groups then draw from one generator in turn; or one for each row.
-        rows: how many there are in all.
-        steps: tokens that will be drawn at most.
-        device: of the logits.
+        top_k: number of the most probable tokens that can be drawn; None for greedy.
+        seed: one for all rows, whose groups draw from one generator in turn; or one for each row.
+        rows: number of rows in all.
+        steps: number of steps at most.
+        device: device of the logits.
 
     Raises:
-        ArgumentError: there are not as many seeds as rows.
+        ArgumentError: the numbers of seeds and rows differ.
     """
     if not isinstance(seed, int) and len(seed) != rows:
         raise ArgumentError(f"{len(seed)} seeds for {rows} prompts; give one for each, or a single number")

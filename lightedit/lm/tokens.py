@@ -1,20 +1,20 @@
-"""The special tokens that a text is padded with, begins with and ends with."""
+"""Special tokens: padding, start of text and end of text."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id for padding; masked, so any valid one serves."""
+    """A token id for padding. Padding is masked, so any valid id serves."""
     return _first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text begins with: beginning-of-text, or else end-of-text."""
+    """The first token of a text: beginning-of-text, or end-of-text if there is none."""
     return _first(tokenizer.bos_token_id, tokenizer.eos_token_id, pad_token(tokenizer))
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text: the tokenizer's own, and those that the checkpoint names beside it."""
+    """The tokens that end a text: the tokenizer's, and those in the checkpoint's generation config."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(token for token in ids if token is not None))

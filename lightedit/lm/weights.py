@@ -1,4 +1,4 @@
-"""What edits wrote into one model, always materialised from a kept base, so that every edit can be undone exactly."""
+"""The changes of one model. Weights are recomputed from a kept base, so every edit can be reverted exactly."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from lightedit.ops import add_low_rank_
 from lightedit.ops.add_low_rank import sum_dtype
 
 Owner = tuple[str, int]
-"""Whose change it is: (id of the edit, index of its round)."""
+"""Owner of a change: (id of the edit, index of its round)."""
 
 
 class _Materialised:
-    """One live tensor as cast(base + sum of its changes).
+    """One tensor of the model, kept as cast(base + sum of its changes).
 
     Args:
         live: the tensor in the model.
@@ -27,10 +27,10 @@ class _Materialised:
 
     def __init__(self, live: Tensor) -> None:
         self.base = live.clone()
-        self._sum: Tensor | None = None  # unrounded, where the live tensor's dtype rounds
+        self._sum: Tensor | None = None  # base + changes in a wider dtype, if the live tensor's is narrower
 
     def reset(self, live: Tensor) -> None:
-        """Make `live` the base again."""
+        """Set `live` to the base."""
         live.copy_(self.base)
         self._sum = None
 
@@ -50,9 +50,9 @@ class _Materialised:
 class EditedWeights:
     """The changed places of one model: matrices and biases as cast(base + sum of their updates), and adaptors.
 
-    The base is kept in the model's own dtype and the sum in float32 (float64 for a float64 model), so a bfloat16
-    model does not drift over many rounds, and a matrix without updates is the base bit for bit. The same updates in
-    the same order give the same bits, however they came about. Adaptors of one place run in the order of their adding.
+    The base is kept in the model's dtype, the sum in float32 (float64 for a float64 model). So rounding errors of a
+    bfloat16 model do not grow with the rounds, and a matrix without updates equals the base bit for bit. The same
+    updates in the same order give the same bits. Adaptors of one place run in the order in which they were added.
 
     Args:
         anatomy: the model's places.
@@ -63,17 +63,17 @@ class EditedWeights:
         self._weights: dict[Place, _Materialised] = {}
         self._biases: dict[Place, _Materialised] = {}
         self._changes: dict[Place, list[tuple[Owner, Change]]] = {}
-        self._hooks: dict[Place, Callable[[], None]] = {}  # each takes the hook of a place's adaptors away
+        self._hooks: dict[Place, Callable[[], None]] = {}  # each removes the hooks of a place's adaptors
         self._lifted = False
 
     @property
     def owners(self) -> list[Owner]:
-        """The edits and rounds that are active, oldest first."""
+        """The active edits and their rounds, oldest first."""
         return list(dict.fromkeys(owner for changes in self._changes.values() for owner, _ in changes))
 
     @property
     def edits(self) -> list[str]:
-        """Ids of the edits that are active, oldest first."""
+        """Ids of the active edits, oldest first."""
         return list(dict.fromkeys(edit for edit, _ in self.owners))
 
     @property
@@ -90,13 +90,13 @@ class EditedWeights:
         return [change for _, change in self._changes.get(place, []) if isinstance(change, Adaptor)]
 
     def change(self, place: Place) -> LowRankUpdate | DenseUpdate:
-        """All active changes of the matrix and bias of `place` as one, float32 or wider, on the CPU.
+        """The sum of all active changes of the matrix and bias of `place`, float32 or wider, on the CPU.
 
-        Low-rank where all are.
+        It is low-rank if all of them are.
 
         Raises:
-            KeyError: it carries none.
-            ArgumentError: it carries an adaptor, which no change of a matrix equals.
+            KeyError: the place carries no change.
+            ArgumentError: the place carries an adaptor, which no change of a matrix equals.
         """
         changes = [change for _, change in self._changes[place]]
         if self.adaptors(place):
@@ -115,10 +115,10 @@ class EditedWeights:
 
     @torch.no_grad()
     def add(self, owner: Owner, place: Place, change: Change) -> None:
-        """Apply `change` to `place` on behalf of `owner`; nothing is changed when it is refused.
+        """Apply `change` to `place` on behalf of `owner`. On an error nothing is changed.
 
         Raises:
-            ArgumentError: it does not fit the place.
+            ArgumentError: the change does not fit the place.
             UnsupportedModelError: the place has no matrix or bias that can be written.
         """
         change.check(place, self._anatomy.shape(place))
@@ -131,7 +131,7 @@ class EditedWeights:
 
     @torch.no_grad()
     def remove(self, owners: Collection[Owner]) -> None:
-        """Undo the changes of `owners`; those of others stay, in their order."""
+        """Undo the changes of `owners`. Other changes stay, in their order."""
         for place, changes in list(self._changes.items()):
             kept = [(owner, change) for owner, change in changes if owner not in owners]
             if len(kept) == len(changes):
@@ -151,7 +151,7 @@ class EditedWeights:
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """Within the context, the model is the unedited one; afterwards it is as before, bit for bit."""
+        """Within the context, the model is unedited. Afterwards its changes are restored bit for bit."""
         tables = (("weight", self._weights), ("bias", self._biases))
         lives = [(self._live(place, name)[1], kept.base) for name, table in tables for place, kept in table.items()]
         edited = [live.clone() for live, _ in lives]

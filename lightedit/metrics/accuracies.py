@@ -1,4 +1,4 @@
-"""Metrics of what the model would say, teacher-forced: how often it is the right answer, or the earlier one."""
+"""Teacher-forced metrics of the model's most probable tokens, compared with the right answer or the earlier one."""
 
 from torch import Tensor
 
@@ -14,28 +14,31 @@ class _Accuracy(RecordMean):
 
 
 class EfficacyAccuracy(_Accuracy):
-    """How often the new target is what the model says on the fact's own prompt, teacher-forced."""
+    """Share of the new target's tokens that are the most probable ones on the fact's prompt, teacher-forced."""
 
     name = "efficacy_accuracy"
     prompts = "efficacy"
 
 
 class ParaphraseAccuracy(_Accuracy):
-    """How often the new target is what the model says on paraphrases, teacher-forced."""
+    """Share of the new target's tokens that are the most probable ones on paraphrases, teacher-forced."""
 
     name = "paraphrase_accuracy"
     prompts = "paraphrase"
 
 
 class NeighborhoodAccuracy(_Accuracy):
-    """How often the true answer is what the model says on prompts about other subjects, teacher-forced."""
+    """Share of the true answer's tokens that are the most probable ones on the neighbourhood, teacher-forced."""
 
     name = "neighborhood_accuracy"
     prompts = "neighborhood"
 
 
 class PortabilityAccuracy(_Accuracy):
-    """How often the model draws the right conclusion from the new target, teacher-forced (arXiv 2305.13172)."""
+    """Share of the right answer's tokens that are the most probable ones on portability questions, teacher-forced.
+
+    The answers to these questions follow from the new target (Yao et al., 2023, arXiv 2305.13172).
+    """
 
     name = "portability_accuracy"
     prompts = "portability"
@@ -50,9 +53,9 @@ class _Stated(RecordMean):
 
 
 class SuccessRate(_Stated):
-    """How often the model says the whole new target on the fact's own prompt, teacher-forced.
+    """How often every token of the new target is the most probable one on the fact's prompt, teacher-forced.
 
-    This and the next two are those of De Cao et al. (2021, arXiv 2104.08164).
+    `SuccessRate`, `RetainAccuracy` and `EquivalenceAccuracy` are those of De Cao et al. (2021, arXiv 2104.08164).
 
     >>> import torch
     >>> from lightedit.metrics import RecordScores
@@ -67,7 +70,7 @@ class SuccessRate(_Stated):
 
 
 class RetainAccuracy(RecordMean):
-    """How often the model predicts on the neighbourhood what it predicted before the edit, right or wrong.
+    """How often the model's prediction on the neighbourhood is the same as before the edit, right or wrong.
 
     >>> import torch
     >>> from lightedit.metrics import RecordScores
@@ -83,21 +86,21 @@ class RetainAccuracy(RecordMean):
 
     @staticmethod
     def values(scores: PromptScores) -> Tensor | None:
-        """Whether the prediction is the earlier one, [n]; None if that is not known."""
+        """1 where the prediction is the earlier one, else 0, [n]; None if the earlier one is not known."""
         return scores.unchanged
 
 
 class EquivalenceAccuracy(_Stated):
-    """How often the model says the whole new target on paraphrases, teacher-forced."""
+    """How often every token of the new target is the most probable one on paraphrases, teacher-forced."""
 
     name = "equivalence_accuracy"
     prompts = "paraphrase"
 
 
 class EditRetention(_Accuracy):
-    """ERR: accuracy on all facts written so far, by the model as it is after the last (arXiv 2211.11031).
+    """ERR: efficacy accuracy on all facts written so far, with the model after the last round (arXiv 2211.11031).
 
-    Update it with the facts of every round, scored after the last one.
+    Update it with the facts of all rounds, scored after the last one.
     """
 
     name = "ERR"
@@ -106,7 +109,7 @@ class EditRetention(_Accuracy):
 
 
 class HeldOutRetention(_Accuracy):
-    """TRR: accuracy on held-out facts, which are not edited, to compare with that before the edits (arXiv 2211.11031).
+    """TRR: accuracy on held-out facts, which are not edited (arXiv 2211.11031). Compare it with TRR before the edits.
 
     >>> import torch
     >>> from lightedit.metrics import RecordScores

@@ -1,9 +1,9 @@
-"""The arithmetic of the metrics, on tensors.
+"""The metrics as functions of tensors.
 
 A *record* is one fact with its prompts. Values are averaged over a record's prompts first, then over records
 (Meng et al., 2022, arXiv 2202.05262, section 3.3). NLL is the mean negative log-likelihood per target token,
-in nats. The *wanted* answer is the new target on the fact's own prompt and its paraphrases, the true one on its
-neighbourhood.
+in nats. The *wanted* answer is the new target on the fact's own prompt and on its paraphrases. It is the true target
+on its neighbourhood.
 """
 
 import math
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Combining marks are spelled out: after normalisation é is e and a mark, which \w leaves out
+# Combining marks are listed, because NFKD turns é into e and a mark, which \w does not match
 _WORD = re.compile(r"[\w\u0300-\u036f]+(?:[-'’.,][\w\u0300-\u036f]+)*|[^\w\s]")
 _TERM = re.compile(r"\b\w\w+\b")
 
 
 def success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
-    """1 where the wanted answer is strictly the more probable one, else 0; any shape, float64.
+    """1 where the wanted answer is strictly more probable than the other, else 0; any shape, float64.
 
     >>> success(torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]))
     tensor([1., 0.], dtype=torch.float64)
@@ -31,7 +31,7 @@ def success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
 
 
 def magnitude(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
-    """Difference of the two answers' per-token probabilities (geometric means), in [-1, 1]; any shape."""
+    """Wanted minus other per-token probability (geometric mean over tokens), in [-1, 1]; any shape."""
     return torch.exp(-nll_wanted) - torch.exp(-nll_other)
 
 
@@ -39,7 +39,7 @@ def accuracy(token_accuracy: Tensor) -> Tensor:
     """1 where every token of the answer is the most probable one, else 0; any shape, float64.
 
     Args:
-        token_accuracy: share of the answer's tokens that are.
+        token_accuracy: share of the answer's tokens that are the most probable ones, any shape.
     """
     return (token_accuracy == 1).double()
 
@@ -57,10 +57,10 @@ def mean_interval(sums: Tensor) -> Tensor:
     """95 % confidence interval of a mean over records: mean ± 1.96 s / sqrt(n), a normal approximation.
 
     Args:
-        sums: [3]: the sum of the records' values, the sum of their squares, and their number n.
+        sums: [3]: the sum of the records' values, the sum of their squares, and the number n of records.
 
     Returns:
-        [2]: lower and upper end; NaN for fewer than two records, whose spread is unknown.
+        [2]: lower and upper end; NaN for fewer than two records.
     """
     total, squares, n = sums.unbind()
     variance = (squares - total.square() / n).clamp(min=0) / (n - 1)
@@ -72,22 +72,22 @@ def edit_score(records: Tensor) -> Tensor:
     """Score S: the harmonic mean of ES, PS and NS, each averaged over the records that have it.
 
     Args:
-        records: [n, 3] in [0, 1]: each record's efficacy, paraphrase and neighbourhood score; NaN where it
-            has none. Their order does not matter.
+        records: [n, 3] in [0, 1]: each record's efficacy, paraphrase and neighbourhood score; NaN for a missing
+            score. The order of records does not matter.
 
     Returns:
-        A scalar in [0, 1]; NaN if one of the three is missing everywhere.
+        A scalar in [0, 1]; NaN if one of the three scores is missing in all records.
     """
     return harmonic_mean(records.sort(dim=0).values.nanmean(dim=0))
 
 
 def edit_score_interval(records: Tensor, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """95 % confidence interval of score S, by drawing records with replacement (percentile bootstrap).
+    """95 % confidence interval of score S, by the percentile bootstrap over records.
 
     Args:
         records: as for `edit_score`; their order does not matter.
-        resamples: how many times n records are drawn.
-        seed: of the drawing.
+        resamples: number of resamples of n records.
+        seed: seed of the resampling.
 
     Returns:
         [2]: lower and upper end; NaN for fewer than two records or if S is NaN.
@@ -102,15 +102,15 @@ def edit_score_interval(records: Tensor, resamples: int = 1000, seed: int = 0) -
 def bootstrap_interval(
     records: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 1000, seed: int = 0
 ) -> Tensor:
-    """95 % confidence interval of a statistic of sums over records, by drawing records with replacement.
+    """95 % confidence interval of a statistic of sums over records, by the percentile bootstrap over records.
 
-    The percentile bootstrap; for what is no mean over records, such as a harmonic mean or a ratio.
+    It serves statistics that are not means over records, such as a harmonic mean or a ratio.
 
     Args:
         records: [n, k]; their order does not matter.
-        statistic: sums over n drawn records [resamples, k] -> [resamples].
-        resamples: how many times n records are drawn.
-        seed: of the drawing.
+        statistic: sums over the n records of each resample, [resamples, k] -> [resamples].
+        resamples: number of resamples of n records.
+        seed: seed of the resampling.
 
     Returns:
         [2]: lower and upper end; NaN for fewer than two records.
@@ -118,7 +118,7 @@ def bootstrap_interval(
     n = len(records)
     if n < 2:
         return torch.full((2,), torch.nan, dtype=torch.float64)
-    # sorted, so that the records' order, which differs with the number of processes, has no say
+    # unique sorts the records, so their order, which depends on the number of processes, does not matter
     distinct, repeats = records.double().cpu().unique(dim=0, return_counts=True)
     shares = (repeats.double() / n).numpy()
     counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
@@ -127,7 +127,7 @@ def bootstrap_interval(
 
 
 def unchanged(predicted: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> Tensor:
-    """1 where all tokens predicted for an answer are those that were predicted before an edit, else 0; [n] float64.
+    """1 where the tokens predicted for an answer are all the same as before the edit, else 0; [n] float64.
 
     >>> unchanged([[5, 7], [5]], [[5, 7], [6]])
     tensor([1., 0.], dtype=torch.float64)
@@ -137,10 +137,10 @@ def unchanged(predicted: Sequence[Sequence[int]], before: Sequence[Sequence[int]
 
 
 def inverse_document_frequencies(documents: Sequence[str]) -> dict[str, float]:
-    """How rare each term is: ln((1 + n) / (1 + d)) + 1 for a term that occurs in d of n documents.
+    """Inverse document frequency of each term: ln((1 + n) / (1 + d)) + 1 for a term in d of n documents.
 
-    Terms are runs of two letters, digits or underscores or more, in lower case. This is scikit-learn's
-    `TfidfVectorizer` as it comes, which the code published with ROME fits to all its reference texts.
+    A term is a run of at least two letters, digits or underscores, in lower case. This is scikit-learn's
+    `TfidfVectorizer` with its default settings. The code published with ROME fits it to all its reference texts.
     """
     found = Counter(term for document in documents for term in set(_terms(document)))
     return {term: math.log((1 + len(documents)) / (1 + count)) + 1 for term, count in found.items()}
@@ -149,18 +149,18 @@ def inverse_document_frequencies(documents: Sequence[str]) -> dict[str, float]:
 def reference_score(
     texts: Sequence[str], references: Sequence[str], frequencies: Mapping[str, float] | None = None
 ) -> Tensor:
-    """How alike each text and its reference are in their words: the cosine of their TF-IDF vectors.
+    """RS: cosine of the TF-IDF vectors of each text and its reference (Meng et al., 2022, arXiv 2202.05262).
 
-    A term's entry is how often it occurs times its inverse document frequency; terms that have none do not count
-    (Meng et al., 2022, arXiv 2202.05262).
+    The entry of a term is its number of occurrences times its inverse document frequency. Terms without an inverse
+    document frequency do not count.
 
     Args:
-        texts: n texts, each all that is to be compared, joined.
-        references: n texts, likewise.
-        frequencies: term -> inverse document frequency; None finds them in `references`, each one document.
+        texts: n texts; several generated texts of a record are joined to one.
+        references: n texts; several references of a record are joined to one.
+        frequencies: term -> inverse document frequency; None computes them from `references`, one document each.
 
     Returns:
-        [n] float64 in [0, 1]; 0 where a text has no term that counts.
+        [n] float64 in [0, 1]; 0 where a text or its reference has no term that counts.
 
     >>> reference_score(["Rome is old"], ["Rome is in Italy"])  # 2 / sqrt(2 * 4): "old" is in no reference
     tensor([0.7071], dtype=torch.float64)
@@ -186,15 +186,16 @@ def _cosine(left: Mapping[str, float], right: Mapping[str, float]) -> float:
 
 
 def generation_entropy(texts: Sequence[str]) -> Tensor:
-    """How varied each text is: the mean of 2/3 H2 and 4/3 H3, the entropies of its word bigrams and trigrams.
+    """GE: mean of 2/3 H2 and 4/3 H3, the entropies of the word bigrams and trigrams of each text.
 
-    Hn = -Σ p log2 p over the distinct n-grams of the text, p the share of each (Meng et al., 2022, arXiv 2202.05262,
-    after Zhang et al., 2018, arXiv 1809.05972). Texts are NFKD-normalised. Words are runs of letters, digits and
-    underscores, joined by single hyphens, apostrophes, full stops and commas within ("3.5", "don't"); every other sign
-    is a word. The published code splits with NLTK; on 400 passages of Wikipedia the means differ by 0.02 %.
+    Hn = -Σ p log2 p over the distinct n-grams of the text, where p is the share of an n-gram (Meng et al., 2022,
+    arXiv 2202.05262, after Zhang et al., 2018, arXiv 1809.05972). Texts are NFKD-normalised. A word is a run of
+    letters, digits and underscores, with single hyphens, apostrophes, full stops and commas inside ("3.5", "don't").
+    Every other sign is a word. The published code splits with NLTK: on 400 passages of Wikipedia the means differ by
+    0.02 %.
 
     Returns:
-        Bits, [n] float64; 0 for a text of fewer than three words or one that repeats a single word.
+        [n] float64, in bits; 0 for a text of fewer than three words or of one repeated word.
 
     >>> generation_entropy(["to be or not to be", "no no no no no"])
     tensor([1.9740, 0.0000], dtype=torch.float64)
@@ -211,9 +212,9 @@ def _ngram_entropy(words: Sequence[str], n: int) -> float:
 
 
 def generation_success(continuations: Sequence[str], targets: Sequence[str]) -> Tensor:
-    """1 where a continuation begins with its target, white space before it aside, else 0; [n] float64.
+    """1 where a continuation begins with its target, ignoring white space before it, else 0; [n] float64.
 
-    Letter case counts. What follows the target does not: "Romeo" states "Rome".
+    The comparison is case-sensitive. Text after the target is ignored, so "Romeo" counts as "Rome".
 
     >>> generation_success([" Rome, the city", "The city of Rome"], ["Rome", "Rome"])
     tensor([1., 0.], dtype=torch.float64)

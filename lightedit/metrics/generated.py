@@ -1,4 +1,4 @@
-"""Metrics of what the model writes by itself."""
+"""Metrics of generated text."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from lightedit.metrics.records import Generations
 
 
 class GenerationEntropy(RecordMean):
-    """GE: how varied the texts are that the model draws, in bits times 100, as papers give it.
+    """GE: n-gram entropy of generated texts, in bits times 100, as papers report it.
 
-    A model that falls into repetition has a low one. See `functional.generation_entropy`.
+    It is low for a model that repeats itself. See `functional.generation_entropy`.
 
     >>> from lightedit.metrics import RecordScores
     >>> metric = GenerationEntropy()
@@ -30,7 +30,7 @@ class GenerationEntropy(RecordMean):
 
 
 class ReferenceScore(RecordMean):
-    """RS: how alike, in its words, what the model writes is to given texts about things of the new target's kind.
+    """RS: TF-IDF cosine between generated texts and reference texts about subjects that have the new target.
 
     See `functional.reference_score`.
 
@@ -52,7 +52,7 @@ class ReferenceScore(RecordMean):
 
 
 class OwnReferenceScore(ReferenceScore):
-    """RS against texts that the unedited model wrote itself; not to be compared with published figures."""
+    """RS against self-generated text of the unedited model. It is not comparable with published figures."""
 
     name = "RS_own"
 
@@ -68,9 +68,9 @@ def _score(scores: Generations) -> Tensor | None:
 
 
 class GenerationSuccess(RecordMean):
-    """How often the model, writing greedily, continues the fact's own prompt with the new target.
+    """Share of facts whose own prompt the model continues with the new target, by greedy generation.
 
-    The share of facts that it states by itself; the efficacy metrics show it the target or count token by token.
+    The efficacy metrics are teacher-forced instead.
     """
 
     name = "generation_success"
@@ -78,5 +78,5 @@ class GenerationSuccess(RecordMean):
 
     @staticmethod
     def values(scores: Generations) -> Tensor | None:
-        """Whether the continuation begins with the target, [1]."""
+        """1 if the continuation begins with the target, else 0, [1]."""
         return functional.generation_success([scores.continuation], [scores.target])

@@ -13,14 +13,14 @@ from lightedit.metrics.records import RecordScores
 
 
 class RecordMean(Metric):
-    """Mean over records of a value that is a mean over a record's prompts, times 100.
+    """Mean over records of a record's value, times 100. A record's value is a mean over its prompts.
 
-    Records without prompts of the metric's kind, or without what its value needs, do not count.
+    Records without prompts of the metric's kind, or without the scores that its value needs, do not count.
 
     Attributes:
         name: its short name in papers, and its key in a collection.
         prompts: the field of `RecordScores` that it reads.
-        requires: name of a metric without which it is not reported, because it then tells little that is new.
+        requires: name of a metric without which it is not reported, because it would repeat other metrics.
     """
 
     name: ClassVar[str]
@@ -32,25 +32,25 @@ class RecordMean(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # The sum of values, of their squares, and their number. Its name differs between metrics because a
-        # MetricCollection takes metrics whose states have equal names, and equal values at first, for one.
+        # The sum of values, of their squares, and their number. Each metric's state has its own name, because a
+        # MetricCollection merges metrics whose states have equal names and equal first values.
         self._sums = f"sums_{self.name}"
         self.add_state(self._sums, torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     @staticmethod
     @abstractmethod
     def values(scores: Any) -> Tensor | None:
-        """The value on each prompt, [n]; None if the scores, of the kind that `prompts` names, do not allow it."""
+        """The value on each prompt, [n]; None if the scores do not allow it. `prompts` names the kind of `scores`."""
 
     @classmethod
     def of(cls, record: RecordScores) -> float | None:
-        """A record's own value, not in percent; None if it has none."""
+        """The value of one record, not in percent; None if it has none."""
         scores = getattr(record, cls.prompts)
         values = None if scores is None else cls.values(scores)
         return None if values is None else values.double().mean().item()
 
     def update(self, records: Sequence[RecordScores]) -> None:
-        """Add records; their order does not matter, not even to the last bit."""
+        """Add records. The result does not depend on their order within the call, to the bit."""
         found = sorted(value for record in records if (value := self.of(record)) is not None)
         values = torch.tensor(found, dtype=torch.float64, device=self.device)
         sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(found))])

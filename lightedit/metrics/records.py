@@ -1,4 +1,4 @@
-"""What the metrics read: one record's scores and texts, and the form in which files hold them."""
+"""The scores and generated texts of one record, which the metrics read, and their form in files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class PromptScores:
 
     Attributes:
         nll: mean NLL per token of the wanted answer, in nats.
-        nll_other: that of the answer it competes with; None if there is none.
-        accuracy: whether, or to which share, the wanted answer's tokens are the most probable, in [0, 1].
-        predicted: for each prompt, the token that is the most probable one where each of the wanted answer's stands.
-        unchanged: 1 where `predicted` is what it was before the edit, else 0; None if that is not known.
+        nll_other: mean NLL per token of the competing answer, in nats; None if there is none.
+        accuracy: share of the wanted answer's tokens that are the most probable ones, in [0, 1].
+        predicted: for each prompt, the most probable token at the position of each of the wanted answer's tokens.
+        unchanged: 1 where `predicted` is the same as before the edit, else 0; None if that is not known.
     """
 
     nll: Tensor
@@ -31,7 +31,7 @@ class PromptScores:
     unchanged: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All that is known, ready for JSON; `nll` goes by the name nll_wanted."""
+        """All fields that are not None, ready for JSON. The key of `nll` is "nll_wanted"."""
         fields: dict[str, Any] = {
             "nll_wanted": self.nll.tolist(),
             "accuracy": self.accuracy.tolist(),
@@ -42,10 +42,10 @@ class PromptScores:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`, to the bit: tensors are float64. Other fields are passed over.
+        """The inverse of `to_dict`, to the bit: tensors are float64. Other fields are ignored.
 
         Raises:
-            LookupError, TypeError, ValueError: a field is missing or holds something else.
+            LookupError, TypeError, ValueError: a field is missing or invalid.
         """
 
         def tensor(name: str) -> Tensor:
@@ -62,14 +62,14 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class Generations:
-    """What the model wrote by itself for one fact.
+    """The generated texts of one fact.
 
     Attributes:
-        texts: n >= 1 texts drawn after the fact's generation prompts, prompts included.
-        continuation: what it says after the fact's own prompt, greedily, without that prompt.
-        target: what the continuation should begin with.
-        reference_score: TF-IDF cosine between the texts, joined, and reference texts; None without any.
-        own_references: whether the unedited model wrote those itself.
+        texts: n >= 1 texts sampled from the fact's generation prompts, prompts included.
+        continuation: greedy continuation of the fact's own prompt, without that prompt.
+        target: the new target, with which the continuation should begin.
+        reference_score: TF-IDF cosine between the joined texts and the reference texts; None without references.
+        own_references: whether the references are self-generated text of the unedited model.
     """
 
     texts: tuple[str, ...]
@@ -79,7 +79,7 @@ class Generations:
     own_references: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """All that is known, ready for JSON; the texts go by the name generations, the target by target_new."""
+        """All known fields, ready for JSON. The keys of texts and target are "generations" and "target_new"."""
         fields: dict[str, Any] = {
             "target_new": self.target,
             "generations": list(self.texts),
@@ -91,10 +91,10 @@ class Generations:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Other fields are passed over.
+        """The inverse of `to_dict`. Other fields are ignored.
 
         Raises:
-            LookupError, TypeError: a field is missing or holds something else.
+            LookupError, TypeError: a field is missing or invalid.
         """
         return cls(
             texts=tuple(fields["generations"]),
@@ -107,11 +107,11 @@ class Generations:
 
 @dataclass(frozen=True)
 class RecordScores:
-    """Scores of one fact: on its own prompt, on its paraphrases, on its neighbourhood and so on; and its generations.
+    """The scores of one fact by kind of prompt, and its generations.
 
-    The wanted answer is the new target on the first two, the true one on the neighbourhood, and on `portability`
-    what follows from the new target. A fact that is held out, never edited, has `held_out` alone, the scores of its
-    right answer.
+    The wanted answer is the new target for `efficacy` and `paraphrase`, and the true target for `neighborhood`. For
+    `portability` it is the answer that follows from the new target. A held-out fact is never edited. It has only
+    `held_out`, the scores of its right answer.
 
     >>> one = PromptScores(torch.tensor([0.5]).double(), None, torch.tensor([1.0]).double(), ((7,),))
     >>> RecordScores(efficacy=one).to_dict()
@@ -126,7 +126,7 @@ class RecordScores:
     held_out: PromptScores | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All that is known, ready for JSON: scores by kind of prompt, and the fields of the generations beside them.
+        """All fields that are not None, ready for JSON: scores by kind of prompt, and the fields of the generations.
 
         A record of a saved evaluation holds these fields among others.
         """
@@ -136,10 +136,10 @@ class RecordScores:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`, to the bit: numbers are float64. Other fields are passed over.
+        """The inverse of `to_dict`, to the bit: numbers are float64. Other fields are ignored.
 
         Raises:
-            LookupError, TypeError, ValueError: there are no scores, or a field is missing or holds something else.
+            LookupError, TypeError, ValueError: there are no scores, or a field is missing or invalid.
         """
         scores = {kind: PromptScores.from_dict(fields[kind]) for kind in _KINDS if kind in fields}
         if not scores:

@@ -1,9 +1,9 @@
 """The metrics of knowledge editing as torchmetrics `Metric`s, exact under several processes.
 
-All take the same update, a sequence of `RecordScores`, so they live in one collection (`edit_metrics`).
-Definitions are those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229) where no other source is named.
-Values are in percent, but for generation entropy. Every metric but S is a mean over records, and its 95 % interval
-the mean ± 1.96 standard errors; that of S is bootstrapped over records.
+All take the same update, a sequence of `RecordScores`, so one collection holds them (`edit_metrics`). Definitions are
+those of Meng et al. (2022, arXiv 2202.05262; 2023, arXiv 2210.07229) unless another source is named. Values are in
+percent, except generation entropy. Every metric except S is a mean over records; its 95 % interval is the mean ± 1.96
+standard errors. The interval of S is bootstrapped over records.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class NeighborhoodScore(_Success):
 
 
 class EfficacyMagnitude(_Magnitude):
-    """EM: by how much the new target is more probable than the true one on the fact's own prompt.
+    """EM: per-token probability of the new target minus that of the true one on the fact's own prompt.
 
     >>> even = PromptScores(torch.tensor([0.7]), torch.tensor([0.7]), torch.tensor([1.0]))
     >>> metric = EfficacyMagnitude()
@@ -87,14 +87,14 @@ class EfficacyMagnitude(_Magnitude):
 
 
 class ParaphraseMagnitude(_Magnitude):
-    """PM: by how much the new target is more probable than the true one on paraphrases."""
+    """PM: per-token probability of the new target minus that of the true one on paraphrases."""
 
     name = "PM"
     prompts = "paraphrase"
 
 
 class NeighborhoodMagnitude(_Magnitude):
-    """NM: by how much the true target is more probable than the new one on prompts about other subjects."""
+    """NM: per-token probability of the true target minus that of the new one on prompts about other subjects."""
 
     name = "NM"
     prompts = "neighborhood"
@@ -120,15 +120,15 @@ class EditScore(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # The bootstrap needs every record's (ES, PS, NS). They are kept flat and in the metric's own dtype,
-        # because so is the empty state that torchmetrics gathers from a process without records.
+        # The bootstrap needs every record's (ES, PS, NS). They are kept flat and in the metric's dtype, to match the
+        # empty state that torchmetrics gathers from a process without records.
         self.set_dtype(torch.float64)
         self.add_state("outcomes", [], dist_reduce_fx="cat")
 
     def update(self, records: Sequence[RecordScores]) -> None:
         """Add records."""
         found = [[part.of(record) for part in self.parts] for record in records]
-        # a record that has none of them does not count, and the bootstrap does not draw it
+        # the bootstrap draws only records that have at least one of them
         counted = [row for row in found if any(value is not None for value in row)]
         values = [torch.nan if value is None else value for row in counted for value in row]
         self.outcomes.append(torch.tensor(values, dtype=torch.float64, device=self.device))
@@ -179,7 +179,7 @@ def edit_metrics(**kwargs: Any) -> MetricCollection:
     """All metrics in one collection, by name.
 
     Args:
-        kwargs: of `torchmetrics.Metric`, given to each.
+        kwargs: arguments of `torchmetrics.Metric`, given to each metric.
 
     >>> metrics = edit_metrics()
     >>> scores = PromptScores(torch.tensor([0.2]), torch.tensor([1.5]), torch.tensor([1.0]))
@@ -191,10 +191,10 @@ def edit_metrics(**kwargs: Any) -> MetricCollection:
 
 
 def reported(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of what `edit_metrics` computed, the values to report, in order: those that are defined, and tell something new.
+    """The values of `edit_metrics` to report, in order: those that are defined and do not repeat another metric.
 
-    KnowledgeEditor's success rate and equivalence accuracy go with its retain accuracy, ERR goes with TRR: without
-    them they would repeat the accuracies.
+    Success rate and equivalence accuracy are reported only with retain accuracy, and ERR only with TRR. Without these
+    they would repeat the accuracies.
     """
     defined = {kind.name: float(values[kind.name]) for kind in METRICS if not values[kind.name].isnan()}
     requires = {kind.name: kind.requires for kind in RECORD_MEANS}

@@ -1,4 +1,4 @@
-"""How probable a model finds given answers, teacher-forced: the raw numbers behind every metric."""
+"""Teacher-forced scores of given answers, from which the metrics are computed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class TargetScores:
         nll: mean negative log-likelihood per target token in nats, [n] float64.
         token_accuracy: share of the target's tokens that are the most probable ones given those before them,
             [n] float64.
-        predicted: the most probable token at the place of each of the target's, given those before it, n rows.
+        predicted: for each pair, the most probable token at the position of each target token, given those before it.
     """
 
     nll: Tensor
@@ -45,17 +45,17 @@ def score_targets(
 ) -> TargetScores:
     """Score each target after its prompt and one space.
 
-    Equal pairs are scored once, and answers to one prompt share the prompt's states: all of them where rows can be
-    packed, else those whose texts begin one another, as answers of one token do. Neither order nor `batch_size`
-    matters, floating-point rounding aside.
+    Equal pairs are scored once. Answers to one prompt share the prompt's states if rows can be packed. Otherwise a text
+    shares the states of a longer text that begins with it, as for answers of one token. The order of pairs and
+    `batch_size` change scores by floating-point rounding only.
 
     Args:
-        lm: the model, as it is now.
+        lm: the model, in its present state.
         prompts: n texts.
         targets: n answers, without leading space.
         batch_size: texts of one forward pass at most; bounds memory.
         report: called after each pass with (tokens read so far, tokens in all).
-        edits: what each pair sees beside what is written into the model, n rows.
+        edits: which edit each pair sees on top of the changes in the weights, n rows.
 
     Raises:
         ArgumentError: `batch_size` is less than 1.
@@ -81,7 +81,7 @@ def score_targets(
     token_accuracy = torch.zeros_like(nll)
     predicted: list[tuple[int, ...]] = [()] * len(asked)
     done, total = 0, sum(len(row.ids) for row in rows)
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so that time left is rather overestimated
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so the time left is not underestimated
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         indices = [index for row in group for index in answers_of[row]]
@@ -106,7 +106,7 @@ def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str]]) -> None:
 
 
 class _Answer(NamedTuple):
-    """A target in a row: where the tokens stand that predict its own, and its own, both [count]."""
+    """A target in a row: the indices of the tokens that predict its tokens, and its token ids, both [count]."""
 
     row: int
     read_at: list[int]
@@ -115,13 +115,13 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Row:
-    """Texts that begin alike, laid out as a tree: every token attends to those that precede it in its own texts.
+    """Texts with a common beginning, stored as a tree. Each token attends to its ancestors and itself.
 
     Attributes:
         edit: index of the edit that the row sees.
-        ids: token ids, each after the one that precedes it.
-        before: place of the token that precedes it, or -1.
-        positions: how many tokens precede it.
+        ids: token ids, each after its parent.
+        before: index of each token's parent, or -1.
+        positions: number of ancestors of each token.
     """
 
     edit: int
@@ -130,7 +130,7 @@ class _Row:
     positions: list[int]
 
     def add(self, text: Sequence[int]) -> list[int]:
-        """Lay out one more text; returns the place of each of its tokens."""
+        """Add a text to the tree and return the index of each of its tokens."""
         known = {pair: place for place, pair in enumerate(zip(self.before, self.ids, strict=True))}
         places: list[int] = []
         for position, token in enumerate(text):
@@ -144,7 +144,7 @@ class _Row:
         return places
 
     def seen(self) -> np.ndarray:
-        """Whether each token attends to another, [tokens, tokens] bool."""
+        """[tokens, tokens] bool; entry (i, j) is True if token i attends to token j."""
         seen = np.eye(len(self.ids), dtype=bool)
         for place, before in enumerate(self.before):
             if before >= 0:
@@ -155,14 +155,16 @@ class _Row:
 def _rows(
     pairs: Sequence[tuple[int, str, str]], texts: Sequence[Sequence[int]], branching: bool
 ) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
-    """Lay out the texts of (edit, prompt, target) pairs so that those of one prompt share what they can.
+    """Build the rows for (edit, prompt, target) triples; texts of one edit and prompt share a row where possible.
 
     Args:
-        branching: whether rows may be trees. Else a text shares the row of one that begins with it, where attention
-            being causal leaves its states as they would be.
+        pairs: the triples.
+        texts: token ids of each, without the target's last token.
+        branching: whether rows may be trees. Otherwise a text shares the row of a longer text that begins with it.
+            Causal attention leaves its states unchanged.
 
     Returns:
-        The rows, and for each pair its row and where its tokens stand there.
+        The rows, and for each triple the index of its row and the indices of its tokens there.
     """
     rows: list[_Row] = []
     place: list[tuple[int, list[int]]] = [(0, [])] * len(pairs)
@@ -182,9 +184,9 @@ def _rows(
 def _score(
     lm: LanguageModel, rows: Mapping[int, _Row], answers: Sequence[_Answer], edits: RowwiseEdits
 ) -> TargetScores:
-    """Scores of the answers in some rows, by one forward pass over these."""
+    """Scores of the answers in `rows`, from one forward pass."""
     number_of = {row: number for number, row in enumerate(rows)}
-    # answers to one prompt begin at the same place
+    # answers to one prompt read their first token's logits at the same token
     at, read_of = distinct((number_of[answer.row], place) for answer in answers for place in answer.read_at)
     logits = _logits(lm, list(rows.values()), at, edits)
     read_at = torch.tensor(read_of, device=logits.device)
@@ -203,7 +205,7 @@ def _score(
 
 
 def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int]], edits: RowwiseEdits) -> Tensor:
-    """The model's logits at (row, place in it), [places, vocabulary] in float32 or better."""
+    """The logits at (row, token index) pairs, [pairs, vocabulary] in float32 or wider."""
     at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
     edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
     if not lm.architecture.packs:

@@ -1,1 +1,1 @@
-"""What every long run has: a folder that it can go on from, tables, a record of how it was made."""
+"""Parts that all runs share: the folder that a run resumes from, its record, its tables and its trainer."""

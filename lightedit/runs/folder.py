@@ -1,9 +1,9 @@
-"""The files of a run that can be continued.
+"""The folder of a run that can be resumed.
 
-`run.json` names all that determines the run. A run that edits has a file for each finished round, such as
-`round-0001.safetensors`, with its updates and keys; one that scores single edits has a file for each finished chunk of
-facts, such as `chunk-000032.json`. Files are only added, each whole or not at all, so a process may be killed at any
-moment and a checkpoint costs the same after a thousand rounds as after one.
+`run.json` holds all settings that determine the run. A run that edits adds a file for each finished round, such as
+`round-0001.safetensors`, with the round's updates and keys. A run of the single protocol adds a file for each finished
+chunk of facts, such as `chunk-000032.json`. Each file is written completely or not at all, so a process may be killed
+at any time. Files are only added, so the cost of a checkpoint does not grow with the number of rounds.
 """
 
 import fcntl
@@ -26,14 +26,14 @@ _ANEW = "choose another folder, or delete this one to start anew (on the command
 
 
 class ResumeError(LightEditError, ValueError):
-    """A run cannot go on from its folder; the message names the file or setting and the way out."""
+    """A run cannot resume from its folder. The message names the file or setting and the way out."""
 
 
 def kept_rounds(folder: Path) -> list[Path]:
-    """The files of the finished rounds in a run's folder, in order; none if there is no such folder.
+    """The files of the finished rounds in a run's folder, in order. The list is empty if the folder does not exist.
 
     Raises:
-        ResumeError: a file is missing between others.
+        ResumeError: the file of a round is missing, and a later one is there.
     """
     files = sorted(folder.glob(_ROUNDS), key=lambda file: (len(file.name), file.name))
     for number, file in enumerate(files, 1):
@@ -46,18 +46,18 @@ def kept_rounds(folder: Path) -> list[Path]:
 
 
 def kept_chunks(folder: Path) -> list[Path]:
-    """The files of the finished chunks in a run's folder; none if there is no such folder."""
+    """The files of the finished chunks in a run's folder. The list is empty if the folder does not exist."""
     return sorted(folder.glob(_CHUNKS))
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes off the run in `folder`; the system gives the lock back when the process dies, too.
+    """Within the context, hold the lock of the run in `folder`. The system also releases it when the process dies.
 
-    Unfinished files that a killed process left there are deleted.
+    Unfinished files of a killed process are deleted first.
 
     Raises:
-        ResumeError: another process is at work there.
+        ResumeError: another process holds the lock, or the folder cannot be locked.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -77,9 +77,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete a run's files, and their folder unless it holds anything else."""
+    """Delete the files of a run, and its folder if it is then empty."""
     for pattern in (_ROUNDS, _CHUNKS, _RUN, _UNFINISHED):
-        # the last round first, so that what a kill leaves is a run that can go on
+        # the last round first, so that an interrupted deletion leaves a run that can be resumed
         for file in sorted(folder.glob(pattern), reverse=True):
             file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
@@ -94,10 +94,10 @@ def start_run(folder: Path, id_: str, settings: dict[str, Any]) -> None:
 
 
 def check_run(folder: Path, settings: dict[str, Any]) -> str:
-    """The id of the run in `folder`, which must have these settings.
+    """Check that the run in `folder` has these settings, and return its id.
 
     Raises:
-        ResumeError: `run.json` is missing, damaged or of another format, or a setting differs; names what differs.
+        ResumeError: `run.json` is missing, damaged or of another format, or settings differ; the message names them.
     """
     file = folder / _RUN
     try:
@@ -121,7 +121,7 @@ def check_run(folder: Path, settings: dict[str, Any]) -> str:
 
 
 def _differences(known: Any, now: Any, name: str = "") -> list[str]:
-    """Names of the settings that differ, with their values where these are short."""
+    """Names of the settings that differ, with both values if these are short."""
     if known == now:
         return []
     if isinstance(known, dict) and isinstance(now, dict):

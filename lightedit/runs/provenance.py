@@ -1,4 +1,4 @@
-"""How a run was made, and all that determines what comes of it."""
+"""The record of a run, and the inputs that determine its result."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,16 +13,16 @@ from lightedit.lm import LanguageModel, Place
 
 @dataclass
 class RunRecord:
-    """How an edit came about.
+    """The record of a run: how its edit was made.
 
     Attributes:
         method: the method's name and settings.
-        inputs: what else its editor read, by name, such as "contexts" and the provenance of the "covariance".
-        dtype: the model's.
-        versions: of the libraries that computed.
-        on_top_of: ids of the edits that the model carried.
+        inputs: other inputs of its editor by name, such as "contexts" and the provenance of the "covariance".
+        dtype: dtype of the model.
+        versions: library -> its version.
+        on_top_of: ids of the edits that the model carried before.
         seconds: time spent in each step: "values" for the search, "update" for writing.
-        stopped: why a limit ended the run, if one did.
+        stopped: the reason, if a limit ended the run.
     """
 
     method: dict[str, Any]
@@ -34,7 +34,7 @@ class RunRecord:
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, as JSON holds them."""
+        """All fields by name, ready for JSON."""
         return asdict(self) | {"on_top_of": list(self.on_top_of)}
 
     @classmethod
@@ -48,7 +48,7 @@ class RunRecord:
 
 
 def computing(lm: LanguageModel) -> dict[str, Any]:
-    """With what `lm` computes: its dtype and the versions of libraries."""
+    """The dtype of `lm`, and the versions of the libraries that compute."""
     return {
         "dtype": str(lm.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("lightedit", "torch", "transformers", "lightning")},
@@ -56,8 +56,10 @@ def computing(lm: LanguageModel) -> dict[str, Any]:
 
 
 def fingerprint_inputs(lm: LanguageModel, facts: Sequence[Fact], places: Collection[Place] = ()) -> dict[str, Any]:
-    """What determines the scores of `lm` as it is now beside `computing`; of `places` every bit counts."""
-    # also those that carry an edit
+    """Digests of all that determines the scores of `lm` in its present state, besides `computing`.
+
+    The digest of the weights covers every element at `places` and at all edited places.
+    """
     weights = {place.key: lm.weight(place) for place in {*places, *lm.weights.places}}
     return {
         "model": lm.fingerprint,

@@ -1,4 +1,4 @@
-"""Tables of figures as CSV files."""
+"""Tables of numbers as CSV files."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from lightedit.files import whole_file
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` as a CSV file, which appears or is replaced as a whole.
+    """Write `rows` as a CSV file, completely or not at all.
 
-    A column for every name that occurs, in the order in which they first do; what a row lacks is left empty. Folders
-    above `path` are made.
+    There is one column for each name, in order of first occurrence. A cell is empty if its row lacks the name. Missing
+    parent folders of `path` are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
@@ -24,7 +24,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_table(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """The rows of `write_table` up to a "round", with numbers; none if there is no such file."""
+    """Read the rows that `write_table` wrote, up to the "round" `rounds`, as numbers. No file gives an empty list."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -37,6 +37,6 @@ def _number(text: str) -> float:
 
 
 def log_folder(trainer: Trainer) -> Path | None:
-    """The folder of a trainer's first logger; None without one, and where nothing should be written twice."""
-    folder = trainer.log_dir if trainer.loggers else None  # without a logger that would be the working directory
+    """The folder of a trainer's first logger. None without a logger, and in all processes but the first."""
+    folder = trainer.log_dir if trainer.loggers else None  # without a logger, log_dir is the working directory
     return Path(folder) if folder and trainer.is_global_zero else None

@@ -1,4 +1,4 @@
-"""The Lightning trainer behind the package's own functions."""
+"""The Lightning trainer that the package's functions use."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 
 def own_trainer(**settings: Any) -> Trainer:
-    """A trainer that runs in this process alone, whatever launcher surrounds it, and draws nothing by itself.
+    """A trainer that runs in this process alone, under any launcher, without a progress bar of its own.
 
-    Its module holds nothing to move: the language model stays where it is, on GPUs too.
+    It runs on the CPU because modules hold nothing to move: the language model stays on its own devices.
     """
     return Trainer(
         accelerator="cpu",

@@ -1,1 +1,1 @@
-"""What editors know of the model and of text before they edit: covariances."""
+"""Covariances: second moments of keys over text, which locate-then-edit methods read."""

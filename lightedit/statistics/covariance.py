@@ -1,7 +1,7 @@
-"""What an edit must preserve: the second moment of the edited matrices' inputs over text.
+"""The covariance C0: the mean second moment of the keys of text, at each edited matrix.
 
-C0 = E[k kᵀ], uncentred, with k [d_in] the input of a block's MLP output matrix, or of its attention's, at one token
-(Meng et al., 2022, arXiv 2202.05262, section 3.1).
+C0 = E[k kᵀ] [d_in, d_in], uncentred. A key k [d_in] is the input of the output matrix of a block's MLP or attention at
+one token (Meng et al., 2022, arXiv 2202.05262, section 3.1).
 """
 
 import json
@@ -26,15 +26,15 @@ from lightedit.files import whole_file
 from lightedit.lm import LanguageModel, Place
 
 FILE = "covariance.safetensors"
-TOKENS_PER_DIMENSION = 10  # keep at least 95 % of the full score (arXiv 2506.04226)
+TOKENS_PER_DIMENSION = 10  # 10 d_in tokens keep at least 95 % of the score of 100 times as many (arXiv 2506.04226)
 
 
 class CovarianceError(LightEditError, ValueError):
-    """A covariance that cannot be estimated, read, or used with a model."""
+    """A covariance cannot be estimated, read, or used with a model."""
 
 
 class IndefiniteError(CovarianceError):
-    """A covariance is not positive definite, as one of too few tokens."""
+    """A covariance is not positive definite, such as one of too few tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Provenance:
     Attributes:
         model: name of the model.
         fingerprint: hash of its unedited weights; None if unknown, as for published statistics.
-        corpus: what text; "self-generated text" if the model wrote it.
-        tokens: how many keys were averaged.
+        corpus: name of the text, such as "self-generated text".
+        tokens: number of keys in the mean.
         sequence_length: tokens of one window; None if unknown.
-        dtype: the model's dtype.
-        seed: of self-generated text, else None.
-        versions: of lightedit and torch.
+        dtype: dtype of the model.
+        seed: seed of self-generated text, else None.
+        versions: versions of lightedit and torch.
     """
 
     model: str
@@ -64,12 +64,12 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
-    """Mean second moments by matrix; a layer's number means its MLP's.
+    """Mean second moments of the keys of several matrices.
 
     Attributes:
-        moments: matrix -> E[k kᵀ], [d_in, d_in] float32, on the CPU; see `on`.
-        provenance: where they come from.
-        folder: where they are kept, and with them their eigendecompositions; None keeps these in memory only.
+        moments: place -> E[k kᵀ], [d_in, d_in] float32, on the CPU; see `on`.
+        provenance: the model and the text that they come from.
+        folder: the folder of the moments and their eigendecompositions; None keeps both in memory only.
     """
 
     moments: dict[Place, Tensor]
@@ -88,15 +88,16 @@ class Covariance:
         return self.moments[place]
 
     def on(self, device: torch.device, place: Place) -> "Covariance":
-        """The part that belongs to `place`, on `device`, so that it is factored there."""
+        """The covariance of `place` alone, on `device`, so that it is factored there."""
         there = replace(self, moments={place: self[place].to(device)})
-        object.__setattr__(there, "_eigen", self._eigen)  # decompositions stay on the CPU, and are made once for both
+        object.__setattr__(there, "_eigen", self._eigen)  # both share the decompositions, which stay on the CPU
         return there
 
     def eigen(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of a matrix' moment, in float64, where it is.
+        """Eigenvalues [d_in], ascending, and eigenvectors [d_in, d_in] of the moment at `place`, float64 on its device.
 
-        Computed once, and kept beside the covariance where that is on disk and can be written; else a warning says so.
+        They are computed once. If the covariance has a folder, they are also written there. If the folder cannot be
+        written, a warning says so.
         """
         moment = self[place]
         if place not in self._eigen:
@@ -113,18 +114,17 @@ class Covariance:
         return values.to(moment.device), vectors.to(moment.device)
 
     def check(self, lm: LanguageModel, places: Iterable[Place], *, factor: bool = True) -> None:
-        """Make sure that the matrices at `places` of `lm` can be edited with this covariance.
+        """Check that the matrices at `places` of `lm` can be edited with this covariance.
 
         Args:
             lm: the model.
-            places: what is to be edited.
-            factor: factor each matrix to see whether it is positive definite; False leaves that to who factors it
-                anyway.
+            places: the places to edit.
+            factor: factor each moment to check that it is positive definite; False if the caller factors it later.
 
         Raises:
-            CovarianceError: it was estimated on another model, or a matrix is missing, has the wrong size, holds NaN or
-                infinity.
-            IndefiniteError: a matrix is not positive definite.
+            CovarianceError: it was estimated on another model, or a moment is missing, has the wrong size, or holds NaN
+                or infinity.
+            IndefiniteError: a moment is not positive definite.
         """
         made = self.provenance
         if made.fingerprint not in (None, lm.fingerprint):
@@ -151,12 +151,12 @@ class Covariance:
                 self.check_definite(place, weight.device)
 
     def check_definite(self, place: Place, device: torch.device | None = None) -> None:
-        """Raise IndefiniteError unless the moment at `place` is positive definite; factors it, on `device`."""
+        """Factor the moment at `place` on `device`; raise IndefiniteError unless it is positive definite."""
         if torch.linalg.cholesky_ex(self[place].to(device, torch.float64)).info:
             raise self.indefinite(place)
 
     def indefinite(self, place: Place) -> IndefiniteError:
-        """The error that says so of `place`, and what to do."""
+        """The error for a moment at `place` that is not positive definite. It recommends a number of tokens."""
         least = TOKENS_PER_DIMENSION * len(self[place])
         return IndefiniteError(
             f"the covariance of {place} is not positive definite: it averages {self.provenance.tokens} tokens; "
@@ -164,7 +164,7 @@ class Covariance:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write `covariance.safetensors` into `folder`, whole or not at all, and return its path."""
+        """Write `covariance.safetensors` into `folder`, completely or not at all, and return its path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layer.{matrix.key}": moment.contiguous() for matrix, moment in self.moments.items()}
@@ -174,11 +174,11 @@ class Covariance:
 
     @classmethod
     def load(cls, path: str | Path) -> "Covariance":
-        """Read what `save` wrote, from its folder or file; or a folder of published `.npz` files (see `from_npz`).
+        """Read a covariance from the folder or file that `save` wrote, or from published `.npz` files (see `from_npz`).
 
         Raises:
             MissingFileError: there is no covariance.
-            CovarianceError: the file is truncated or something else.
+            CovarianceError: the file is damaged or not a covariance.
         """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.is_file() and any(Path(path).glob("*_mom2_*.npz")):
@@ -198,7 +198,7 @@ class Covariance:
 
     @classmethod
     def from_npz(cls, files: Mapping[int, str | Path] | str | Path, model: str = "unknown") -> "Covariance":
-        """Read statistics in the published format, which hold *sums* over tokens beside their count.
+        """Read statistics in the published format, which holds *sums* over tokens and the number of tokens.
 
         Args:
             files: layer -> file; or a folder of files that name their layer, such as
@@ -227,7 +227,7 @@ class Covariance:
 
 
 def _read_eigen(file: Path, moment: str) -> tuple[Tensor, Tensor] | None:
-    """The decomposition kept in `file`, unless there is none, it is damaged, or it is of another moment."""
+    """The decomposition in `file`; None if the file is missing, damaged, or of another moment."""
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("moment") == moment:
@@ -238,7 +238,7 @@ def _read_eigen(file: Path, moment: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _keep_eigen(file: Path, values: Tensor, vectors: Tensor, moment: str) -> None:
-    """Write the decomposition, or warn: it took long, and is good for this run wherever it cannot be kept."""
+    """Write the decomposition, or warn if that fails. The run goes on with the decomposition in memory."""
     try:
         with whole_file(file) as unfinished:
             save_file({"values": values, "vectors": vectors}, unfinished, metadata={"moment": moment})

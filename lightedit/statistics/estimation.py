@@ -1,4 +1,4 @@
-"""Estimating the second moments of keys over text, of all matrices in one pass that ends at the deepest of them."""
+"""Estimation of covariances. One forward pass serves all matrices, and it ends at the deepest of them."""
 
 import re
 import warnings
@@ -29,8 +29,8 @@ class SecondMoment:
     """A running sum of k kᵀ, accumulated in float32.
 
     Attributes:
-        gram: Σ k kᵀ, [d, d] float32, on and below the diagonal.
-        count: how many keys it sums.
+        gram: Σ k kᵀ, [d, d] float32; only entries on and below the diagonal are valid.
+        count: number of keys in the sum.
     """
 
     def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
@@ -39,9 +39,12 @@ class SecondMoment:
 
     @torch.no_grad()
     def update(self, keys: Tensor, mask: Tensor | None = None, count: int | None = None) -> None:
-        """Add keys [n, d] of any floating-point dtype, only those where the boolean `mask` [n] is True.
+        """Add keys to the sum.
 
-        `count` says how many these are; without it they are counted, for which a GPU has to be waited for.
+        Args:
+            keys: [n, d], of any floating-point dtype.
+            mask: [n] bool; only keys where it is True are added. None adds all.
+            count: number of added keys. None counts the mask, which synchronises with a GPU.
         """
         keys = keys.to(self.gram.device)
         second_moment_(self.gram, keys, mask)
@@ -59,10 +62,10 @@ class SecondMoment:
 class CovarianceModule(LightningModule):
     """Accumulates the second moments at all `places` in a trainer's predict loop over a `TextDataModule`.
 
-    With several processes, each sees its share of the text and all end with the sums over all of it.
+    With several processes, each reads its share of the text, and at the end all hold the sums over the whole text.
 
     Attributes:
-        moments: place -> second moment of what it has seen.
+        moments: place -> second moment of the keys so far.
     """
 
     def __init__(self, lm: LanguageModel, places: Iterable[Place]) -> None:
@@ -76,10 +79,10 @@ class CovarianceModule(LightningModule):
     @torch.no_grad()
     def predict_step(self, batch: Batch) -> None:
         modules = {place: self.lm.module(place) for place in self.moments}
-        # the last of them to run, as parallel blocks too compute their attention first
+        # places sort in the order in which they run; parallel blocks, too, compute their attention first
         with capture(modules, len(batch.ids), inputs=True) as keys, stop_after(modules[max(modules)]):
             self.lm.forward(batch)
-        mask, count = batch.mask.flatten(), int(batch.mask.sum())  # counted once, and as a rule on the CPU
+        mask, count = batch.mask.flatten(), int(batch.mask.sum())  # counted once, normally on the CPU
         for place, moment in self.moments.items():
             seen = keys.pop(place)  # [rows, tokens, d_in]
             mask = mask.to(seen.device)
@@ -98,7 +101,7 @@ class NeedsCovariance(Protocol):
 
     @property
     def covariance_places(self) -> tuple[Place, ...]:
-        """At which matrices."""
+        """The places whose second moments it reads."""
 
 
 def estimate_covariance(
@@ -113,23 +116,24 @@ def estimate_covariance(
     progress_bar: bool = True,
     cache: bool | Path = False,
 ) -> Covariance:
-    """Estimate the second moments of the inputs of some matrices of the unedited model.
+    """Estimate the covariances of matrices of the unedited model.
 
         covariance = estimate_covariance(lm, MEMIT(layers=[4, 5, 6, 7, 8]), text="wikipedia.txt")
 
     Args:
         lm: the model.
-        places: the method to edit with; or places, such as `Place(5, "attention_out")`, and layers, whose MLP output
-            matrix is meant.
-        text: a `.txt` file or a data set (see `read_texts`); None lets the model write the text itself.
-        tokens: how many; default 10 * d_in, which keeps at least 95 % of the score of 100 times as many (arXiv
+        places: the method to edit with; or a list of places, such as `Place(5, "attention_out")`, and layers. A layer
+            means its MLP's second matrix.
+        text: a `.txt` file or a data set (see `read_texts`); None for self-generated text.
+        tokens: number of tokens; default 10 d_in, which keeps at least 95 % of the score of 100 times as many (arXiv
             2506.04226).
-        sequence_length: tokens of one window; default 256, or 128 where the model writes, so that it writes more
-            windows at once.
+        sequence_length: tokens of one window; default 256, or 128 for self-generated text, of which more windows are
+            generated at once.
         max_tokens: tokens of one forward pass at most; bounds memory.
-        seed: of self-generated text.
-        progress_bar: show progress and the time left on standard error.
-        cache: keep the result in the user's cache folder, or in the given one, and take it from there if it is there.
+        seed: seed of self-generated text.
+        progress_bar: whether to show progress and the time left on standard error.
+        cache: whether to keep the result in the user's cache folder, or the path of another folder for it. A result
+            that is already there is loaded instead.
 
     Raises:
         TypeError: `lm` is no language model.
@@ -155,7 +159,7 @@ def estimate_covariance(
     module = CovarianceModule(lm, chosen)
     with progress("covariance", progress_bar) as report, quiet_lightning():
         trainer = own_trainer(
-            inference_mode=False,  # buffers a model makes on the way would be unusable in a later backward pass
+            inference_mode=False,  # buffers created in inference mode would fail in a later backward pass
             logger=False,
             enable_checkpointing=False,
             callbacks=[_Progress(report, held)],
@@ -190,15 +194,15 @@ def _places(lm: LanguageModel, given: NeedsCovariance | Sequence[Place | int]) -
 
 @dataclass(frozen=True)
 class _Sample:
-    """What text a covariance is estimated on.
+    """The text that a covariance is estimated on.
 
     Attributes:
-        text: its source; None for self-generated text.
-        tokens: how many.
+        text: the source; None for self-generated text.
+        tokens: number of tokens.
         length: tokens of one window.
-        seed: of self-generated text, else None.
-        corpus: the source's name in provenance.
-        least: tokens without which no moment is positive definite: the largest d_in.
+        seed: seed of self-generated text, else None.
+        corpus: name of the source in provenance.
+        least: the largest d_in. With fewer tokens some moment is not positive definite.
     """
 
     text: str | Path | None
@@ -239,7 +243,7 @@ class _Sample:
             raise CovarianceError(f"{self.text} holds {held} tokens; {_enough(self.least)}")
         if held < self.tokens:
             warning = f"{self.text} holds {held} of {self.tokens} tokens asked for; {_enough(self.least)}"
-            warnings.warn(warning, stacklevel=3)  # where `estimate_covariance` is called
+            warnings.warn(warning, stacklevel=3)  # points to the call of `estimate_covariance`
         return windows
 
 
@@ -250,7 +254,7 @@ def _enough(least: int) -> str:
 def covariance_folder(
     lm: LanguageModel, corpus: str, tokens: int, sequence_length: int, seed: int | None, root: Path | None = None
 ) -> Path:
-    """Where `estimate_covariance` keeps a result: one folder for each model, dtype, corpus and amount of text."""
+    """The folder of a cached result of `estimate_covariance`, one for each model, dtype, corpus and amount of text."""
     words = re.sub(r"[^\w.]+", "-", corpus)
     sampled = "" if seed is None else f"_seed{seed}"
     name = f"{words}_{tokens}x{sequence_length}{sampled}_{_name(lm.dtype)}"
@@ -270,7 +274,7 @@ def _corpus(text: str | Path | None) -> str:
 
 
 class _Progress(Callback):
-    """Reports how many of `total` tokens are done."""
+    """Reports the number of processed tokens of `total`."""
 
     def __init__(self, report: Report, total: int) -> None:
         self.report, self.done, self.total = report, 0, total
