@@ -93,7 +93,7 @@ class ClosedForm(Method):
         """The factored preservation term of every edited matrix, on the device of the matrix.
 
         Raises:
-            CovarianceError: `covariance` is of another model, lacks a matrix, or is singular for one.
+            CovarianceError: `covariance` is of another model, lacks a matrix, or is not positive definite.
         """
         covariance.check(lm, self.places, factor=False)  # the factors below show whether A is definite
         factors = {}
