@@ -131,7 +131,7 @@ def _check_flags(
     if protocol == "single" and of_one_model:
         raise ArgumentError(
             "--compare, --held_out, --evaluation.text and --evaluation.harness score one edited model; --protocol "
-            "single makes one a fact, and compares each with the unedited model anyway"
+            "single edits the model anew for each fact, and always compares with the unedited model"
         )
 
 

@@ -29,9 +29,7 @@ def sweep(
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Run every combination of methods and settings, and write one table and one figure.
-
-    After an interruption, the same command resumes after the finished runs.
+    """Run every combination of methods and settings, write one table and one figure, and resume after an interruption.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.

@@ -106,7 +106,7 @@ def _settings(module: EditModule) -> dict[str, Any]:
     """Everything that determines the run, under the names of arguments and settings, as JSON values."""
     data, editor = module.data(), module.editor
     settings = {
-        # without the ids of edits that the model carries, because the fingerprint covers its weights
+        # without the ids of edits that the model carries, because the digest of its weights is included
         **editor.run_inputs(),
         **vars(editor.settings),
         "facts_per_round": data.facts_per_round,

@@ -91,8 +91,8 @@ class HeldOutText:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NumericalError(
-                    f"{name} on held-out text is {value}; an edit may have ruined the model (revert it; without that "
-                    "text the other scores are to be had)"
+                    f"{name} on held-out text is {value}; an edit may have ruined the model; revert it, or evaluate "
+                    "without held-out text to get the other scores"
                 )
         ends = {name: tuple(bootstrap_interval(sums, statistic).tolist()) for name, statistic in statistics.items()}
         return values, {name: (low, high) for name, (low, high) in ends.items()}

@@ -231,7 +231,7 @@ class _Sweep:
             if self.settings.progress_bar:
                 left = sum(other.facts for other in pending[number:])
                 time_left = (
-                    f"; about {seconds * left / done / 60:.1f} min left, values still to find aside" if done else ""
+                    f"; about {seconds * left / done / 60:.1f} min left, without searches for values" if done else ""
                 )
                 print(f"run {number + 1} of {len(pending)}: {run}{time_left}", file=sys.stderr, flush=True)
             try:
