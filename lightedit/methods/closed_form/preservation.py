@@ -75,7 +75,7 @@ class Preservation:
         return cls(basis.new_full(basis.shape[1:], ridge), basis)
 
     def to(self, device: torch.device) -> "Preservation":
-        """Move to `device` and return itself; not possible once keys are remembered."""
+        """Move to `device` and return itself; call it before `remember`."""
         self._factor, self._past = self._factor.to(device), self._past.to(device)
         self._solved, self._gram_factor = self._past, self._gram_factor.to(device)
         self._basis = None if self._basis is None else self._basis.to(device)

@@ -1,7 +1,7 @@
 """The token rows of the value search. Parts that do not depend on δ are run once, the rest at every step.
 
 Tokens before the subject's last one are run once and kept as a KV cache. Blocks up to the edited layer are run once,
-and their output is kept; if δ is added inside the edited block, the block's input is kept. The LM head is applied only
+and their output is kept; with two δ, the input of the edited block is kept instead. The LM head is applied only
 where a target token or the KL term is read. The result is exact.
 """
 
