@@ -1,4 +1,4 @@
-"""lightedit: edit facts in transformer language models, and be able to ship, undo and trust the edit."""
+"""lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts

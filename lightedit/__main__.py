@@ -37,7 +37,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; wrong input ends it with one line and exit status 2, a bug of ours with its traceback."""
+    """Run the command line. Wrong input ends it with a message and exit status 2, a bug with its traceback."""
     set_parsing_settings(subclasses_enabled=[Method])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _check_method(given)
         auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given))
-    except (LightEditError, OSError) as error:  # a full disk, too, is no bug of ours
+    except (LightEditError, OSError) as error:  # OSError: such as a full disk, which is not a bug
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def with_booleans(given: Sequence[str]) -> list[str]:
-    """The arguments, with true after each flag that stands alone, such as --compare.
+    """The arguments, with =true appended to each boolean flag without a value, such as --compare.
 
     >>> with_booleans(["evaluate", "--compare", "--facts", "f.jsonl"])
     ['evaluate', '--compare=true', '--facts', 'f.jsonl']
@@ -81,7 +81,7 @@ def with_booleans(given: Sequence[str]) -> list[str]:
 
 
 def _flags(function: Any) -> Iterator[str]:
-    """The options of a command that are true or false."""
+    """The boolean options of a command."""
     for name, kind in get_type_hints(function).items():
         if name in signature(function).parameters:
             yield from _flags_of(f"--{name}", kind)
@@ -102,7 +102,7 @@ def _flags_of(option: str, kind: Any) -> Iterator[str]:
 
 
 def _check_method(given: Sequence[str]) -> None:
-    """Raise ArgumentError where the parser would take a method's mistyped name for a path."""
+    """Raise ArgumentError for an unknown method's name, which the parser would take for a path."""
     for option, value in pairwise(part for argument in given for part in argument.split("=", 1)):
         if option == "--method" and value not in METHODS and "." not in value and not Path(value).exists():
             raise ArgumentError(f"--method {value} is not known; methods are {', '.join(METHODS)}")

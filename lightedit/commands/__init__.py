@@ -1,1 +1,1 @@
-"""The commands of `lightedit`: one typed function a file."""
+"""The commands of `lightedit`, each a typed function in a file of its own."""

@@ -24,12 +24,12 @@ def covariance(
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         out: folder for covariance.safetensors.
         layers: layers whose MLP output matrix will be edited, such as [4,5,6,7,8].
-        method: instead of layers, the method that needs the covariance, with its settings; also for matrices other
-            than the MLP's, which PMET with write_attention writes.
-        text: a text file or the id of a data set; by default the model writes its own text.
-        tokens: how many tokens to read; by default 10 per input dimension of the matrix.
+        method: instead of layers, the method that needs the covariance, with its settings. Needed for matrices other
+            than the MLP's, such as those of PMET with write_attention.
+        text: a text file or the id of a data set; by default text is self-generated.
+        tokens: number of tokens to read; by default 10 per input dimension of the matrix.
         sequence_length: tokens of one window of text; by default 256, or 128 for self-generated text.
-        seed: of self-generated text.
+        seed: random seed of self-generated text.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """

@@ -1,4 +1,4 @@
-"""The demonstration: edit facts that the built-in model knows, and show what changed."""
+"""`lightedit demo`: edit facts that the built-in model knows, and show the scores before and after."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lightedit.metrics import score_targets
 from lightedit.progress import progress
 from lightedit.statistics.estimation import estimate_covariance
 
-# A target at e^-0.3 = 74 % is well stated; pushing it further mostly disturbs the countries next door
+# At a loss of 0.3 a target's probability is e^-0.3 = 74 %; lower losses mostly change neighbouring facts
 METHOD = MEMIT(layers=(4, 5, 6, 7, 8), lambda_=600.0, values=ValueSettings(loss_threshold=0.3))
 
 
@@ -25,8 +25,8 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
     """Edit facts about countries in a small language model and show the scores before and after.
 
     Args:
-        facts: how many facts to edit.
-        out: folder for the edit; the one of an earlier demonstration is replaced.
+        facts: number of facts to edit.
+        out: folder for the edit; an earlier edit in it is replaced.
     """
     started = time.monotonic()
     if facts < 1:
@@ -53,13 +53,13 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
 
 
 def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
-    """Choose built-in facts whose true answer `lm` gives by itself, one per country, taking relations in turn.
+    """Choose `count` built-in facts whose true target is `lm`'s most probable answer, taking relations in turn.
 
-    Facts about one subject would share their key, hence one per country. A neighbourhood prompt that is itself
-    edited here is left out.
+    There is one fact per country, because keys of facts about one subject would collide. Neighbourhood prompts that are
+    edited here are left out.
 
     Raises:
-        FactError: the model knows fewer than `count`.
+        FactError: the model knows facts about fewer than `count` countries.
     """
     facts = builtin_facts()
     with progress("asking what the model knows") as report:

@@ -33,8 +33,8 @@ def edit(
 ) -> None:
     """Write facts into a language model and save the edit.
 
-    Finished rounds and scores are kept beside the result, in a folder that ends in .run, until it is saved. After the
-    process was killed, the same command goes on after the last of them.
+    Finished rounds and scores are stored beside `out`, in a folder whose name ends in .run, until the edit is saved.
+    After an interruption, the same command resumes from them.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -42,17 +42,18 @@ def edit(
         method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
             method.values.lr and so on.
         out: folder for the edit.
-        covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
-            from self-generated text and kept in the cache.
-        limit: take the first facts only.
-        run: how facts are written.
-        evaluate: score the model before and after; the scores are kept with the edit, for lightedit report.
-        evaluation: how the model is scored.
-        health: limits that end the run before the model is ruined; given one, or health_text, health.csv is written.
-        health_text: a text file or the id of a data set for the first two limits; by default the model writes it.
+        covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
+            covariance is estimated from self-generated text and kept in the cache.
+        limit: use only this many first facts.
+        run: settings of rounds, chunks and collisions.
+        evaluate: score the model before and after; the scores are saved with the edit, for lightedit report.
+        evaluation: settings of the scoring.
+        health: limits that end the run before the model is ruined; with a limit or health_text, health.csv is written.
+        health_text: held-out text for KL and perplexity, a text file or the id of a data set; by default text is
+            self-generated.
         log: folder for metrics.csv, retention.csv (with run.validate_every) and health.csv.
-        overwrite: replace an edit that is in the folder already.
-        restart: throw away what an interrupted run has kept.
+        overwrite: replace an earlier edit in the folder.
+        restart: delete what an interrupted run has stored.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -61,9 +62,9 @@ def edit(
     watched = health_text is not None or bool(health.limits())
     callbacks = [le.Health(health_text, limits=health)] if watched else []
     if health_text is not None:
-        read_texts(health_text)  # what is missing is found out before the model is loaded
+        read_texts(health_text)  # a missing text is reported before the model is loaded
     chosen = le.read_facts(facts, limit)
-    rounds_of(chosen, method, run)  # and so are facts and sizes that cannot be
+    rounds_of(chosen, method, run)  # and so are wrong facts and sizes
     model = le.LanguageModel.load(lm, dtype, device)
     moments = covariance_of(model, [method], covariance)
     kept = out.with_name(out.name + ".run")
@@ -89,7 +90,7 @@ def edit(
 def _score(
     model: le.LanguageModel, result: le.Edit, before: le.Evaluation, settings: le.EvaluationSettings, kept: Path
 ) -> None:
-    """Score the edited model, and the unedited one again if a limit left some facts unwritten."""
+    """Score the edited model; if a limit ended the run early, score the unedited one again on the written facts."""
     try:
         result.after = le.evaluate(model, result.facts, settings=settings, checkpoint=kept / "after")
     except FloatingPointError as error:

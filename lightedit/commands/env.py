@@ -13,7 +13,7 @@ from lightedit.ops import NATIVE_STATUS, implementations
 
 
 def env() -> None:
-    """Show versions, devices, what each op runs on, known architectures and methods, and where things are kept."""
+    """Show versions, devices, the implementation of each op, architectures, methods, and the cache folder."""
     packages = ("lightedit", "torch", "lightning", "transformers", "torchmetrics", "datasets", "triton", "gguf")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {

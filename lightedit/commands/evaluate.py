@@ -34,28 +34,28 @@ def evaluate(
 ) -> None:
     """Score a language model, with or without an edit, on facts; or a method on edits of one fact each.
 
-    Scores of finished facts are kept beside out, in a folder that ends in .run, until all are saved. After the process
-    was killed, the same command goes on after them.
+    Scores of finished facts are stored beside `out`, in a folder whose name ends in .run, until all are saved. After an
+    interruption, the same command resumes from them.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: CounterFact, zsRE or JSON lines.
         edit: folder of a saved edit to apply first.
-        limit: take the first facts only.
-        out: JSON file for the scores, their intervals and every record; for those before, too, where there are such.
-        evaluation: how the model is scored.
-        compare: score the unedited model first, for a column of its own and the metrics that need it, such as retain
-            accuracy.
+        limit: use only this many first facts.
+        out: JSON file for the scores, their intervals and every record; includes the unedited model if it is scored.
+        evaluation: settings of the scoring.
+        compare: also score the unedited model, for a column of its own and for metrics that compare with it, such as
+            retain accuracy.
         held_out: a file of other facts, which were not edited, for TRR and ERR.
-        references: CounterFact's attribute_snippets.json, for RS; or own, to let the unedited model write such texts
+        references: CounterFact's attribute_snippets.json, for RS; or own, for texts that the unedited model generates
             (RS_own). Needs evaluation.generate.
-        protocol: whether the model is scored as it is (model), or every fact right after method has edited it alone
-            into the model (single).
+        protocol: model scores the model on all facts; single scores each fact after method has edited it alone into
+            the model.
         method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers and so on.
-        covariance: for single: what `lightedit covariance` saved, or a folder of published .npz files; by default it
-            is estimated from self-generated text and kept in the cache.
+        covariance: for single: a folder that `lightedit covariance` saved, or one of published .npz files; by default
+            the covariance is estimated from self-generated text and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
-        restart: throw away what an interrupted run has kept.
+        restart: delete what an interrupted run has stored.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -101,7 +101,7 @@ def _moments(
     covariance: Path | None,
     facts_per_chunk: int,
 ) -> le.Covariance | None:
-    """The covariance that single edits by `method` need, checked."""
+    """The covariance that single edits by `method` need, checked; None if they need none."""
     if method is None:
         return None
     check_single(model, facts, method, facts_per_chunk)
@@ -131,7 +131,7 @@ def _check_flags(
     if protocol == "single" and of_one_model:
         raise ArgumentError(
             "--compare, --held_out, --evaluation.text and --evaluation.harness score one edited model; --protocol "
-            "single makes one a fact, and compares each with the unedited model anyway"
+            "single edits the model anew for each fact, and always compares with the unedited model"
         )
 
 

@@ -16,14 +16,14 @@ def export(
     dtype: str = "auto",
     device: str = "cpu",
 ) -> None:
-    """Ship edits: as an edited model that any software loads, or as a LoRA adapter beside the unedited one.
+    """Export edits as an edited model in transformers' format, or as a LoRA adapter for the unedited model.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        edits: folder of a saved edit, or of several in brackets, applied in that order.
+        edits: folder of a saved edit, or a list of several in brackets, which are applied in that order.
         out: a new folder.
-        form: the whole model with its tokenizer (model), or the change alone in PEFT's format (lora).
-        dtype: float32, bfloat16, float16, or auto, as the model is stored.
+        form: model writes the whole model with its tokenizer, lora only the change, in PEFT's format.
+        dtype: float32, bfloat16, float16, or auto for the dtype in which the model is stored.
         device: such as cpu or cuda.
     """
     check_export(out)

@@ -1,4 +1,4 @@
-"""What several commands do."""
+"""Functions that several commands share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from lightedit.runs.folder import locked, remove_run
 
 
 def remove_runs(run: Path) -> None:
-    """Delete what a command has kept in its folder: rounds or scores, and scores before and after."""
+    """Delete what a command has stored in its .run folder: rounds or scores, and scores before and after."""
     for folder in (run / "before", run / "after", run):
         if folder.is_dir():
-            with locked(folder):  # another process may be at work there
+            with locked(folder):  # another process may use it
                 remove_run(folder)
 
 
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance | None:
-    """What `folder` holds, or without one an estimate of all that `methods` need; None if they need none."""
+    """The covariance in `folder`, or without a folder an estimate for `methods`; None if they need none."""
     for method in methods:
         method.check(model)
     if not any(method.covariance_places for method in methods):

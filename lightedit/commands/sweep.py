@@ -29,22 +29,22 @@ def sweep(
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Run every combination of methods and settings; write one table and one figure. Goes on where it was stopped.
+    """Run every combination of methods and settings, write one table and one figure, and resume after an interruption.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: CounterFact, zsRE or JSON lines.
-        methods: name of your choice -> method, with class_path and init_args as in a configuration file.
-        out: the sweep's own folder, for runs.csv and sweep.svg.
-        counts: numbers of facts to write, or log17 for 17 from 1 to 10,000; by default all.
+        methods: name, chosen freely -> method, with class_path and init_args as in a configuration file.
+        out: a folder of this sweep only, for runs.csv and sweep.svg.
+        counts: numbers of facts to write, or log17 for 17 numbers from 1 to 10,000; by default all facts.
         facts_per_round: numbers of facts written together; null for all, single to edit and score each fact alone.
-        grid: field of a method -> values, such as lambda_ or values.lr; every combination is run.
-        skip: leave out the first facts.
-        limit: take so many facts after those.
-        covariance: what `lightedit covariance` saved, or a folder of published .npz files; by default it is estimated
-            from self-generated text and kept in the cache.
-        run: how facts are written; facts_per_round and validate_every are the sweep's own business.
-        evaluation: how models are scored; with generate there is a column of generation entropy (GE).
+        grid: field of a method, such as lambda_ or values.lr -> values; every combination is run.
+        skip: leave out this many first facts.
+        limit: use only this many facts after those.
+        covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
+            covariance is estimated from self-generated text and kept in the cache.
+        run: settings of the runs; facts_per_round and validate_every must be left out.
+        evaluation: settings of the scoring; with generate the table has a column of generation entropy (GE).
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """

@@ -1,1 +1,1 @@
-"""A run that writes facts into a model, and what comes of it."""
+"""Runs that write facts into a model, and the edits that they produce."""

@@ -1,4 +1,4 @@
-"""An edit: what a run wrote into a model. It can be applied, reverted, saved and loaded."""
+"""An edit: the changes that a run wrote into a model. It can be applied, reverted, saved and loaded."""
 
 import hashlib
 import json
@@ -34,20 +34,20 @@ class EditError(LightEditError, ValueError):
 
 @dataclass
 class Edit:
-    """The outcome of a run: changes of a few places, with all that is needed to trust and undo them.
+    """The result of a run: its changes, the facts, and the record and scores that document them.
 
     Attributes:
         model: name of the edited model.
         fingerprint: fingerprint of its unedited weights.
-        record: how it was made.
+        record: how the edit was made.
         facts: the facts written, round after round, in the order they were given.
         rounds: for each round written, place -> change.
         facts_in_round: number of facts written in each round.
         before: scores of the unedited model on the facts.
         after: scores of the edited model.
         id: a unique name.
-        tables: rows of figures that a run gathered over its rounds: "retention" (see `EditModule`), "health" (see
-            `Health`). They are saved for `lightedit report`, not loaded.
+        tables: rows that the run recorded after its rounds: "retention" (see `EditModule`), "health" (see `Health`).
+            `save` writes them for `lightedit report`; `load` does not read them.
     """
 
     model: str
@@ -65,7 +65,7 @@ class Edit:
     def begin(cls, editor: Editor) -> Self:
         """The edit of a run that has written nothing yet."""
         lm = editor.lm
-        method, inputs = json.loads(json.dumps([editor.method.to_dict(), editor.record()]))  # as a file gives them back
+        method, inputs = json.loads(json.dumps([editor.method.to_dict(), editor.record()]))  # as `load` returns them
         record = RunRecord(method, inputs, **computing(lm), on_top_of=tuple(lm.weights.edits))
         return cls(lm.name, lm.fingerprint, record)
 
@@ -75,7 +75,7 @@ class Edit:
         return sorted({place.layer for changes in self.rounds for place in changes})
 
     def owner(self, round_: int) -> Owner:
-        """The name under which a round's changes, counted from 0, are kept in the model's weights."""
+        """The name under which the changes of round `round_`, counted from 0, are kept in the model's weights."""
         return self.id, round_
 
     def is_applied(self, lm: LanguageModel) -> bool:
@@ -91,10 +91,10 @@ class Edit:
             )
 
     def apply(self, lm: LanguageModel) -> None:
-        """Write the edit into `lm`. A warning says so if it was made on top of others that `lm` lacks.
+        """Write the edit into `lm`. Warns if the edit was made on top of other edits that `lm` lacks.
 
         Raises:
-            EditError: another model, or the edit is applied already.
+            EditError: the edit was made for another model, or is applied already.
         """
         self.check_model(lm)
         if self.is_applied(lm):
@@ -110,7 +110,7 @@ class Edit:
                 lm.weights.add(self.owner(index), place, change)
 
     def revert(self, lm: LanguageModel) -> None:
-        """Undo the edit; without other edits the weights are the unedited ones bit for bit.
+        """Undo the edit. If the model carries no other edit, its weights are then the unedited ones, bit for bit.
 
         Raises:
             EditError: `lm` does not carry the edit.
@@ -120,12 +120,13 @@ class Edit:
         lm.weights.remove({self.owner(index) for index in range(len(self.rounds))})
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write `edit.safetensors` and `edit.json` into `folder`, which appears whole or not at all.
+        """Write `edit.safetensors` and `edit.json` into a new folder, atomically.
 
-        Beside them go the evaluations, as before.json and after.json, and the tables, as retention.csv and health.csv.
+        The folder also holds the evaluations, as before.json and after.json, and the tables, as retention.csv and
+        health.csv.
 
         Args:
-            folder: a new one.
+            folder: path of the new folder.
             overwrite: replace the whole folder of an earlier edit.
 
         Raises:
@@ -168,11 +169,11 @@ class Edit:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Edit":
-        """Read what `save` wrote, and check that it is whole.
+        """Read what `save` wrote, and check that it is complete and unaltered.
 
         Raises:
             FileNotFoundError: there is no edit in `folder`.
-            EditError: a file is truncated or of another format, or the tensors were altered.
+            EditError: a file is truncated or has another format, or the tensors were altered.
         """
         folder = Path(folder)
         path = folder / "edit.json"
@@ -210,7 +211,7 @@ class Edit:
 
 
 def _changes(round_: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[Place, Change]:
-    """The changes of one round from a file's tensors, in the order in which they were written."""
+    """The changes of one round, from a file's tensors, in the order in which the run wrote them."""
     changes = {}
     for key, of_change in settings.items():
         start = f"round.{round_}.layer.{key}."
@@ -220,7 +221,7 @@ def _changes(round_: int, settings: Mapping[str, Any], tensors: Mapping[str, Ten
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:
-    """Raise EditError if saving an edit to `folder` would replace something."""
+    """Raise EditError if `folder` exists, unless it holds an edit and `overwrite` is given."""
     if folder.exists() and not (overwrite and (folder / "edit.json").is_file()):
         way_out = "choose another folder" + (", or allow overwriting" if (folder / "edit.json").is_file() else "")
         raise EditError(f"{folder} exists already; {way_out}")

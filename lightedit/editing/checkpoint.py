@@ -1,4 +1,4 @@
-"""A run that outlives its process: every finished round is kept on disk, and the same run goes on after the last."""
+"""Checkpoints of a run: every finished round is stored on disk, and the same run resumes after the last one."""
 
 import json
 import sys
@@ -26,21 +26,21 @@ from lightedit.runs.folder import ResumeError, check_run, kept_rounds, locked, r
 
 
 class RoundCheckpoint(RoundCallback, Checkpoint):
-    """Keeps every round of an `EditModule`'s fit in a folder, and starts a fit after the rounds that are there.
+    """Stores every round of an `EditModule`'s fit in a folder. A fit starts after the rounds stored there.
 
-    A fit that goes on ends with the bits of one that was never stopped, given the same machine and the CPU; on a GPU
-    some of torch's own sums have no fixed order. A round that another callback took back is not kept, and a fit that
-    had ended by itself ends again at the same round.
+    On the CPU of the same machine, a resumed fit gives the same bits as an uninterrupted one. On a GPU it may not, as
+    some of torch's sums have no fixed order. A round that another callback took back is not stored. A fit that had
+    ended early ends again at the same round.
 
         trainer = Trainer(callbacks=[RoundCheckpoint("edits/first.run")])
         trainer.fit(module, datamodule=data)  # killed, and started again
 
     Args:
-        folder: of this run alone; it is made if need be. Delete it once the edit is saved.
+        folder: a folder of this run only; it is created if it does not exist. Delete it once the edit is saved.
 
     Raises:
-        ResumeError: as a fit starts: the folder holds another run, a file is damaged, or another process is at work
-            in the folder. The model is left as it was.
+        ResumeError: when a fit starts, the folder holds another run, a file is damaged, or another process uses the
+            folder. The model is then unchanged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -67,13 +67,13 @@ class RoundCheckpoint(RoundCallback, Checkpoint):
         return [one.round for one in kept]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the trainer count from where the earlier process was."""
+        """Set the trainer's counters and torch's random state to those of the earlier process."""
         if (last := self._last) is None:
             return
         torch.set_rng_state(last.random)
         number, loop = last.round.number, trainer.fit_loop
         loop.epoch_progress.increment_by(number)
-        # loggers count batches and users optimizer steps; both go on from where they were
+        # loggers count batches, global_step counts optimizer steps
         loop.epoch_loop.on_load_checkpoint(last.batches)
         loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(last.steps)
         if last.ended:
@@ -103,10 +103,10 @@ class RoundCheckpoint(RoundCallback, Checkpoint):
 
 
 def _settings(module: EditModule) -> dict[str, Any]:
-    """All that determines the run, under names that its user knows, as JSON gives it back."""
+    """Everything that determines the run, under the names of arguments and settings, as JSON values."""
     data, editor = module.data(), module.editor
     settings = {
-        # not the names of edits that the model carries: its weights count
+        # without the ids of edits that the model carries, because the digest of its weights is included
         **editor.run_inputs(),
         **vars(editor.settings),
         "facts_per_round": data.facts_per_round,
@@ -114,22 +114,22 @@ def _settings(module: EditModule) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ops": implementations(),
     }
-    for name in ("progress_bar", "validate_every"):  # of no effect on what is written
+    for name in ("progress_bar", "validate_every"):  # they do not change what is written
         settings.pop(name, None)
     return cast(dict[str, Any], json.loads(json.dumps(settings)))
 
 
 @dataclass(frozen=True)
 class KeptRound:
-    """A finished round as its file holds it, and what a process needs to go on after it.
+    """The contents of a finished round's file: the round, and the state from which a process resumes after it.
 
     Attributes:
         round: the round.
         run: id of the run's edit.
-        ended: whether the fit ended with it.
+        ended: whether the fit ended with this round.
         steps: optimizer steps of the run so far.
         batches: the trainer's count of batches.
-        random: state of torch's random numbers on the CPU after the round.
+        random: state of torch's CPU random number generator after the round.
     """
 
     round: Round
@@ -165,10 +165,10 @@ class KeptRound:
 
     @classmethod
     def load(cls, file: Path, run: str, number: int) -> Self:
-        """Read round `number` of `run` and check that it is whole.
+        """Read round `number` of `run`, and check that its file is complete and unaltered.
 
         Raises:
-            ResumeError: it is damaged, or of another run.
+            ResumeError: the file is damaged, or belongs to another run.
         """
         way_out = "delete it and the rounds after it to repeat them"
         try:

@@ -1,4 +1,4 @@
-"""Shipping what a model carries: the edited model as a folder of its own, or the edits alone as a LoRA adapter."""
+"""Export of edits: the edited model as a folder of its own, or the edits only, as a LoRA adapter."""
 
 import json
 from importlib.metadata import version
@@ -16,14 +16,14 @@ from lightedit.lm.loading import save_pretrained
 
 
 def export_model(lm: LanguageModel, folder: str | Path) -> Path:
-    """Write the edited model and its tokenizer into `folder`, which appears whole or not at all.
+    """Write the edited model and its tokenizer into a new folder, atomically.
 
-    It loads as any folder of transformers does, with the weights of the moment bit for bit. `lightedit.json` beside
-    them names the edits and the model that they were made in. The edits cannot be reverted in it, so keep them.
+    transformers loads the folder like any other, with the present weights bit for bit. `lightedit.json` in it names
+    the edits and the model in which they were made. They cannot be reverted in the exported model, so keep the edits.
 
     Args:
         lm: the model, with its edits applied.
-        folder: a new one.
+        folder: path of the new folder.
 
     Raises:
         ArgumentError: the folder exists, or the model carries no edit.
@@ -37,19 +37,19 @@ def export_model(lm: LanguageModel, folder: str | Path) -> Path:
 
 
 def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
-    """Write what the edits changed as a LoRA adapter into `folder`, which appears whole or not at all.
+    """Write the changes of all edits as a LoRA adapter into a new folder, atomically.
 
-    `peft.PeftModel.from_pretrained(model, folder)` adds it to the unedited model, `merge_and_unload` writes it into the
-    weights, and servers that take PEFT adapters can switch it on for one request and off for another. Its rank is the
-    number of facts, or the matrix's smaller dimension if that is less: nothing is approximated. The adapter is float32.
-    In a model of 16 bits it adds what the edited weights themselves have rounded.
+    `peft.PeftModel.from_pretrained(model, folder)` adds the adapter to the unedited model, and `merge_and_unload`
+    writes it into the weights. Servers that take PEFT adapters can switch it on or off for each request. Its rank is
+    the number of facts, or the matrix's smaller dimension if that is less, so nothing is approximated. The adapter is
+    float32. In a 16-bit model its output therefore lacks the rounding of the edited weights.
 
     Args:
         lm: the model, with its edits applied.
-        folder: a new one.
+        folder: path of the new folder.
 
     Raises:
-        ArgumentError: the folder exists, the model carries no edit, or one that changes more than matrices.
+        ArgumentError: the folder exists, the model carries no edit, or an edit changes more than matrices.
     """
     folder = Path(folder)
     record = _record(lm, folder)
@@ -67,7 +67,7 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": lm.model.name_or_path or lm.name,
         "target_modules": list(ranks),
-        # the product is scaled by alpha over rank, which is 1 here
+        # PEFT scales the product by alpha / rank, which is 1 here
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": smaller,
@@ -85,7 +85,7 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
 
 
 def check_export(folder: Path) -> None:
-    """Raise ArgumentError if `folder` cannot be the new folder of an export."""
+    """Raise ArgumentError if `folder` exists, so that nothing can be exported to it."""
     if folder.exists():
         raise ArgumentError(f"{folder} exists already; name a new folder for the export")
 
@@ -103,10 +103,10 @@ def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
 
 
 def _factors(place: Place, change: Change) -> LowRankUpdate:
-    """The same change as factors of no more columns than the matrix has rows or columns.
+    """The same change as factors, with at most min(d_out, d_in) columns.
 
     Raises:
-        ArgumentError: it changes something else than a matrix.
+        ArgumentError: the change is not that of a matrix only.
     """
     if isinstance(change, LowRankUpdate):
         d_out, d_in = change.left.shape[0], change.right.shape[0]

@@ -1,4 +1,4 @@
-"""Health of a model that is edited round after round: how far it drifts from the unedited one, and when to stop."""
+"""Health of a model during a run: KL, perplexity and drift after rounds, and limits that end the run."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ _FILE = "health.csv"
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """Limits of how far rounds of edits may take a model.
+    """Limits on how far a run may change a model.
 
     Attributes:
         max_kl: limit of KL(edited || unedited) of the next token on text, in nats per token.
-        max_perplexity_ratio: limit of the perplexity on the text over that of the unedited model.
+        max_perplexity_ratio: limit of the perplexity on the text, divided by that of the unedited model.
         max_update_norm: limit of the Frobenius norm of one round's ΔW, for each edited matrix.
-        on_limit: once a limit is passed, stop ends the run after this round and keeps it; roll_back takes it back too,
-            so that the weights are bit for bit those before the round.
-        every: rounds between looks at the model; the last round is always looked at.
+        on_limit: what to do if a round passes a limit. stop ends the run after the round and keeps it. roll_back ends
+            the run and takes the round back; the weights are then bit for bit those from before it.
+        every: rounds between measurements; the last round is always measured.
 
     Raises:
-        ArgumentError: a limit that is not positive, `every` below 1, an unknown `on_limit`.
+        ArgumentError: a limit is not positive, `every` is below 1, or `on_limit` is unknown.
     """
 
     max_kl: float | None = None
@@ -58,37 +58,37 @@ class HealthLimits:
         return {name: value for name, value in asdict(self).items() if name.startswith("max_") and value is not None}
 
     def passed(self, record: dict[str, Any]) -> str | None:
-        """Which limit a record of `Health` passes, if any."""
+        """A message that names the limit which a record of `Health` passes; None if it passes none."""
         for name, limit in self.limits().items():
             measured = name.removeprefix("max_")
             for key, value in record.items():
-                # not "value > limit", because a ruined model's NaN is past any limit
+                # not "value > limit", because NaN, from a ruined model, must count as past any limit
                 if key.split("/")[0] == measured and not value <= limit:
                     return f"{key} is {value:.4g}, past {name}={limit:g}"
         return None
 
 
 class Health(RoundCallback):
-    """Watches a model while rounds of facts are written into it, and ends the fit when a limit is passed.
+    """Measures a model after rounds of a fit, and ends the fit if a limit is passed.
 
         health = Health("wiki.txt", limits=HealthLimits(max_kl=0.1, on_limit="roll_back"))
         edit = lightedit.edit(lm, facts, method, covariance=covariance, callbacks=[health])
 
     Args:
         texts: held-out text: token windows, a `.txt` file, or a data set (see `read_texts`), of which 2048 tokens are
-            taken; None lets the unedited model write them.
-        limits: when to end the fit; by default never.
-        folder: where health.csv goes; default: the folder of the trainer's first logger, if there is one.
+            read; None lets the unedited model write the text.
+        limits: the limits that end the fit; by default there are none.
+        folder: folder for health.csv; by default that of the trainer's first logger, if there is one.
 
     Attributes:
-        records: one for each look: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
-            "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited matrices; and of each
-            "weight_norm/layer_i" and "update_norm/layer_i" of this round, with "layer_i_attention_out" for an
-            attention's. A round that is rolled back has a record too.
-        reason: which limit was passed, by what value and in which round; None while all is well.
+        records: one for each measurement: "round", counted from 1; "facts" written so far; "kl"; "perplexity";
+            "perplexity_ratio"; "drift", the Frobenius norm of W - W0 over all edited matrices; and for each edited
+            matrix "weight_norm/layer_i" and this round's "update_norm/layer_i", with "layer_i_attention_out" for an
+            attention's output matrix. A round that is rolled back has a record too.
+        reason: the limit that was passed, with the value and the round; None if none was passed.
 
     Raises:
-        FileNotFoundError: there is no such text file.
+        FileNotFoundError: the text file does not exist.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Health(RoundCallback):
         folder: str | Path | None = None,
     ) -> None:
         if isinstance(texts, str | Path):
-            read_texts(texts)  # what is missing is found out now, not when a model is loaded and facts are scored
+            read_texts(texts)  # a missing file is reported here, before a model is loaded and facts are scored
         self.texts, self.limits = texts, limits or HealthLimits()
         self.folder = None if folder is None else Path(folder)
         self.records: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ class Health(RoundCallback):
         self._text: HeldOutText | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Read the text with the unedited model; go on with the records of rounds that an earlier process finished."""
+        """Measure the unedited model on the text, and take over records of rounds that an earlier process finished."""
         if not isinstance(module, EditModule):
             raise ArgumentTypeError(f"Health watches an EditModule, got {type(module).__name__}")
         assert module.edit is not None
@@ -153,7 +153,7 @@ class Health(RoundCallback):
         round_ = len(module.edit.rounds)
         rolled_back = self.limits.on_limit == "roll_back"
         if rolled_back:
-            # past keys that the method keeps still hold this round's, which is of no effect: none is written after it
+            # past keys still include this round's, which has no effect because no round follows
             module.roll_back()
         trainer.should_stop = True
         kept = "was rolled back" if rolled_back else "is kept"
@@ -163,12 +163,12 @@ class Health(RoundCallback):
 
 
 def _norm(lm: LanguageModel, place: Place, base: torch.Tensor | None = None) -> float:
-    """Frobenius norm of a weight, or of its difference to `base`, in float32 or better."""
+    """Frobenius norm of a weight, or of its difference from `base`, in float32 or wider."""
     dtype = torch.promote_types(lm.dtype, torch.float32)
     weight = lm.weight(place).to(dtype)
     return float((weight if base is None else weight - base.to(dtype)).norm())
 
 
 def _exp(value: float) -> float:
-    """e to the power of `value`; infinity, not an error, where that is too large."""
+    """e to the power of `value`; infinity, instead of an error, on overflow."""
     return torch.tensor(value, dtype=torch.float64).exp().item()

@@ -1,4 +1,4 @@
-"""The journal of a run: its finished rounds, and the callbacks that are told of each."""
+"""The journal of a run: its finished rounds, and callbacks that are called at each."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +15,13 @@ class Round:
     """One finished round.
 
     Attributes:
-        number: of the round, from 1.
-        facts: facts in the round.
-        changes: place -> what was written, in the order in which it was.
-        state: what the round adds to what later rounds depend on; see `Editor.state`.
-        seconds: of the run so far, by step.
-        stopped: why the run ended with it, if a limit ended it.
-        tables: this round's rows of the run's figures, by table.
+        number: the round's number, from 1.
+        facts: number of facts in the round.
+        changes: place -> change, in the order in which they were written.
+        state: tensors on which later rounds depend; see `Editor.state`.
+        seconds: time of the run so far, by step.
+        stopped: why the run ended with this round, if a limit ended it.
+        tables: this round's rows of the run's tables, by name of the table.
     """
 
     number: int
@@ -34,17 +34,17 @@ class Round:
 
 
 class RoundCallback(Callback):
-    """A callback that an `EditModule` tells of its rounds, at moments that no order of callbacks can change."""
+    """A callback with hooks for the rounds of an `EditModule`, which run at fixed points of a round."""
 
     def kept_rounds(self, trainer: Trainer, module: LightningModule) -> list[Round]:
-        """The rounds that an earlier process finished; asked once, when everything for the run is prepared."""
+        """The rounds that an earlier process finished; called once, after the run is prepared."""
         return []
 
     def on_round_written(self, trainer: Trainer, module: LightningModule) -> None:
-        """The last round of the module's edit was written, and validated if it was its turn.
+        """Called after a round was written, and validated if it is one that is validated.
 
-        It may be taken back (`EditModule.roll_back`), and the fit be ended (`trainer.should_stop`).
+        The hook may take the round back (`EditModule.roll_back`) and end the fit (`trainer.should_stop`).
         """
 
     def on_round_end(self, trainer: Trainer, module: LightningModule, round_: Round) -> None:
-        """A round is finished and stays."""
+        """Called when a round is finished and was not taken back."""

@@ -1,4 +1,4 @@
-"""An edit as a fit: an epoch is a round of facts, a batch a chunk of them, a training step a step of its search."""
+"""A run as a Lightning fit: an epoch is a round, a batch is a chunk, a training step is a step of the search."""
 
 import time
 from itertools import islice
@@ -24,29 +24,30 @@ class EditModule(LightningModule):
     """Runs any method under a trainer.
 
     Each training step is one step of the search for a chunk of facts. When the round's last chunk is finished, the
-    editor writes the round. Validation then scores the model as it is, on the facts of this round and of all earlier
-    ones. The language model is not a submodule, so the trainer neither moves, wraps nor checkpoints it.
+    editor writes the round. Validation then scores the model on the facts of this round and of all earlier ones. The
+    language model is not a submodule, so the trainer does not move, wrap or checkpoint it.
 
         module = EditModule(lm, MEMIT(layers=(4, 5, 6, 7, 8)), covariance=covariance)
         Trainer().fit(module, datamodule=FactsDataModule(facts, facts_per_round=100))
 
     Args:
         lm: the model to edit.
-        method: what to run.
-        covariance: second moments at the method's `covariance_places`, where it needs any.
-        settings: of the run; the data module says how large rounds and chunks are.
-        prepared: an editor of this method that was prepared for the data module's facts and rounds, and not used yet.
+        method: the method to run.
+        covariance: second moments at the method's `covariance_places`, if it has any.
+        settings: settings of the run; the data module sets the sizes of rounds and chunks.
+        prepared: an unused editor of this method that was prepared for the data module's facts and rounds.
 
     Attributes:
-        editor: the method at work.
-        edit: what has been written so far; set when a fit starts.
-        retention: a row for each validation in a fit and each round written by then: "round", the number of rounds
+        editor: the editor of the present fit.
+        edit: the edit with all rounds written so far; set when a fit starts.
+        retention: for each validation in a fit, a row for each round written so far: "round", the number of rounds
             written; "origin", the round in which the scored facts were written, both counted from 1; "facts", their
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
-        fraction_done: share of all facts that are found or written, facts at work counted by their steps.
+        fraction_done: share of all facts that are found or written; a fact in progress counts as the share of its
+            steps.
 
     Raises:
-        CovarianceError: the method needs a covariance and there is none.
+        CovarianceError: the method needs a covariance and none was given.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class EditModule(LightningModule):
         self.editor = prepared or method.editor(lm, covariance=covariance, settings=settings)
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
-        self._unscored: FloatingPointError | None = None  # why the model could not be validated after this round
+        self._unscored: FloatingPointError | None = None  # why validation failed after this round
         self._seconds = {"values": 0.0, "update": 0.0}
         self._seconds_before = dict(self._seconds)
         self._rounds: list[list[int]] = []
@@ -78,7 +79,7 @@ class EditModule(LightningModule):
 
     def on_fit_start(self) -> None:
         data = self.data()
-        if self.edit is not None:  # of an earlier fit, whose editor is used up
+        if self.edit is not None:  # an earlier fit has used the editor up
             self.editor = self.method.editor(self.lm, covariance=self.covariance, settings=self.settings)
         if not self.editor.prepared:
             self.editor.prepare(data.facts, data.rounds)
@@ -100,7 +101,7 @@ class EditModule(LightningModule):
         """The facts of the run.
 
         Raises:
-            ArgumentTypeError: they come from something else than a `FactsDataModule`.
+            ArgumentTypeError: the trainer's data module is not a `FactsDataModule`.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, FactsDataModule):
@@ -113,10 +114,10 @@ class EditModule(LightningModule):
         return [callback for callback in self.trainer.callbacks if isinstance(callback, RoundCallback)]  # type: ignore[attr-defined]
 
     def _restore(self, round_: Round, data: FactsDataModule) -> None:
-        """Write a round again that an earlier process finished."""
+        """Write a round that an earlier process finished."""
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))
-        # listed first, so that reverting the edit also undoes a round that fails between two places
+        # appended before its changes, so that reverting the edit also undoes a round that fails between two places
         self.edit.rounds.append({})
         for place, change in round_.changes.items():
             change = change.to(self.lm.weight(place).device)
@@ -140,10 +141,10 @@ class EditModule(LightningModule):
     # The search
 
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
-        if chunk.finished:  # the loader reads one batch ahead, so a chunk comes once more after its last step
+        if chunk.finished:  # the loader prefetches one batch, so a chunk comes once more after its last step
             return
         started = time.perf_counter()
-        optimizer: Any = self.optimizers()  # an empty list without any
+        optimizer: Any = self.optimizers()  # an empty list if there is none
         optimizer = optimizer or None
         if chunk is not self._chunk:
             self._chunk = chunk
@@ -168,7 +169,7 @@ class EditModule(LightningModule):
             self._write_round(self._rounds[self.current_epoch])
 
     def _write_round(self, indices: list[int]) -> None:
-        """Write one round of facts; on any failure none of it stays."""
+        """Write one round of facts; if that fails, the round is taken back."""
         assert self.edit is not None
         started = time.perf_counter()
         owner = self.edit.owner(len(self.edit.rounds))
@@ -188,10 +189,10 @@ class EditModule(LightningModule):
             self.log(f"seconds/{step}", seconds - self._seconds_before[step], batch_size=len(indices))
 
     def roll_back(self) -> None:
-        """Take the last round back, so that the weights are bit for bit what they were before it was written.
+        """Take the last round back. The weights are then bit for bit those from before the round.
 
-        `edit` and `retention` lose it too. What an editor keeps of earlier rounds, such as past keys, still holds the
-        round's, so the fit must not write another one: set `trainer.should_stop`.
+        The round is also removed from `edit` and `retention`. The editor's own state, such as past keys, still includes
+        it, so no further round may be written in this fit: set `trainer.should_stop`.
 
         Raises:
             EditError: no round is written.
@@ -206,13 +207,13 @@ class EditModule(LightningModule):
 
     @property
     def in_last_round(self) -> bool:
-        """Whether the fit ends after this round, if nothing stops it before."""
+        """Whether this is the fit's last round, unless it is stopped earlier."""
         epochs = self.trainer.max_epochs
         rounds = len(self._rounds) if epochs in (None, -1) else min(len(self._rounds), epochs)
         return self.current_epoch + 1 >= rounds
 
     def on_train_epoch_end(self) -> None:
-        """Finish a round: callbacks look at it, then it is validated if it is the last, then it is kept."""
+        """Finish a round: call `on_round_written`, validate if the fit ends here, call `on_round_end` if it stays."""
         assert self.edit is not None
         written = len(self.edit.rounds)
         for callback in self._round_callbacks():
@@ -245,7 +246,7 @@ class EditModule(LightningModule):
         )
 
     def teardown(self, stage: str) -> None:
-        if stage == "fit":  # a trainer holds itself and its module in memory until Python looks for such cycles
+        if stage == "fit":  # a reference cycle keeps trainer and module in memory until garbage collection
             self.editor.release()
 
     # Retention
@@ -256,7 +257,7 @@ class EditModule(LightningModule):
         except FloatingPointError as error:
             if self.trainer.state.fn != "fit":
                 raise
-            self._unscored = error  # raised as the round ends, unless a callback ends the fit there
+            self._unscored = error  # raised at the end of the round, unless a callback stops the fit
             return
         self._metrics.update(records)
         self._by_origin.update(chunk.round_ + 1, records)
@@ -277,9 +278,9 @@ class EditModule(LightningModule):
         self._save_retention()
 
     def _validate_the_end(self) -> None:
-        """Score the rounds that stay, unless that is done.
+        """Score the facts of all rounds that are kept, unless they were scored after the last round.
 
-        The trainer validates every n-th round, and before a callback may stop the fit or take the round back.
+        The trainer's own validation runs only every n-th round, and before callbacks can take a round back.
         """
         assert self.edit is not None
         written = len(self.edit.rounds)

@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 from lightedit.metrics import RecordScores, edit_metrics, reported
 
 FILE = "retention.csv"
-_CURVES = 10  # rounds up to which each has a curve of its own in the loggers
+_CURVES = 10  # with at most this many rounds, each has a curve of its own in the loggers
 
 
 class RetentionScores:
@@ -27,7 +27,7 @@ class RetentionScores:
         self._facts[origin] += len(records)
 
     def rows(self, round_: int) -> list[dict[str, Any]]:
-        """One row for each origin: the round now, the origin, its number of facts, and its scores in percent."""
+        """One row for each origin: the present round, the origin, its number of facts, and its scores in percent."""
         return [
             {"round": round_, "origin": origin, "facts": self._facts[origin], **defined(self._metrics[origin])}
             for origin in sorted(self._metrics)
@@ -35,14 +35,14 @@ class RetentionScores:
 
 
 def defined(metrics: MetricCollection) -> dict[str, float]:
-    """The values of those metrics that the facts allow, in the order in which they are reported."""
+    """The values of the metrics that the facts allow, in reporting order."""
     return reported(metrics.compute())
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """One validation's rows as values for loggers, such as "retention/round_1/ES".
 
-    Of many rounds only the first has such a curve; the latest is then logged as "retention/latest/ES".
+    With more than 10 rounds, only the first has such a curve, and the latest is logged as "retention/latest/ES".
     """
     named = {f"round_{row['origin']}": row for row in rows}
     if len(rows) > _CURVES:

@@ -1,4 +1,4 @@
-"""Editing in one call: the trainer that runs an `EditModule` over rounds of facts."""
+"""Editing in one call: `edit` runs an `EditModule` over rounds of facts with a trainer of its own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightedit.statistics.covariance import Covariance
 
 
 class _Progress(Callback):
-    """Reports how much of a fit's work is done; a fit that goes on after a kill counts its own work only."""
+    """Reports how much of a fit's work is done; a resumed fit counts only its own work."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -39,7 +39,7 @@ class _Progress(Callback):
 
 
 def rounds_of(facts: Sequence[Fact], method: Method, settings: RunSettings) -> FactsDataModule:
-    """The facts in rounds of the settings' size; by default all in one, or as many as the method takes in one."""
+    """The facts in rounds of `facts_per_round`; by default one round of all, or of as many as the method allows."""
     size = method.facts_per_solve if settings.facts_per_round is None else settings.facts_per_round
     return FactsDataModule(facts, size, settings.facts_per_chunk)
 
@@ -53,13 +53,13 @@ def prepare(
     settings: RunSettings | None = None,
     like: Editor | None = None,
 ) -> Editor:
-    """Check an edit before it starts, and make what it needs: contexts, keys, factors.
+    """Check an edit before it starts, and compute what it needs: contexts, keys, factors.
 
     Returns:
-        The editor, for `edit` to go on with.
+        The editor, to pass to `edit` as `prepared`.
 
     Raises:
-        ArgumentError, FactError, CovarianceError, NumericalError: as `edit` does before its first step.
+        ArgumentError, FactError, CovarianceError, NumericalError: the errors that `edit` raises before its first step.
     """
     check_model_and_method(lm, method)
     settings = settings or RunSettings()
@@ -81,29 +81,30 @@ def edit(
     callbacks: Sequence[Callback] = (),
     prepared: Editor | None = None,
 ) -> Edit:
-    """Edit `facts` into `lm` and return what was written; the model carries the edit afterwards.
+    """Edit `facts` into `lm` and return the edit, which the model carries afterwards.
 
         edit = edit(lm, facts, MEMIT(layers=[4, 5, 6, 7, 8]), covariance=covariance)
 
     Args:
         lm: the model to edit.
-        facts: what to write.
-        method: such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
-        covariance: second moments at the method's `covariance_places`; by default they are estimated from text that
-            the model writes itself, and kept in the cache.
+        facts: the facts to write.
+        method: the method, such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
+        covariance: second moments at the method's `covariance_places`; by default they are estimated from
+            self-generated text and kept in the cache.
         settings: sizes of rounds and chunks, and what to do about colliding facts; see `RunSettings`.
-        checkpoint: a folder that keeps every finished round, so that the same call goes on from there after the
-            process was killed, on the CPU to the same bits; delete it once the edit is saved. See `RoundCheckpoint`.
-        log: a folder of this run's own for metrics.csv, retention.csv and the health.csv of a `Health` callback.
-        callbacks: for the trainer, such as `Health`, which may stop the run: `Edit.facts` are those written.
-        prepared: what `prepare` returned for the same arguments; its work is not done again.
+        checkpoint: a folder in which every finished round is stored. After an interruption, the same call resumes from
+            it, on the CPU with the same bits. Delete it once the edit is saved. See `RoundCheckpoint`.
+        log: a folder of this run only, for metrics.csv, retention.csv and the health.csv of a `Health` callback.
+        callbacks: callbacks of the trainer. Some, such as `Health`, may end the run early; `Edit.facts` are the facts
+            that were written.
+        prepared: the result of `prepare` for the same arguments; the editor is then not prepared again.
 
     Raises:
         ArgumentError: an argument is out of range, or `log` is a file.
-        FactError: facts that cannot be edited: none, twice the same, or colliding.
-        CovarianceError: a covariance of another model or other places, or one that cannot be solved with.
-        NumericalError: the search or an update gave NaN or infinity. The model is left unedited.
-        ResumeError: `checkpoint` holds another run, or a damaged file.
+        FactError: there are no facts, one is given twice, or two collide.
+        CovarianceError: the covariance is of another model, lacks a place, or is not positive definite.
+        NumericalError: the search or an update gave NaN or infinity. The edit is taken back.
+        ResumeError: `checkpoint` holds another run or a damaged file.
     """
     check_model_and_method(lm, method)
     settings = settings or RunSettings()
@@ -137,6 +138,6 @@ def edit(
 
 
 def check_log(log: str | Path | None) -> None:
-    """Raise ArgumentError unless figures can be written to the folder `log`."""
+    """Raise ArgumentError if `log` is a file, so that no tables can be written into it."""
     if log is not None and Path(log).exists() and not Path(log).is_dir():
         raise ArgumentError(f"log {log} is a file; give a folder")

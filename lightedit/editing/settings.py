@@ -1,4 +1,4 @@
-"""Settings of a run, the same in Python and on the command line."""
+"""Settings of a run, shared by Python and the command line."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ class RunSettings(EditorSettings):
     """Settings of a run that writes facts.
 
     Attributes:
-        facts_per_round: facts written together; by default all, or as many as the method takes.
+        facts_per_round: facts written together; by default all, or as many as the method allows.
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
-        validate_every: rounds between validations, which score the facts of all rounds so far, the last round always;
-            by default none.
+        validate_every: rounds between validations, which score the facts of all rounds so far; the last round is always
+            validated. By default there is no validation.
         progress_bar: show progress and the time left on standard error.
 
     Raises:

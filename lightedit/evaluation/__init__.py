@@ -1,1 +1,1 @@
-"""What a model, or a method, is worth on facts: scores, comparisons, free texts."""
+"""Evaluation of a model or a method on facts: scores, comparisons, generated texts."""

@@ -1,4 +1,4 @@
-"""What a model predicts after an edit beside what it predicted before."""
+"""Comparison of a model's predictions with those of an earlier evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +11,10 @@ from lightedit.metrics.functional import unchanged
 
 
 def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the records of an earlier evaluation are those of `facts`.
+    """Check that the records of an earlier evaluation are of `facts`.
 
     Raises:
-        ArgumentError: they are of other facts, in another order, or hold no predictions.
+        ArgumentError: the records are of other facts, in another order, or hold no predictions.
     """
     if len(facts) != len(before):
         raise ArgumentError(
@@ -37,7 +37,7 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
 
 
 def with_unchanged(records: Sequence[RecordScores], before: Sequence[Mapping[str, Any]]) -> list[RecordScores]:
-    """Note on which neighbourhood prompts the prediction is that of the evaluation whose records are `before`."""
+    """Add to each record the neighbourhood prompts whose prediction is the same as in the records `before`."""
     return [_with_unchanged(record, earlier) for record, earlier in zip(records, before, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: how well a model, as it is now, states edited facts and keeps what is near them."""
+"""Evaluation: how well a model states edited facts, and how well neighbouring knowledge is kept."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -32,43 +32,44 @@ def evaluate(
     references: References | None = None,
     checkpoint: str | Path | None = None,
 ) -> Evaluation:
-    """Score `lm`, as it is now, on facts.
+    """Score `lm`, with its present weights, on facts.
 
-    Facts with a `target_true` (CounterFact) give ES, PS, NS, their magnitudes, S, and accuracies that count a
-    prompt if every token of the answer is the most probable one. Facts without it (zsRE) give accuracies
-    alone, and these are shares of the answer's tokens. Neighbourhood prompts are scored on `neighborhood_target`, or
-    else `target_true`; NS and NM exist where that answer is the true target. A fact without prompts of a kind
-    does not count there.
+    Facts with a `target_true` (CounterFact) give ES, PS, NS, their magnitudes, S, and accuracies. Such an accuracy
+    counts a prompt as right if every token of the answer is the most probable one. Facts without a `target_true`
+    (zsRE) give accuracies only, which are shares of the answer's tokens. Neighbourhood prompts are scored on
+    `neighborhood_target`, or else on `target_true`; NS and NM exist if that answer is the true target. A fact without
+    prompts of a kind does not count in that kind's scores.
 
-    If texts are generated, GE is the mean entropy of those drawn after the fact's generation prompts (its own text and
-    paraphrases, if it has none), 100 tokens with the prompt at most; a prompt that is given several times is continued
-    once and counts as often. generation_success is the share of facts whose target begins the greedy continuation of
-    their text. See `lightedit.evaluation.generation.generate`. RS is the TF-IDF cosine between all texts drawn for a
-    fact and its `references` (see `lightedit.evaluation.references`).
+    If texts are generated, GE is the mean entropy of the texts sampled after the fact's generation prompts (its own
+    text and paraphrases, if it has none). A text has at most 100 tokens with its prompt. A repeated prompt is continued
+    once and counts each time. generation_success is the share of facts whose target begins the greedy continuation of
+    their text (see `lightedit.evaluation.generation.generate`). RS is the TF-IDF cosine between all texts sampled for
+    a fact and its `references` (see `lightedit.evaluation.references`).
 
     Held-out text gives perplexity and KL(now || unedited) of the next token.
 
     Args:
         lm: the model.
-        facts: at least one.
-        settings: sizes, and what is evaluated beside the facts' own prompts.
+        facts: at least one fact.
+        settings: sizes, and what is evaluated in addition to the facts' own prompts.
         before: the unedited model's evaluation of the same facts, for KnowledgeEditor's metrics: retain accuracy,
-            and with it success rate and equivalence accuracy.
-        held_out: facts that were not edited, for GRACE's metrics: TRR is the accuracy of their right answers
-            (`target_true`, or else `target_new`), ERR that of `facts`, which then are all that were written so far.
+            success rate and equivalence accuracy.
+        held_out: facts that were not edited, for GRACE's metrics. TRR is the accuracy of their right answers
+            (`target_true`, or else `target_new`). ERR is the accuracy of `facts`, which must then be all facts written
+            so far.
         references: texts for RS; needs `settings.generate`.
-        checkpoint: a folder of this evaluation alone, in which the scores of `facts` are kept as they are found: after
-            the process was killed, the same call goes on after them. Delete it once the evaluation is saved.
+        checkpoint: a folder of this evaluation only, in which the scores of `facts` are stored as they are computed.
+            After an interruption, the same call resumes from them. Delete it once the evaluation is saved.
 
     Raises:
-        TypeError: `lm` is no language model.
+        TypeError: `lm` is not a language model.
         FactError: there are no facts, or an answer cannot be tokenised.
         ArgumentError: `before` is of other facts, a held-out fact is one of `facts`, the held-out text is too short, or
-            `references` come without `settings.generate`.
-        FileNotFoundError: there is no such text file, or no such file of a task.
+            `references` are given without `settings.generate`.
+        FileNotFoundError: the text file or the file of a task does not exist.
         ImportError: the harness is not installed.
         FloatingPointError: a score is NaN or infinite.
-        ResumeError: `checkpoint` holds another evaluation, or a damaged file, or another process is at work there.
+        ResumeError: `checkpoint` holds another evaluation or a damaged file, or another process uses it.
     """
     check_model(lm)
     if not facts:
@@ -78,7 +79,7 @@ def evaluate(
     if settings.harness:
         check_harness(settings.harness, settings.harness_limit)
     windows = None if settings.text is None else held_out_windows(lm, settings.text)
-    # first, because its data may not be had
+    # before the facts, because its data may not be available
     others = harness_scores(lm, settings.harness, settings.harness_limit, settings.batch_size)
     with progress(f"scoring {len(facts)} facts", settings.progress_bar) as report:
         if checkpoint is None:
@@ -110,7 +111,7 @@ def _held_out_scores(
 def check_comparison(
     facts: Sequence[Fact], settings: EvaluationSettings, before: Evaluation | None, references: References | None
 ) -> None:
-    """Raise ArgumentError unless scores of `facts` can be compared with these; see `evaluate`."""
+    """Raise ArgumentError unless scores of `facts` can be compared with `before` and `references`; see `evaluate`."""
     if references is not None and not settings.generate:
         raise ArgumentError("references are compared with what the model writes; set generate=True too")
     if before is not None:
@@ -118,7 +119,7 @@ def check_comparison(
 
 
 def check_held_out(facts: Sequence[Fact], held_out: Sequence[Fact]) -> None:
-    """Raise ArgumentError if a held-out fact is one of `facts`, so that it says nothing about what was not edited."""
+    """Raise ArgumentError if a held-out fact is one of `facts`, which are the edited ones."""
     asked = {fact.text for fact in facts}
     for number, fact in enumerate(held_out):
         if fact.text in asked:
@@ -134,12 +135,12 @@ def summarize(
     references: References | None = None,
     held_out: Sequence[RecordScores] = (),
 ) -> Evaluation:
-    """Average the scores of `facts`, one record each, and those of held-out facts; see `evaluate`."""
+    """Average the scores of `facts`, one record each, and the scores of held-out facts; see `evaluate`."""
     if before is not None:
         records = with_unchanged(records, before.records)
     if references is not None:
         records = with_reference_scores(facts, records, references)
-    metrics = edit_metrics(sync_on_compute=False)  # these facts are evaluated by this process alone
+    metrics = edit_metrics(sync_on_compute=False)  # this process alone evaluates these facts
     metrics.update([*records, *held_out])
     scores = reported(metrics.compute())
     intervals = {}
@@ -153,7 +154,7 @@ def summarize(
 
 
 def _rightly(fact: Fact) -> Fact:
-    """A held-out fact's own prompt with the answer that was right before any edit as the one wanted."""
+    """A held-out fact's own prompt, with the answer that was right before any edit as the wanted one."""
     right, wrong = (fact.target_new, None) if fact.target_true is None else (fact.target_true, fact.target_new)
     return Fact(fact.prompt, fact.subject, right, wrong)
 

@@ -1,4 +1,4 @@
-"""Free generation: what a model, as it is now, writes after prompts."""
+"""Free generation: texts that a model, with its present weights, writes after prompts."""
 
 from collections.abc import Sequence
 
@@ -27,22 +27,22 @@ def generate(
 ) -> list[str]:
     """Continue each prompt by sampling from the `top_k` most probable tokens, or greedily.
 
-    A prompt's random numbers come from `seed` and its own text alone, so that its continuation depends neither on the
-    other prompts nor on `batch_size`, floating-point rounding aside, and equal prompts, which are continued once, get
-    equal texts. A text ends before an end-of-text token. (The code published with ROME draws on after it, and what
-    follows, another document, counts as part of the text.)
+    A prompt's random numbers depend only on `seed` and the prompt's text. Its continuation is therefore the same,
+    except for floating-point rounding, whatever the other prompts and `batch_size` are. Equal prompts are continued
+    once. A text ends before an end-of-text token. (The code published with ROME samples on after this token, and
+    counts the document that follows as part of the text.)
 
     Args:
-        lm: the model, as it is now.
-        prompts: texts; one that is longer than `max_length` already stays as it is.
-        max_length: tokens of a text at most, its prompt included; not used with `max_new_tokens`.
-        max_new_tokens: tokens after the prompt at most.
-        top_k: how many of the most probable tokens can be drawn.
+        lm: the model, with its present weights.
+        prompts: texts; one that has `max_length` tokens or more is not continued.
+        max_length: most tokens of a text, its prompt included; not used with `max_new_tokens`.
+        max_new_tokens: most tokens after the prompt.
+        top_k: number of most probable tokens that are sampled from.
         greedy: take the most probable token instead.
-        seed: of the drawing.
+        seed: seed of the sampling.
         batch_size: prompts continued together; more is faster and takes more memory.
         report: called after each batch with (tokens written, tokens in all).
-        edits: what each prompt sees beside what is written into the model, as many rows as prompts.
+        edits: the edit with which each prompt runs, in addition to the model's weights; as many rows as prompts.
 
     Returns:
         Every prompt with its continuation.
@@ -85,7 +85,7 @@ def _seed(seed: int, prompt: str) -> int:
 
 
 def _continuation(lm: LanguageModel, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of `new` where it stands: alone, its first token would lose a leading space with some tokenizers."""
+    """The text of `new` after `prompt`. Decoded alone, it would lose its leading space with some tokenizers."""
     before, text = (
         lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in (list(prompt), [*prompt, *new])

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: what else the model can do, before an edit and after it."""
+"""Tasks of EleutherAI's lm-evaluation-harness, which measure abilities besides the edited facts."""
 
 import copy
 import logging
@@ -15,16 +15,16 @@ import yaml
 from lightedit.errors import ArgumentError, MissingFileError, MissingPackageError
 from lightedit.lm import LanguageModel
 
-_SHARES = ("exact_match", "em", "f1")  # told in percent, as is whatever has acc in its name
+_SHARES = ("exact_match", "em", "f1")  # reported in percent, as is each metric with acc in its name
 
 
 def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
-    """Check before work starts that the tasks can be run.
+    """Check, before work starts, that the tasks can be run.
 
     Raises:
         MissingPackageError: the harness is not installed.
-        MissingFileError: a task that is given as a file is not there.
-        ArgumentError: a task is not known, its file is no plain YAML, or `limit` is less than 1.
+        MissingFileError: the file of a task does not exist.
+        ArgumentError: a task is unknown, its file is not plain YAML, or `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ArgumentError(f"limit: got {limit} examples of a task, expected at least 1")
@@ -45,19 +45,20 @@ def check_harness(tasks: Sequence[str], limit: int | None = None) -> None:
 def harness_scores(
     lm: LanguageModel, tasks: Sequence[str], limit: int | None = None, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Run tasks on `lm` as it is now.
+    """Run tasks on `lm` with its present weights.
 
-    Their data come from the Hub, or from where a task's file says.
+    The tasks' data come from the Hub, or from the source that a task's file names.
 
     Args:
         lm: the model.
         tasks: names of the harness's tasks, such as "piqa", or `.yaml` files of its format.
-        limit: take the first examples of each task only.
-        batch_size: texts of one forward pass at most.
+        limit: use only this many first examples of each task.
+        batch_size: most texts of one forward pass.
 
     Returns:
-        "task metric", such as "piqa acc", -> value, in percent where it is a share; and -> ends of its 95 %
-        confidence interval, from the harness's standard error; NaN where it gives none.
+        Two dictionaries keyed by "task metric", such as "piqa acc". The first gives the value, in percent if it is a
+        share. The second gives the ends of its 95 % confidence interval, from the harness's standard error; NaN if
+        the harness gives none.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: see `check_harness`.
@@ -69,7 +70,7 @@ def harness_scores(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # a copy of the tokenizer, because the harness gives it a padding token
+    # a copy of the tokenizer, because the harness sets its padding token
     model = HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         found = simple_evaluate(
@@ -77,7 +78,7 @@ def harness_scores(
             tasks=[_read(task) if _is_file(task) else task for task in tasks],
             limit=limit,
             log_samples=False,
-            random_seed=None,  # leave Python's and NumPy's random numbers alone
+            random_seed=None,  # do not reseed Python's and NumPy's random numbers
             numpy_random_seed=None,
         )
     return _scores(found["results"])
@@ -100,7 +101,7 @@ def _scores(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[
     scores, intervals = {}, {}
     for task, found in results.items():
         for key, value in found.items():
-            metric, _, kind = key.partition(",")  # such as "acc,none", beside "acc_stderr,none"
+            metric, _, kind = key.partition(",")  # such as "acc,none"; its standard error is "acc_stderr,none"
             if metric.endswith("_stderr") or not isinstance(value, float):
                 continue
             if not math.isfinite(value):

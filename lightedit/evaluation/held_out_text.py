@@ -1,4 +1,4 @@
-"""Held-out text: how well a model still predicts it, and how far it strays from the unedited model there."""
+"""Held-out text: a model's perplexity on it, and its KL from the unedited model."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +13,23 @@ from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
 from lightedit.metrics.functional import bootstrap_interval
 
-_TOKENS, _LENGTH = 2048, 128  # of text in all, and of one window
-_SEED = 1  # of self-generated text; another than that of the covariance, so that this text is held out from it
+_TOKENS, _LENGTH = 2048, 128  # tokens in all, and of one window
+_SEED = 1  # of self-generated text; differs from the covariance's seed, so that the text is held out from it
 POSITIONS = 256
-"""Where distributions are compared: 256 x 128k tokens of vocabulary are 131 MB."""
-_PASS_TOKENS, _ROWS = 1024, 128  # tokens of a forward pass, and positions whose logits exist at one time, at most
+"""Number of positions at which distributions are compared: 256 × 128k tokens of vocabulary are 131 MB."""
+_PASS_TOKENS, _ROWS = 1024, 128  # most tokens of a forward pass, and most positions whose logits exist at one time
 
 
 def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | Path | None) -> list[list[int]]:
     """Token windows of held-out text.
 
     Args:
-        lm: whose tokenizer is used.
-        texts: windows, of which those of two tokens or more are taken; or a `.txt` file or a data set (see
-            `read_texts`), of which 2048 tokens are taken; None lets the model, as it is now, write as many.
+        lm: the model; its tokenizer splits the text.
+        texts: a `.txt` file or a data set (see `read_texts`), of which 2048 tokens are read; or windows, of which
+            those with at least two tokens are used. None lets the model, with its present weights, write 2048 tokens.
 
     Raises:
-        FileNotFoundError: there is no such text file.
+        FileNotFoundError: the text file does not exist.
         ArgumentError: no window has two tokens.
     """
     longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
@@ -39,17 +39,17 @@ def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | P
         windows = token_windows(lm, read_texts(texts), _TOKENS, min(_LENGTH, longest))
     else:
         windows = [list(window) for window in texts]
-    windows = [window for window in windows if len(window) > 1]  # nothing follows a single token
+    windows = [window for window in windows if len(window) > 1]  # in a shorter window, no token is predicted
     if not windows:
         raise ArgumentError("the held-out text has no window of two tokens or more; give a longer text")
     return windows
 
 
 class HeldOutText:
-    """Windows of text, and what the model says about them when this is made.
+    """Windows of text, and the model's predictions on them when the object is created (the reference).
 
     Attributes:
-        nll: mean negative log-likelihood of each token given those before it in its window, in nats.
+        nll: the reference's mean negative log-likelihood per token, given earlier tokens of the window, in nats.
     """
 
     def __init__(self, lm: LanguageModel, windows: Sequence[Sequence[int]]) -> None:
@@ -62,19 +62,22 @@ class HeldOutText:
         self.nll = nll / tokens
 
     def measure(self) -> tuple[float, float]:
-        """Mean NLL per token, and KL(now || then) of the next token at the sampled positions, both in nats."""
+        """Mean NLL per token, and mean KL(now || reference) of the next token at sampled positions, both in nats."""
         nll, kl, tokens, sampled = self.sums().sum(0).tolist()
         return nll / tokens, kl / sampled
 
     def sums(self) -> Tensor:
-        """What `measure` averages, for each window: [windows, 4] float64 on the CPU.
+        """The sums that `measure` averages, for each window: [windows, 4] float64 on the CPU.
 
-        The sum of NLL and that of KL, in nats, the number of tokens that are predicted, and of the sampled ones.
+        The columns are the sum of NLL, the sum of KL, both in nats, the number of predicted tokens, and the number of
+        sampled ones.
         """
         return self._sums(keep=False)
 
     def perplexity_and_kl(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        """Perplexity, and KL(now || then) in nats per token; and their 95 % intervals, bootstrapped over windows.
+        """Perplexity, KL(now || reference) in nats per token, and their 95 % intervals, by name.
+
+        Intervals are bootstrapped over windows.
 
         Raises:
             NumericalError: one of them is NaN or infinite.
@@ -88,8 +91,8 @@ class HeldOutText:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NumericalError(
-                    f"{name} on held-out text is {value}; an edit may have ruined the model (revert it; without that "
-                    "text the other scores are to be had)"
+                    f"{name} on held-out text is {value}; an edit may have ruined the model; revert it, or evaluate "
+                    "without held-out text to get the other scores"
                 )
         ends = {name: tuple(bootstrap_interval(sums, statistic).tolist()) for name, statistic in statistics.items()}
         return values, {name: (low, high) for name, (low, high) in ends.items()}
@@ -109,15 +112,15 @@ class HeldOutText:
 
     @torch.no_grad()
     def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(log-probabilities [n, vocabulary], tokens that follow [n], whether sampled [n], window [n]), part by part.
+        """Yield (log-probabilities [n, vocabulary], next tokens [n], whether sampled [n], index of the window [n]).
 
-        The windows' numbers are on the CPU.
+        Indices of windows are on the CPU.
         """
         rows = max(1, _PASS_TOKENS // max(map(len, self.windows)))
         done = 0
         for start in range(0, len(self.windows), rows):
             batch = pad(self.windows[start : start + rows], self.lm.pad_id)
-            at_row, at_position = batch.mask[:, 1:].nonzero(as_tuple=True)  # where another token follows
+            at_row, at_position = batch.mask[:, 1:].nonzero(as_tuple=True)  # positions with a next token
             with self.lm.before_head(len(batch.ids), (at_row, at_position)) as states:
                 self.lm.forward(batch)
             following = batch.ids[at_row, at_position + 1]

@@ -1,4 +1,4 @@
-"""Scores that outlive their process: finished chunks of facts are kept on disk, and the same run goes on after them."""
+"""Scores of finished chunks, kept on disk so that an interrupted run can resume."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ class KeptScores:
 
     Attributes:
         records: fact's index -> its scores.
-        seconds: that finding them took.
+        seconds: time spent on computing them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class KeptScores:
                 ) from error
 
     def add(self, records: Mapping[int, RecordScores], seconds: float) -> None:
-        """Keep the scores of one chunk, fact's index -> scores."""
+        """Write the scores of one chunk, fact's index -> scores."""
         self.records.update(records)
         self.seconds += seconds
         content = {"seconds": seconds, "records": {index: record.to_dict() for index, record in records.items()}}
@@ -45,10 +45,12 @@ class KeptScores:
 
 @contextmanager
 def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
-    """Open the folder of a run with these settings, which is made if need be; delete it once the scores are saved.
+    """Open the folder of a run with these settings; it is created if it does not exist.
+
+    Delete the folder once the scores are saved. It is removed on exit if it holds no scores.
 
     Raises:
-        ResumeError: the folder holds another run, a file is damaged, or another process is at work in it.
+        ResumeError: the folder holds another run, a file is damaged, or another process uses the folder.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def kept_scores(folder: Path, settings: dict[str, Any]) -> Iterator[KeptScores]:
         try:
             yield KeptScores(folder)
         finally:
-            if not kept_chunks(folder):  # wrong input, most likely: leave nothing behind
+            if not kept_chunks(folder):  # most likely wrong input: leave no empty folder behind
                 remove_run(folder)
                 for place in made:
                     if place.is_dir() and not any(place.iterdir()):

@@ -1,4 +1,4 @@
-"""Reference texts, which the reference score RS compares with what a model writes."""
+"""Reference texts, which the reference score RS compares with generated texts."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from lightedit.progress import progress
 
 @dataclass(frozen=True)
 class References:
-    """Texts about things of which facts' new targets are true.
+    """Texts about entities that have the facts' new targets.
 
     Attributes:
-        texts: fact -> all its texts, joined by spaces; facts without any are left out.
+        texts: fact -> all its texts, joined by spaces; facts without texts are left out.
         frequencies: term -> inverse document frequency (see `metrics.functional.reference_score`).
-        own: whether the unedited model wrote the texts; scores against them go by the name RS_own, not RS.
+        own: whether the unedited model generated the texts; the score is then named RS_own instead of RS.
     """
 
     texts: Mapping[Fact, str]
@@ -34,19 +34,19 @@ class References:
 
 
 def read_references(path: str | os.PathLike[str], facts: Sequence[Fact]) -> References:
-    """Read the passages of Wikipedia that were published with CounterFact (Meng et al., 2022, arXiv 2202.05262).
+    """Read the Wikipedia passages that were published with CounterFact (Meng et al., 2022, arXiv 2202.05262).
 
-    Inverse document frequencies are those of `idf.npy` and `tfidf_vocab.json`, if both lie beside the file as
-    published. Without them every passage of the file is counted as a document, which is how the two were made.
+    Inverse document frequencies are read from `idf.npy` and `tfidf_vocab.json` in the file's folder, if both exist.
+    Otherwise they are computed with every passage of the file as a document, as the published ones were.
 
     Args:
         path: `attribute_snippets.json`, a list of {"relation_id", "target_id", "samples": [{"text"}]}.
-        facts: those to find passages for, by their `relation` and `target_id`.
+        facts: the facts, whose passages are found by `relation` and `target_id`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ArgumentError: a file holds something else, or only one of the two lies beside it.
-        FactError: there are passages for none of the facts.
+        FileNotFoundError: the file does not exist.
+        ArgumentError: a file has other contents, or only one of `idf.npy` and `tfidf_vocab.json` exists.
+        FactError: no fact has passages.
     """
     path = Path(path)
     published = _published_frequencies(path.parent)
@@ -91,10 +91,10 @@ def _published_frequencies(folder: Path) -> dict[str, float] | None:
 
 
 def write_references(lm: LanguageModel, facts: Sequence[Fact], progress_bar: bool = True) -> References:
-    """Let the unedited model write a text after each of the facts' attribute prompts.
+    """Generate a text after each of the facts' attribute prompts with the unedited model.
 
-    They are drawn as those of `evaluate` are; each is one document of the inverse document frequencies. Edits that
-    the model carries are lifted meanwhile.
+    The settings of `generate` are those of `evaluate`. Each text is one document of the inverse document frequencies.
+    Edits that the model carries are taken out meanwhile.
 
     Raises:
         FactError: no fact has attribute prompts.
@@ -115,7 +115,7 @@ def write_references(lm: LanguageModel, facts: Sequence[Fact], progress_bar: boo
 def with_reference_scores(
     facts: Sequence[Fact], records: Sequence[RecordScores], references: References
 ) -> list[RecordScores]:
-    """Compare what was generated for each fact with its reference texts, where both are there."""
+    """Add the reference score to each record that has both generated and reference texts."""
     return [_with_reference_score(fact, record, references) for fact, record in zip(facts, records, strict=True)]
 
 

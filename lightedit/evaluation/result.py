@@ -22,35 +22,35 @@ _ORDER = [*(metric.name for metric in METRICS), "perplexity", "kl"]
 
 
 def label(metric: str) -> str:
-    """A metric's name as people read it, with its unit unless that is percent."""
+    """A metric's name for display, with its unit unless that is percent."""
     return _LABELS.get(metric, metric.replace("_", " "))
 
 
 def decimals(metric: str) -> int:
-    """How many digits to show after the point."""
+    """The number of decimals to show."""
     return _DECIMALS.get(metric, 1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of an evaluation.
 
     Attributes:
-        scores: metric -> value in percent, for those metrics that the facts allow: ES, PS, NS, EM, PM, NM,
-            efficacy_accuracy, paraphrase_accuracy, neighborhood_accuracy, S, portability_accuracy; compared with an
-            earlier evaluation, success_rate, retain_accuracy and equivalence_accuracy; with held-out facts, ERR and
-            TRR; if texts were generated, GE, which is in bits times 100, RS, or RS_own against the unedited model's
-            own texts, and generation_success; on held-out text, perplexity, which is a plain number, and kl, in nats
-            per token.
-        intervals: metric -> ends of its 95 % confidence interval, same keys; NaN if only one record counted. Of means
-            over records it is the mean ± 1.96 standard errors (0 wide where all records agree); of S, perplexity
-            and kl it is bootstrapped over records, which for text are its windows.
-        records: one per fact, in order: id, subject, prompt, target_new, target_true; the record's own value
-            of each metric that it has, in the same unit; under "efficacy", "paraphrase", "neighborhood" and
-            "portability" one value a prompt of nll_wanted and nll_other (mean NLL per token, in nats), accuracy
-            (share), predicted (ids of the most probable tokens in the answer's place) and prompts, for portability
-            answers too; and, if texts were generated, "generations", a list of texts with their prompts, and
-            "continuation", the greedy one of the fact's own prompt.
+        scores: metric -> value, in percent unless another unit is named; only metrics that the facts allow. Always
+            possible are ES, PS, NS, EM, PM, NM, S, efficacy_accuracy, paraphrase_accuracy, neighborhood_accuracy and
+            portability_accuracy. A comparison with an earlier evaluation adds success_rate, retain_accuracy and
+            equivalence_accuracy. Held-out facts add ERR and TRR. Generated texts add GE (bits times 100),
+            generation_success, and RS, or RS_own if the references are self-generated. Held-out text adds perplexity
+            (no unit) and kl (nats per token).
+        intervals: metric -> ends of its 95 % confidence interval, same keys; NaN if only one record counted. For means
+            over records it is the mean ± 1.96 standard errors (0 wide if all records agree). For S, perplexity and kl
+            it is bootstrapped, over records or over windows of text.
+        records: one per fact, in order. Each holds id, subject, prompt, target_new and target_true, and the record's
+            value of each metric that it has, in the metric's unit. Under "efficacy", "paraphrase", "neighborhood" and
+            "portability" it holds lists with one entry a prompt: nll_wanted and nll_other (mean NLL per token, in
+            nats), accuracy (share), predicted (ids of the most probable tokens at the answer's positions), prompts,
+            and for portability answers. If texts were generated, it holds "generations", a list of texts with their
+            prompts, and "continuation", the greedy continuation of the fact's own prompt.
     """
 
     scores: dict[str, float]
@@ -58,10 +58,10 @@ class Evaluation:
     records: list[dict[str, Any]]
 
     def table(self, before: "Evaluation | None" = None) -> str:
-        """Lay the scores out as aligned text, one metric a line, with half the width of its interval.
+        """The scores as aligned text, one metric a line, with half the width of its interval.
 
         Args:
-            before: an evaluation of the same facts to set beside it, such as the unedited model's.
+            before: an evaluation of the same facts for a column of its own, such as the unedited model's.
         """
         columns = [self] if before is None else [before, self]
         heads = ["score"] if before is None else ["before", "after"]
@@ -83,11 +83,12 @@ class Evaluation:
         return f"{self.scores[name]:.{digits}f}{spread}"
 
     def save(self, path: str | os.PathLike[str], before: "Evaluation | None" = None) -> None:
-        """Write everything as one JSON file, which appears complete or not at all; NaN is written as null.
+        """Write the evaluation as one JSON file, atomically; NaN is written as null.
 
         Args:
             path: the file.
-            before: an evaluation of the same facts to keep in it, such as the unedited model's, for `lightedit report`.
+            before: an evaluation of the same facts to store with it, such as the unedited model's, for `lightedit
+                report`.
         """
         path = Path(path)
         content = self._content() | ({} if before is None else {"before": before._content()})
@@ -103,14 +104,14 @@ class Evaluation:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ArgumentError: the file holds something else, or is truncated.
+            FileNotFoundError: the file does not exist.
+            ArgumentError: the file is not a saved evaluation, or is truncated.
         """
         return cls.load_with_before(path)[0]
 
     @classmethod
     def load_with_before(cls, path: str | os.PathLike[str]) -> tuple["Evaluation", "Evaluation | None"]:
-        """Read what `save` wrote, and what it kept as `before`, if anything; see `load`."""
+        """Read what `save` wrote: the evaluation, and its `before` or None. Errors are those of `load`."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             before = content.get("before")

@@ -1,4 +1,4 @@
-"""Scoring facts: how probable a model, as it is now, finds the answers, and what it writes by itself."""
+"""Scores of facts: the probabilities of answers under the model's present weights, and generated texts."""
 
 import time
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from lightedit.metrics.functional import accuracy
 from lightedit.progress import Report, subprogress
 from lightedit.runs.provenance import computing, fingerprint_inputs
 
-# Facts whose scores appear in a checkpoint together; fewer are slower
+# Facts whose scores are written to a checkpoint together; fewer are slower
 _KEPT_TOGETHER = 64
-# New tokens of a greedy continuation: room for any answer, and for line ends before it
+# New tokens of a greedy continuation, for line ends and an answer
 _ANSWER_TOKENS = 32
-# Time of drawing one text, and of writing one continuation, in that of scoring one answer, as measured with SmolLM2 on
-# CounterFact; they only serve the progress bar
+# Time of one sampled text and of one greedy continuation, relative to scoring one answer (measured with SmolLM2 on
+# CounterFact); used only by the progress bar
 _TEXT_COST, _CONTINUATION_COST = 20.0, 7.0
 
 
 class Question(NamedTuple):
-    """One prompt of a record, the answer wanted there, and the answer that competes with it, if any."""
+    """One prompt of a record, the wanted answer, and the competing answer, if any."""
 
     prompt: str
     wanted: str
@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def questions(fact: Fact) -> dict[str, list[Question]]:
-    """A fact's questions by field of `RecordScores`; fields without any are left out."""
+    """A fact's questions by field of `RecordScores`; fields without questions are left out."""
     new, true = fact.target_new, fact.target_true
     right = fact.neighborhood_target or true
     found = {
@@ -45,7 +45,7 @@ def questions(fact: Fact) -> dict[str, list[Question]]:
         "portability": [Question(prompt, answer, None) for prompt, answer in fact.portability],
     }
     if right is not None:
-        # an answer of its own (zsRE) does not compete with the new target
+        # an answer other than the true target (zsRE) does not compete with the new target
         other = new if right == true else None
         found["neighborhood"] = [Question(prompt, right, other) for prompt in fact.neighborhood_prompts]
     return {kind: asked for kind, asked in found.items() if asked}
@@ -59,14 +59,14 @@ def score_facts(
     report: Report | None = None,
     edits: RowwiseEdits | None = None,
 ) -> list[RecordScores]:
-    """Score `lm`, as it is now, on the prompts of each fact, and on what it writes if texts are to be generated.
+    """Score `lm`, with its present weights, on the prompts of each fact, and on generated texts if asked for.
 
     Args:
         lm: the model.
         facts: n facts.
-        settings: of which `batch_size` and `generate` are read; see `evaluate` for what is scored.
+        settings: settings of which `batch_size` and `generate` are read; see `evaluate` for the scores.
         report: called after each pass with (work done, work in all).
-        edits: what all that is asked about a fact sees beside what is written into the model, n rows.
+        edits: the edit with which each fact's prompts run, in addition to the model's weights; n rows.
     """
     edits = edits or RowwiseEdits.none(len(facts))
     asked = [questions(fact) for fact in facts]
@@ -117,7 +117,7 @@ def score_and_keep(
     settings: EvaluationSettings = DEFAULTS,
     report: Report | None = None,
 ) -> list[RecordScores]:
-    """Like `score_facts`, with scores kept in `folder` as they are found; the next call goes on after those there."""
+    """Like `score_facts`, but store scores in `folder` as they are computed, and reuse the scores stored there."""
     run = {**computing(lm), **fingerprint_inputs(lm, facts), "generate": settings.generate}
     with kept_scores(folder, run) as kept:
         missing = [index for index in range(len(facts)) if index not in kept.records]
@@ -131,7 +131,7 @@ def score_and_keep(
 
 
 def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], whole: bool) -> PromptScores:
-    """Scores of one record's prompts of one kind, from the places of their pairs."""
+    """Scores of one record's prompts of one kind, from the indices of their (prompt, answer) pairs in `scored`."""
     shares = scored.token_accuracy[wanted]
     return PromptScores(
         nll=scored.nll[wanted],
@@ -142,10 +142,10 @@ def _prompt_scores(scored: TargetScores, wanted: list[int], others: list[int], w
 
 
 class _WrittenTexts:
-    """What a model is to write about facts.
+    """The texts to generate for facts.
 
     Attributes:
-        cost: time of writing it, in that of scoring one answer.
+        cost: time of generating them, relative to scoring one answer.
     """
 
     def __init__(self, facts: Sequence[Fact], edits: RowwiseEdits) -> None:
@@ -156,7 +156,7 @@ class _WrittenTexts:
         self.cost = self._texts_cost + _CONTINUATION_COST * len({fact.text for fact in facts})
 
     def generations(self, lm: LanguageModel, report: Report) -> list[Generations]:
-        """Let `lm` write it all."""
+        """Generate all texts with `lm`."""
         rest = self.cost - self._texts_cost
         drawing = subprogress(report, 0, self._texts_cost, self.cost)
         drawn = iter(generation.generate(lm, self.prompts, report=drawing, edits=self.of_prompt))
@@ -171,7 +171,7 @@ def _generation_prompts(fact: Fact) -> tuple[str, ...]:
 
 
 def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report, edits: RowwiseEdits) -> list[str]:
-    """What the model says greedily after each fact's own prompt."""
+    """The greedy continuation of each fact's own prompt."""
     prompts = [fact.text for fact in facts]
     longest = max(count for _, count in encode_targets(lm.tokenizer, prompts, [fact.target_new for fact in facts]))
     tokens = max(_ANSWER_TOKENS, 2 * longest)

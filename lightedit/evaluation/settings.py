@@ -1,4 +1,4 @@
-"""How a model is evaluated: settings that Python and the command line share."""
+"""Settings of an evaluation, shared by Python and the command line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from lightedit.evaluation.harness import check_harness
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a model is evaluated on facts, and what is evaluated beside them.
+    """Settings of an evaluation on facts, and of further measurements.
 
     Attributes:
-        batch_size: texts of one forward pass at most; bounds memory, and does not change a score.
-        generate: let the model write texts too, for generation entropy (GE) and success; takes several times as long.
+        batch_size: most texts of one forward pass; bounds memory, and does not change a score.
+        generate: also generate texts, for generation entropy (GE) and success; takes several times as long.
         text: held-out text for perplexity and KL to the unedited model: a .txt file or a data set, of which 2048 tokens
-            are taken, or token windows.
+            are read, or token windows.
         harness: tasks of the lm-evaluation-harness to run too, such as [piqa,arc_easy], or .yaml files of its format.
-        harness_limit: take the first examples of each such task only.
+        harness_limit: use only this many first examples of each such task.
         progress_bar: show progress and the time left on standard error.
 
     Raises:
@@ -43,10 +43,10 @@ class EvaluationSettings:
             raise ArgumentError(f"harness_limit: got {self.harness_limit} examples of a task, expected at least 1")
 
     def check(self) -> None:
-        """Find out what is missing before a model is loaded.
+        """Check, before a model is loaded, that packages, files and tasks exist.
 
         Raises:
-            FileNotFoundError: there is no such text file, or no such file of a task.
+            FileNotFoundError: the text file or the file of a task does not exist.
             ImportError: the harness, or the reader of data sets, is not installed.
             ArgumentError: the harness does not know a task, or the text cannot be read.
             RuntimeError: the data set of texts could not be opened.
@@ -58,4 +58,4 @@ class EvaluationSettings:
 
 
 DEFAULTS = EvaluationSettings()
-"""Scores alone, with nothing beside them."""
+"""Scores on the facts' own prompts only."""

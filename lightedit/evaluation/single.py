@@ -1,8 +1,9 @@
-"""Single edits, many at once: every fact is edited alone, from the model as it is, and scored; no weight is written.
+"""The single protocol in batches: each fact is edited alone into the unedited model and scored.
 
-The protocol of most published tables edits one fact, scores it, undoes it, and goes on to the next. Here values are
-optimised for many facts at a time, one factor of each preservation term serves all solves, and in the passes that score
-every row carries the edit of its own fact. Editors that cannot do so write each fact, and take it back.
+Most published tables edit one fact, score it, revert it, and go on to the next. Here values are optimised for many
+facts at a time, and one factor of each preservation term serves all solves. In the passes that score, every row runs
+with the edit of its own fact, and no weight is written. Editors that cannot compute edits without writing write each
+fact, and take it back.
 """
 
 import time
@@ -26,7 +27,7 @@ from lightedit.metrics import RecordScores
 from lightedit.progress import Report, progress, subprogress
 from lightedit.statistics.covariance import Covariance
 
-_SEARCH = 0.8  # share of the time that finding values takes, without generation; it only serves the progress bar
+_SEARCH = 0.8  # share of the time spent on finding values, without generation; used only by the progress bar
 
 
 def evaluate_single(
@@ -42,31 +43,32 @@ def evaluate_single(
     checkpoint: str | Path | None = None,
     prepared: Editor | None = None,
 ) -> Evaluation:
-    """Score each fact right after it alone is edited into `lm`, which stays as it is.
+    """Score each fact after it alone was edited into `lm`. The model's weights are the same afterwards.
 
-    The scores are those of editing a fact, evaluating it and reverting the edit, fact after fact, floating-point
-    rounding aside; see `evaluate` for what they are.
+    The scores equal those of editing a fact, evaluating it and reverting the edit, fact after fact, except for
+    floating-point rounding. They are described at `evaluate`.
 
     Args:
-        lm: the model that every edit starts from.
-        facts: at least one.
-        method: such as `ROME(layers=[5])`.
-        covariance: second moments at the method's `covariance_places`; by default they are estimated from text that
-            the model writes itself, and kept in the cache.
-        settings: of the scoring; see `EvaluationSettings`.
+        lm: the model from which every edit starts.
+        facts: at least one fact.
+        method: the method, such as `ROME(layers=[5])`.
+        covariance: second moments at the method's `covariance_places`; by default they are estimated from
+            self-generated text and kept in the cache.
+        settings: settings of the scoring; see `EvaluationSettings`.
         facts_per_chunk: facts whose values are optimised together, and whose edits are held in memory.
         before: `lm`'s evaluation of the same facts, for KnowledgeEditor's metrics; see `evaluate`.
         references: texts for RS; needs `settings.generate`.
-        checkpoint: a folder of this run alone, in which the scores of finished chunks are kept: after the process was
-            killed, the same call goes on after them. Delete it once the evaluation is saved.
-        prepared: an editor that was prepared for these facts, each alone; its work is not done again.
+        checkpoint: a folder of this run only, in which the scores of finished chunks are stored. After an
+            interruption, the same call resumes from them. Delete it once the evaluation is saved.
+        prepared: an editor whose `prepare` was called with these facts and no rounds; it is then not prepared again.
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
-        ArgumentError: a size is below 1, `before` is of other facts, or `references` come without texts.
-        CovarianceError: a covariance of another model or other places, or one that cannot be solved with.
+        ArgumentError: a size is below 1, `before` is of other facts, or `references` are given without
+            `settings.generate`.
+        CovarianceError: the covariance is of another model, lacks a place, or is not positive definite.
         NumericalError: the search, an update or a score gave NaN or infinity.
-        ResumeError: `checkpoint` holds another run, or a damaged file, or another process is at work there.
+        ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
     check_single(lm, facts, method, facts_per_chunk)
     settings = settings or EvaluationSettings()
@@ -103,7 +105,7 @@ def evaluate_single(
 def _score_alone(
     editor: Editor, indices: Sequence[int], settings: EvaluationSettings, report: Report
 ) -> list[RecordScores]:
-    """Scores of each fact under its own edit alone, whose search is over."""
+    """Scores of each fact under its own edit only, once the search for these facts is over."""
     facts = [editor.facts[index] for index in indices]
     edits = editor.separate(indices)
     if edits is not None:
@@ -121,7 +123,7 @@ def _score_alone(
 
 
 def check_single(lm: LanguageModel, facts: Sequence[Fact], method: Method, facts_per_chunk: int = 32) -> None:
-    """Raise what `evaluate_single` would raise for these arguments at once."""
+    """Check arguments of `evaluate_single`; raises what it would raise before its work."""
     check_model_and_method(lm, method)
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to edit")

@@ -1,4 +1,4 @@
-"""The editing methods, one small file each, behind one protocol."""
+"""The editing methods, one file each, behind one protocol."""
 
 from lightedit.methods.closed_form.alphaedit import AlphaEdit
 from lightedit.methods.closed_form.emmet import EMMET

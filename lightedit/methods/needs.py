@@ -9,7 +9,10 @@ from lightedit.statistics.estimation import estimate_covariance
 
 
 def covariance_for(lm: LanguageModel, methods: Sequence[Method], *, progress_bar: bool = True) -> Covariance | None:
-    """What all of `methods` need, estimated from the model's own text and kept in the cache; None if none needs any."""
+    """The covariance that `methods` need together, estimated from self-generated text and kept in the cache.
+
+    None if no method needs one.
+    """
     for method in methods:
         method.check(lm)
     places = sorted({place for method in methods for place in method.covariance_places})

@@ -1,4 +1,4 @@
-"""What a run asks of any way to edit: a `Method` holds its settings, an `Editor` carries it out in one run."""
+"""The protocol of editing methods: a `Method` holds the settings, an `Editor` carries the method out in one run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ OnCollision = Literal["error", "merge", "keep"]
 
 @dataclass(frozen=True)
 class EditorSettings:
-    """Settings of a run that its editor reads.
+    """The settings of a run that the editor reads.
 
     Attributes:
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "error" refuses them before work starts, "merge" finds one value that serves the texts of all,
-            "keep" writes each by itself all the same.
-        collision_similarity: cosine, in the metric of what is preserved, from which two keys collide. Different
-            subjects reach about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
-        max_tokens: tokens of one forward and backward pass at most; bounds memory.
+            subject: "error" refuses them before work starts, "merge" finds one value for the texts of all of them,
+            "keep" writes each with its own value.
+        collision_similarity: smallest cosine, in the metric A⁻¹, at which two keys collide. Different subjects reach
+            about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
+        max_tokens: most tokens of one forward and backward pass; bounds memory.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -55,8 +55,8 @@ class Method(ABC):
     """The frozen settings of one way to edit.
 
     Attributes:
-        editor_type: the editor that carries it out.
-        facts_per_solve: the most facts that one round takes; None for any number.
+        editor_type: the class of its editors.
+        facts_per_solve: most facts of one round; None for any number.
     """
 
     editor_type: ClassVar[type["Editor"]]
@@ -65,11 +65,11 @@ class Method(ABC):
     @property
     @abstractmethod
     def places(self) -> tuple[Place, ...]:
-        """What it changes, in the order in which it does."""
+        """The places that the method changes, in the order in which it writes them."""
 
     @property
     def covariance_places(self) -> tuple[Place, ...]:
-        """The places whose inputs' second moments it needs; none by default."""
+        """The places at whose inputs the method needs second moments; none by default."""
         return ()
 
     def editor(
@@ -79,11 +79,11 @@ class Method(ABC):
         return self.editor_type(lm, self, covariance, settings or EditorSettings())
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise ArgumentError unless `lm` has the layers that are changed."""
+        """Raise ArgumentError unless `lm` has the layers that the method changes."""
         lm.check_layers(sorted({place.layer for place in self.places}))
 
     def search_inputs(self) -> dict[str, Any] | None:
-        """What its search results depend on beside model and facts, as JSON holds it; None without a search."""
+        """What determines the search results besides model and facts, as JSON values; None without a search."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,22 +94,22 @@ class Method(ABC):
 class Editor(ABC):
     """A method at work on one model, for one run.
 
-    A run calls `prepare` once, and then for each round `start` and `step` for each of its chunks of facts until the
-    editor is `done`, and `write`. An editor without a search has nothing to start.
+    A run calls `prepare` once. For each chunk of a round it calls `start`, then `step` until the editor is `done`.
+    After the last chunk of the round it calls `write`. An editor without a search is always `done`.
 
     Args:
         lm: the model to edit.
         method: the method's settings.
         covariance: second moments at the method's `covariance_places`.
-        settings: of the run.
+        settings: settings of the run.
 
     Raises:
-        CovarianceError: the method needs a covariance and there is none.
+        CovarianceError: the method needs a covariance and none was given.
 
     Attributes:
-        facts: the facts of the run, once prepared.
-        rounds: the indices of each round's facts, once prepared; None if each is edited alone and none stays.
-        results: fact's index -> what its search found; until its round is written.
+        facts: the facts of the run; set by `prepare`.
+        rounds: the indices of each round's facts; set by `prepare`. None if each fact is edited alone and taken back.
+        results: fact's index -> the result of its search; removed when the fact's round is written.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class Editor(ABC):
     def prepare(
         self, facts: Sequence[Fact], rounds: Sequence[Sequence[int]] | None, like: "Editor | None" = None
     ) -> None:
-        """Refuse whatever can be refused, and make once what the whole run needs.
+        """Check the run's inputs, and compute once what all rounds share.
 
         Args:
             facts: the facts of the run.
             rounds: the indices of the facts that each round writes together; None if each is edited alone.
-            like: an editor that was prepared for these facts, or for more of them, on the same unedited model. What
-                both need alike is taken from it.
+            like: an editor that was prepared on the same unedited model, for these facts or for a list that starts
+                with them. Work that both editors need is taken from it.
 
         Raises:
             ArgumentError: the model lacks a layer, or a round holds more facts than the method takes.
@@ -153,63 +153,64 @@ class Editor(ABC):
         self.prepared = True
 
     def make_optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer of the run, which `start` and `step` are given; None for editors without a search."""
+        """The run's optimizer, which is passed to `start` and `step`; None for editors without a search."""
         return None
 
     def give(self, results: Mapping[int, Tensor]) -> None:
-        """Take results found before, for the facts of the first round: fact's index -> result.
+        """Take search results that were found before, for facts of the first round: fact's index -> result.
 
-        They must be of the same settings, and of the model as it is when the run starts.
+        They must come from the same settings, and from the weights with which the run starts.
         """
         if results:
             raise ArgumentError(f"{type(self.method).__name__} has no search whose results could be given")
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
-        """Begin the search for the facts of these indices."""
+        """Begin the search for the facts with these indices."""
         return None
 
     @property
     def done(self) -> bool:
-        """Whether no search is at work."""
+        """Whether no search is in progress."""
         return True
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-        """One step of the search; returns figures for loggers."""
+        """Take one step of the search; return figures for loggers."""
         raise NotImplementedError(f"{type(self).__name__} has no search")
 
     @property
     def facts_found(self) -> float:
-        """Facts of the present round that are found, those at work counted by the share of their steps."""
+        """Facts of the present round whose search is over; a fact in progress counts as the share of its steps."""
         return float(len(self.results))
 
     @abstractmethod
     def write(self, indices: Sequence[int], owner: Owner) -> dict[Place, Change]:
         """Write the facts of one round into the model on behalf of `owner`, and return what was written.
 
-        If it raises, the run takes back what was written so far.
+        If it raises, the run takes back what it had written of the round.
         """
 
     def separate(self, indices: Sequence[int]) -> RowwiseEdits | None:
-        """What each of the facts gets if it is edited alone, one edit a fact; nothing is written.
+        """The edits of facts that are each edited alone, one edit a fact, without writing any.
 
-        None if the editor cannot tell without writing: each fact is then written, scored and taken back in turn.
+        None if the editor cannot compute them without writing. Each fact is then written, scored and taken back in
+        turn.
         """
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """What the round written last adds to what later rounds depend on, beside the weights."""
+        """Tensors of the last written round on which later rounds depend, other than the weights."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take the `state` of an earlier process's round; called once a round, in their order."""
+        """Take the `state` of a round that an earlier process wrote; called once a round, in order."""
         return None
 
     def record(self) -> dict[str, Any]:
-        """What went into the run beside method and facts, by name, as JSON holds it."""
+        """Inputs of the run besides method and facts, by name, as JSON values."""
         return {} if self.covariance is None else {"covariance": asdict(self.covariance.provenance)}
 
     def run_inputs(self) -> dict[str, Any]:
-        """All that determines what the run writes, but for how facts are dealt into rounds and chunks."""
+        """Everything that determines what the run writes, except the division of facts into rounds and chunks."""
         return {
             "method": self.method.to_dict(),
             **self.record(),
@@ -219,21 +220,21 @@ class Editor(ABC):
         }
 
     def checksums(self) -> dict[str, Any]:
-        """What else determines the run to the bit, such as checksums of tensors."""
+        """Checksums of tensors that determine what the run writes, by name."""
         if self.covariance is None:
             return {}
         moments = {place.key: self.covariance[place] for place in self.method.covariance_places}
         return {"covariance tensors": digest("", moments)}
 
     def release(self) -> None:
-        """Free what only the run needed; a trainer keeps itself and its module in memory longer than one thinks."""
+        """Free the memory that only the run needed. A trainer and its module outlive the fit, in a reference cycle."""
         return None
 
 
 def search(
     editor: Editor, indices: Sequence[int], optimizer: torch.optim.Optimizer | None, report: Report | None = None
 ) -> None:
-    """Run the search for the facts of these indices to its end, reporting facts found of all of them."""
+    """Run the search for the facts with these indices to its end; `report` receives (facts found, facts in all)."""
     before = editor.facts_found
     editor.start(indices, optimizer)
     while not editor.done:
@@ -243,7 +244,7 @@ def search(
 
 
 def check_model_and_method(lm: object, method: object) -> None:
-    """Raise ArgumentTypeError if the first arguments are of another kind, such as swapped ones."""
+    """Raise ArgumentTypeError unless `lm` is a language model and `method` a method, such as if they are swapped."""
     check_model(lm)
     if not isinstance(method, Method):
         raise ArgumentTypeError(f"method: expected a Method, got a {type(method).__name__}")

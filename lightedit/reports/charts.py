@@ -1,4 +1,4 @@
-"""Charts of the page: drawings in `figure` elements with their captions, and the legends beside them."""
+"""Charts of the page: `figure` elements with a drawing and a caption, and legends."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from lightedit.figures import Drawing, Panel, blank, draw_bar, draw_marks, line_
 from lightedit.reports.html import Html, element
 from lightedit.reports.inline import svg
 
-_ROW, _GAP = 14, 6  # points of a line of text or an interval, and below the last of a label
+_ROW, _GAP = 14, 6  # height of a line of text or an interval, and gap below the last one of a label, in points
 _MARGIN, _TOP, _FOOT = 18, 4, 22
 _WIDTH = 360
 
 
 class Interval(NamedTuple):
-    """A value of one series with its confidence interval, in percent; ends are NaN where unknown."""
+    """A value of one series with its confidence interval, in percent; unknown ends are NaN."""
 
     name: str
     value: float
@@ -29,7 +29,7 @@ def line_figure(panel: Panel) -> Html:
 
 
 def interval_figure(title: str, rows: Sequence[tuple[str, Sequence[Interval | None]]]) -> Html:
-    """Percentages with their intervals, one line of them under each label; None leaves a line empty."""
+    """Percentages with their intervals, below their label, one a line; None leaves a line empty."""
     plot = _TOP + sum(_ROW * (1 + len(intervals)) + _GAP for _, intervals in rows) + 2
     height = plot + _FOOT
     with style():
@@ -66,7 +66,7 @@ def _within(value: float) -> float:
 
 
 def legend(keys: Sequence[tuple[str, int | None, int]]) -> Html:
-    """What colours, marks and dashes stand for: (name, series, style) of each."""
+    """A legend of colours, marks and dashes, with one key for each (name, series, style)."""
     items = [element("li", svg(sample(series, style)), element("bdi", name)) for name, series, style in keys]
     return element("ul", *items, class_="legend")
 

@@ -1,4 +1,4 @@
-"""What happened over the rounds of a run: retention, the size of updates, and how far the model drifted."""
+"""Curves over the rounds of a run: retention, norms of updates, and the model's health."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _HEALTH = (
 
 
 def curves_section(runs: Sequence[ReportedRun]) -> Html | None:
-    """Curves of all runs that have rounds or figures of rounds; None if no run has."""
+    """Curves of all runs that have several rounds or tables of rounds; None if no run has."""
     parts = [_retention(runs), _health(runs)]
     if not any(parts):
         return None
@@ -103,7 +103,7 @@ def _update_norms(runs: Sequence[ReportedRun]) -> list[Line]:
 
 
 def _norms(run: ReportedRun) -> list[tuple[float, float]]:
-    """Norm of each round's update of all matrices, from the edit itself; from the log where there is none."""
+    """Norm of each round's update over all matrices, from the edit; without an edit, from the log."""
     if run.edit is not None:
         norms = [[update.norm() for update in updates.values()] for updates in run.edit.rounds]
         return [(number, math.hypot(*round_)) for number, round_ in enumerate(norms, 1)]
@@ -119,7 +119,7 @@ def _panel(
     limits: tuple[float, float] | None = None,
     base: float = 0.0,
 ) -> Html | None:
-    """A chart with its figures; None where there is nothing to draw."""
+    """A chart, with its numbers as a table; None if there is nothing to draw."""
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return None
@@ -134,7 +134,7 @@ def _panel(
         )
         for x in places
     ]
-    # an axis of percentages is fixed, any other may be logarithmic
+    # an axis of percentages has fixed limits; other axes may be logarithmic
     y = Axis(y_label, limits, logarithmic=None, base=base)
     panel = Panel(title, lines, Axis(x_label, whole=True), y)
     table = scrolling_table(f"{title}, as figures", element("tr", *heads), *rows)

@@ -1,4 +1,4 @@
-"""Single facts of a run: the best, the median and the worst, with what the model says before and after."""
+"""Single facts of a run: the best, median and worst, with the model's continuations before and after."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from lightedit.reports.reading import ReportedRun
 from lightedit.reports.scores import ACCURACIES, fact_key, number
 
 EACH = 3
-"""Facts shown of each kind."""
+"""Number of best, of median and of worst facts that are shown."""
 
 _KINDS = {"efficacy": "its own prompt", "paraphrase": "paraphrases", "neighborhood": "neighbourhood"}
-_SHOWN = _KINDS | {"portability": "portability"}  # beside those that facts are ordered by
+_SHOWN = _KINDS | {"portability": "portability"}  # portability is shown, but does not count in the order
 _RULE = (
     "Facts are ordered by the harmonic mean of their own ES, PS and NS (of their accuracies, where there is no true "
     "target), and those alike in it by the margin: by how many nats per token the wanted answer is ahead of the "
@@ -33,12 +33,12 @@ def facts_section(runs: Sequence[ReportedRun]) -> Html | None:
 
 
 def ranked(records: Sequence[dict[str, Any]]) -> list[int]:
-    """Indexes of records, best first: by harmonic mean, then by margin, then in their order."""
+    """Indices of records, best first: by harmonic mean, then by margin, then by index."""
     return sorted(range(len(records)), key=lambda index: (-_score(records[index]), -_margin(records[index])))
 
 
 def chosen(order: Sequence[int], each: int = EACH) -> dict[str, list[int]]:
-    """The best, the median and the worst of a ranking, `each` of them; all under one name if they are not more."""
+    """The `each` best, median and worst indices of a ranking; all under one name if there are at most 3 `each`."""
     if len(order) <= 3 * each:
         return {"All, best first": list(order)}
     middle = (len(order) - each) // 2
@@ -50,14 +50,14 @@ def chosen(order: Sequence[int], each: int = EACH) -> dict[str, list[int]]:
 
 
 def _score(record: dict[str, Any]) -> float:
-    """In percent; of the values that the record has."""
+    """Harmonic mean of ES, PS and NS, or of the accuracies, in percent, over those that the record has."""
     names = ("ES", "PS", "NS") if "ES" in record else ACCURACIES
     values = [record[name] for name in names if name in record]
     return harmonic_mean(values) if values else 0.0
 
 
 def _margin(record: dict[str, Any]) -> float:
-    """In nats per token; without another answer, how probable the wanted one is."""
+    """Mean margin over kinds of prompts, in nats per token; without other answers, minus the wanted answers' NLL."""
     margins = []
     for kind in _KINDS:
         if kind in record:
@@ -103,7 +103,7 @@ def _card(record: dict[str, Any], before: dict[str, Any] | None) -> Html:
 
 
 def _continuations(record: dict[str, Any], before: dict[str, Any] | None) -> Html | None:
-    """What the model writes after the prompt by itself, if it was let."""
+    """The model's greedy continuations of the fact's prompt, if texts were generated."""
     said = [("before", before), ("after" if before is not None else "says", record)]
     rows = [
         group(element("dt", name), element("dd", element("bdi", " ".join(found["continuation"].split()))))
@@ -140,11 +140,11 @@ def _outcome(scores: dict[str, Any] | None) -> Html:
 
 
 def _prompts(record: dict[str, Any], before: dict[str, Any] | None) -> Html | None:
-    """Each paraphrase, neighbour and further question with its outcome."""
+    """Each paraphrase, neighbourhood and portability prompt with its outcome."""
     lists = []
     for kind in ("paraphrase", "neighborhood", "portability"):
         scores, old = record.get(kind), (before or {}).get(kind)
-        if scores is None or "prompts" not in scores:  # of an earlier version
+        if scores is None or "prompts" not in scores:  # a file of an earlier version
             continue
         prompts = scores["prompts"]
         found_of = [found for found in (old, scores) if found and found.get("prompts") == prompts]

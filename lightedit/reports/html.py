@@ -1,4 +1,4 @@
-"""HTML that cannot forget to escape: text becomes markup only as the content of an element."""
+"""HTML with automatic escaping: a string becomes markup only through `element` and `group`."""
 
 from html import escape
 
@@ -6,19 +6,19 @@ _WITHOUT_CONTENT = ("br", "link", "meta")
 
 
 class Html(str):
-    """Text that is markup already."""
+    """A string that is markup, and is not escaped again."""
 
     __slots__ = ()
 
 
 def element(tag: str, /, *content: str | None, **attributes: str | float | None) -> Html:
-    """An element; content that is not `Html` is escaped, and so are all values of attributes.
+    """An element. Content that is not `Html` is escaped, and so are all values of attributes.
 
     Args:
-        tag: its name.
-        content: its children; None stands for nothing.
-        attributes: a trailing underscore is dropped and others become hyphens (class_, stroke_width); one that is
-            None is left out.
+        tag: the element's name.
+        content: its children; None is left out.
+        attributes: its attributes. In names, a trailing underscore is dropped and others become hyphens (class_,
+            stroke_width). An attribute that is None is left out.
 
     >>> element("td", "a < b", class_="number")
     '<td class="number">a &lt; b</td>'
@@ -34,17 +34,17 @@ def element(tag: str, /, *content: str | None, **attributes: str | float | None)
 
 
 def group(*content: str | None) -> Html:
-    """Several pieces one after the other, each escaped unless it is `Html`."""
+    """Concatenate pieces, each escaped unless it is `Html`."""
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in content if part is not None))
 
 
 def scrolling_table(caption: str, *rows: Html) -> Html:
-    """A table that scrolls within a box of its own where the page is narrow; its caption stands above the box.
+    """A table in a box that scrolls if the page is narrow.
 
     Args:
-        caption: what the table shows.
+        caption: the table's name, for screen readers only.
         rows: `tr` elements, the heads first.
     """
     table = element("table", element("caption", caption, class_="unseen"), *rows)
-    # a focus that the keyboard can give lets it scroll the box
+    # tabindex lets the keyboard focus the box and scroll it
     return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)

@@ -1,4 +1,4 @@
-"""Drawings as parts of an HTML page: without ids, fonts, fixed colours or anything to fetch."""
+"""Drawings as `svg` elements of an HTML page, without ids, fonts, fixed colours or external files."""
 
 import io
 import re
@@ -15,8 +15,8 @@ _NAMES = {color: name for name, color in PALETTE.items()}
 def svg(drawing: Drawing) -> Html:
     """A drawing as an `svg` element.
 
-    It has no ids, so a page can hold several. Its text takes the page's font, and its colours are the CSS variables
-    that `PALETTE` names.
+    The element has no ids, so a page can hold several. Its text uses the page's font, and its colours are the CSS
+    variables named in `PALETTE`.
     """
     content = io.StringIO()
     with style():
@@ -32,13 +32,13 @@ def svg(drawing: Drawing) -> Html:
 def _shown(
     node: ElementTree.Element, shapes: Mapping[str, str], titles: Mapping[str, list[str]], own: Iterator[str]
 ) -> list[ElementTree.Element]:
-    """What a node of matplotlib's SVG shows, without groups and definitions.
+    """The visible elements of a node of matplotlib's SVG, without groups and definitions.
 
     Args:
-        node: a group, a path, a path used again, or a text; anything else shows nothing itself.
+        node: a group, a path, a reused path, or a text; other nodes are not visible.
         shapes: id of a path -> its outline.
         titles: see `Drawing.titles`.
-        own: titles of the marks in this node that are still to come.
+        own: titles of this node's marks, consumed in order.
     """
     kind = node.tag.removeprefix(_SVG)
     if kind in ("svg", "g"):
@@ -46,7 +46,7 @@ def _shown(
         own = iter(titles[name]) if name in titles else own
         return [part for child in node for part in _shown(child, shapes, titles, own)]
     if kind == "path":
-        seen = node.get("style") != "fill: none"  # unlike the grounds of figure and panels
+        seen = node.get("style") != "fill: none"  # the backgrounds of figure and panels are invisible
         return [ElementTree.Element("path", {"d": _outline(node.get("d", ""))} | _styled(node))] if seen else []
     if kind == "text":
         turned = {} if "rotate(-0 " in node.get("transform", "") else {"transform": _rounded(node.get("transform", ""))}
@@ -66,7 +66,7 @@ def _shown(
 
 
 def _styled(node: ElementTree.Element) -> dict[str, str]:
-    """A node's style with variables for colours and without a font."""
+    """A node's style, with CSS variables for colours and without fonts."""
     rules = [rule for rule in node.get("style", "").split("; ") if rule and not rule.startswith("font-family")]
     text = re.sub("#[0-9a-f]{6}", lambda found: f"var(--{_NAMES[found[0]]})", ";".join(rules))
     return {"style": text.replace(": ", ":")} if text else {}

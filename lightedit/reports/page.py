@@ -1,4 +1,4 @@
-"""The page of a report: all sections in one HTML file without scripts, fonts or anything else to fetch."""
+"""The page of a report: all sections in one HTML file, without scripts, fonts or other external files."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -20,7 +20,7 @@ _SECTIONS = (
     ("Facts", "facts"),
     ("Settings and provenance", "settings"),
 )
-# What the page may load, should anything that was overlooked try: nothing
+# Forbids the page to load anything, in case escaping failed somewhere
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -31,27 +31,27 @@ def report(
 
         report(["edits/memit", "edits/encore"], "report.html")
 
-    It holds the scores with their intervals, before and after; curves of retention, norms and drift where a run has
-    rounds; the best, median and worst facts with what the model makes of their prompts; settings and provenance. The
-    file needs nothing beside it and fetches nothing.
+    The file holds the scores before and after the edit, with their intervals; curves of retention, norms and drift for
+    runs with rounds; the best, median and worst facts with the model's answers to their prompts; settings and
+    provenance. It is self-contained.
 
     Args:
-        runs: folders or files, or one of them; see `read_runs`.
-        out: the file, which appears whole or not at all; an earlier report is replaced.
-        overwrite: replace a file that is no report, too.
+        runs: one folder or file, or several; see `read_runs`.
+        out: the file, written atomically; an earlier report is replaced.
+        overwrite: also replace a file that is not a report.
 
     Returns:
         `out`.
 
     Raises:
-        MissingFileError: there is no such run, or no folder for `out`.
-        ArgumentError: a path holds no run, or a damaged one, or `out` exists and is no report.
+        MissingFileError: a run's path or the folder of `out` does not exist.
+        ArgumentError: a path holds no run, or a damaged one, or `out` exists and is not a report.
     """
     out = Path(out)
     _check_free(out, overwrite)
     content = page(read_runs([runs] if isinstance(runs, str | Path) else runs))
     with whole_file(out) as unfinished:
-        # half a surrogate pair, which a JSON file may hold, is no text
+        # a JSON file may hold a lone surrogate, which UTF-8 cannot encode
         unfinished.write_bytes(content.encode("utf-8", "replace"))
     return out
 
@@ -84,7 +84,7 @@ def page(runs: Sequence[ReportedRun]) -> Html:
 
 
 def _summary(run: ReportedRun) -> Html:
-    """A sentence on what a run did, and a warning if a limit ended it."""
+    """A sentence about a run, and a warning if a limit ended it."""
     edit = run.edit
     if edit is None:
         scores = run.after or run.before

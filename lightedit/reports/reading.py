@@ -1,4 +1,4 @@
-"""What a report reads: runs, each a folder or the file of an evaluation."""
+"""The runs that a report reads, each from a folder or from the file of an evaluation."""
 
 import sys
 from collections import Counter
@@ -19,13 +19,13 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One run, as far as it is known.
+    """The known parts of one run; unknown parts are None or empty.
 
     Attributes:
-        name: what the report calls it, different from that of other runs.
-        edit: what was written.
+        name: the run's name in the report, different from those of other runs.
+        edit: the edit.
         before: scores of the unedited model.
-        after: scores of the edited model, or of a model of which nothing but these scores is known.
+        after: scores of the edited model, or the only scores that are known.
         retention: rows of retention.csv, see `EditModule`.
         health: rows of health.csv, see `Health`.
     """
@@ -43,12 +43,12 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
       (before.json, after.json), or with tables of a log (retention.csv, health.csv). Any of these may be missing;
-    - the JSON file of one evaluation, which may hold the unedited model's too;
-    - a folder of nothing but such files, which stands for each of them.
+    - the JSON file of one evaluation, which may include the unedited model's;
+    - a folder of such JSON files, which stands for all of them.
 
     Raises:
-        MissingFileError: there is no such path.
-        ArgumentError: none is given, one is given twice, or one holds something else or is damaged.
+        MissingFileError: a path does not exist.
+        ArgumentError: no path is given, one is given twice, holds no run, or is damaged.
     """
     if not paths:
         raise ArgumentError(f"runs: none given; {_WAY_OUT}")
@@ -60,7 +60,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
 
 
 def _places(path: Path) -> list[Path]:
-    """The path itself, or the files for which a folder stands."""
+    """The path itself, or the JSON files of a folder of evaluations."""
     if not path.exists():
         raise MissingFileError(f"{path}: there is no such run; {_WAY_OUT}")
     known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv")
@@ -73,7 +73,7 @@ def _places(path: Path) -> list[Path]:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The last part of each path, and as many parts before it as it takes to tell them apart."""
+    """The last part of each path, preceded by as many parts as make the names different."""
     resolved = [place.resolve() for place in places]
     parts = [(place.with_suffix("") if place.is_file() else place).parts for place in resolved]
     for count in range(1, max(map(len, parts))):
@@ -91,22 +91,20 @@ def _read(place: Path, name: str) -> ReportedRun:
     return ReportedRun(
         name,
         edit,
-        _evaluation(place, "before", edit),
-        _evaluation(place, "after", edit),
+        _evaluation(place, "before"),
+        _evaluation(place, "after"),
         _table(place / "retention.csv", edit),
         _table(place / "health.csv", edit),
     )
 
 
-def _evaluation(folder: Path, name: str, edit: Edit | None) -> Evaluation | None:
+def _evaluation(folder: Path, name: str) -> Evaluation | None:
     file = folder / f"{name}.json"
-    if file.is_file():
-        return Evaluation.load(file)
-    return None if edit is None else getattr(edit, name)
+    return Evaluation.load(file) if file.is_file() else None
 
 
 def _table(file: Path, edit: Edit | None) -> Rows:
-    """Rows of the rounds that stand; a round that was rolled back has a row, too, but no place in the edit."""
+    """The rows of a table, without those of rounds that were rolled back, which are not in the edit."""
     try:
         return read_table(file, sys.maxsize if edit is None else len(edit.rounds))
     except (ValueError, LookupError, AttributeError) as error:

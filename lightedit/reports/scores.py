@@ -1,4 +1,4 @@
-"""The scores of runs: a table with intervals, and the same intervals drawn."""
+"""The scores of runs: a table with intervals, and figures of the intervals."""
 
 import inspect
 import math
@@ -19,17 +19,17 @@ _ON_TEXT = {
     "perplexity": "Perplexity on held-out text.",
     "kl": "How far what the model says on held-out text is from the unedited model, KL in nats per token.",
 }
-"""Scores that are no `Metric`: less is better."""
+"""Scores that are not a `Metric`; lower is better."""
 
 
 class Column(NamedTuple):
     """One column of scores.
 
     Attributes:
-        head: what it is called.
+        head: the column's heading.
         scores: the evaluation.
-        series: number of its colour and mark in figures; None for the unedited model, which is grey.
-        compared: whether it is compared with other columns.
+        series: index of its colour and mark in figures; None for the unedited model, which is grey.
+        compared: whether the column is compared with others.
     """
 
     head: str
@@ -64,8 +64,8 @@ def scores_section(runs: Sequence[ReportedRun]) -> Html | None:
 def score_columns(runs: Sequence[ReportedRun]) -> list[Column]:
     """The evaluations of all runs.
 
-    One run is compared with its own unedited model, several with one another. An unedited model whose scores are the
-    same in all of them stands once.
+    A single run is compared with its own unedited model, several runs with one another. If the unedited model's scores
+    are the same in all runs, it has one column.
     """
     befores = [run.before for run in runs if run.before is not None]
     shared = len(runs) > 1 and len(befores) == len(runs) and all(other.scores == befores[0].scores for other in befores)
@@ -87,16 +87,16 @@ def same_facts(columns: Sequence[Column]) -> bool:
 
 
 def fact_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two records, or a record and a fact as a dictionary, the same fact."""
+    """The fields that identify a fact: two records with the same key are of the same fact."""
     return tuple(record.get(field) for field in ("prompt", "subject", "target_new"))
 
 
 def better(values: Sequence[tuple[float, float] | None], higher: bool) -> int | None:
-    """Which interval lies wholly on the better side of all others, if one does.
+    """The index of the interval that is better than all others without overlap; None if there is none.
 
     Args:
-        values: ends of the intervals; None, or NaN, where one is unknown, which is overlap with everything.
-        higher: whether more is better.
+        values: ends of the intervals. An unknown interval is None or NaN, and counts as overlapping all others.
+        higher: whether higher is better.
     """
     if len(values) < 2 or any(ends is None or math.isnan(ends[0]) for ends in values):
         return None
@@ -109,7 +109,7 @@ def better(values: Sequence[tuple[float, float] | None], higher: bool) -> int | 
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """Which way is better; None for a metric that is not known here."""
+    """Whether higher values of a metric are better; None for an unknown metric."""
     if metric in _CLASSES:
         return _CLASSES[metric].higher_is_better
     return False if metric in _ON_TEXT else None
@@ -121,7 +121,7 @@ def _arrow(metric: str) -> str:
 
 
 def explanation(metric: str) -> str:
-    """What a metric is, in a sentence; empty for one that is not known here."""
+    """A sentence that explains a metric; empty for an unknown metric."""
     if metric not in _CLASSES:
         return _ON_TEXT.get(metric, "")
     text = (inspect.getdoc(_CLASSES[metric]) or "").partition("\n\n")[0].replace("\n", " ")
@@ -138,7 +138,7 @@ def _explanations(metrics: Sequence[str]) -> Html:
 
 def _metrics(columns: Sequence[Column]) -> list[str]:
     found = dict.fromkeys(name for column in columns for name in column.scores.scores)
-    return sorted(found, key=lambda name: name != "S")  # S, which sums up the others, first
+    return sorted(found, key=lambda name: name != "S")  # S first: the harmonic mean of ES, PS, NS
 
 
 def _table(columns: Sequence[Column], comparable: bool) -> Html:
@@ -164,7 +164,7 @@ def _table(columns: Sequence[Column], comparable: bool) -> Html:
 
 
 def number(value: float, digits: int = 1, sign: str = "-") -> str:
-    """A number as tables hold it, with a minus and not a hyphen; `sign` is "+" for one that always has a sign."""
+    """A number for a table, with a minus sign instead of a hyphen; with `sign` "+" it always has a sign."""
     return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 

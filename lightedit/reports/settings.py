@@ -6,11 +6,11 @@ from typing import Any
 from lightedit.reports.html import Html, element, scrolling_table
 from lightedit.reports.reading import ReportedRun
 
-_SHORT = 60  # characters of a list that stands as it is; a longer one unfolds
+_SHORT = 60  # most characters of a list that is shown in full; a longer one is folded
 
 
 def settings_section(runs: Sequence[ReportedRun]) -> Html | None:
-    """One row a setting, one column a run; None if nothing but scores is known of any."""
+    """A table with one row a setting and one column a run; None if no run has settings."""
     known = [dict(_settings(run)) for run in runs]
     names = list(dict.fromkeys(name for settings in known for name in settings))
     if not names:
@@ -23,7 +23,7 @@ def settings_section(runs: Sequence[ReportedRun]) -> Html | None:
     for name in names:
         values = [settings.get(name) for settings in known]
         differs = any(value != values[0] for value in values)
-        # told by a sign and not by colour alone
+        # marked by a sign, too, because colour alone is not accessible
         title = element("th", name, element("span", " ≠", title="differs") if differs else None, scope="row")
         rows.append(element("tr", title, *(element("td", _shown(value)) for value in values), class_=_row(differs)))
     legend = element("p", "Rows marked ≠ differ between the runs.") if len(runs) > 1 else None
@@ -36,7 +36,7 @@ def _row(differs: bool) -> str | None:
 
 
 def _settings(run: ReportedRun) -> Iterator[tuple[str, Any]]:
-    """Names with dots for what is nested, and their values."""
+    """Names and values of a run's settings; the names of nested settings contain dots."""
     edit = run.edit
     if edit is None:
         return

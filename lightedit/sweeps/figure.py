@@ -1,4 +1,4 @@
-"""The figure of a sweep: ES, PS, NS and S against what is swept."""
+"""The figure of a sweep: ES, PS, NS and S against a swept quantity."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ _SIZE = (720, 520)  # points
 _LEGEND_COLUMNS = 3
 
 Series = dict[Any, Row]
-"""Swept value -> row; None where a method does not have what is swept."""
+"""Swept value -> row; the key is None if the method lacks the swept field."""
 
 
 def draw(path: Path, runs: Sequence[Run], table: Table, fields: Sequence[str]) -> None:
     """Draw one line for each method and setting, with 95 % intervals, and the unedited model in grey.
 
-    The horizontal axis is the swept quantity with the most values; a method without it is a level dotted line.
+    The horizontal axis is the swept quantity with the most values. A method that lacks it is a dotted horizontal line.
     Runs without a row are left out. Equal tables give equal files.
 
     Args:
@@ -41,14 +41,14 @@ def draw(path: Path, runs: Sequence[Run], table: Table, fields: Sequence[str]) -
             _line(label, series, score, edited.index(label) if label in edited else None, places)
             for label, series in found.items()
         ]
-        # the panels of a column share the label of the lower one
+        # only the lower panel of a column has an axis label
         x = axis if len(panels) >= len(SCORES) - 2 else replace(axis, label="")
         panels.append(Panel(f"{_TITLES[score]} ({score})", lines, x, Axis("%", (0, 100)), grid="both"))
     save(line_chart(panels, _SIZE, columns=2, legend_columns=_LEGEND_COLUMNS), path)
 
 
 def _horizontal(swept: str, values: Sequence[Any]) -> tuple[Axis, dict[Any, float]]:
-    """The horizontal axis, and where on it each swept value stands: at itself, or in its order if it is no number."""
+    """The horizontal axis, and the position of each value on it: the number itself, or the index of other values."""
     values = list(dict.fromkeys(values))
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     values = sorted(values) if numeric else values
@@ -78,10 +78,10 @@ def _line(label: str, rows: Series, score: str, series: int | None, places: Mapp
 
 
 def _axis(runs: Sequence[Run], fields: Sequence[str]) -> str:
-    """What has the most values: facts, facts_per_round or a swept field."""
+    """The swept quantity with the most values: facts, facts_per_round or a field."""
 
     def size(name: str) -> int:
-        if name == "facts_per_round":  # as asked for: without a limit it goes with the facts
+        if name == "facts_per_round":  # as requested: without a limit, its values are those of facts
             return len({run.round_limit for run in runs})
         return len({_key(run.row[name]) for run in runs if _has(run, name)})
 
@@ -93,12 +93,12 @@ def _has(run: Run, name: str) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """The value, with tuples for lists, so that it can be a key."""
+    """The value, with lists replaced by tuples, so that it is hashable."""
     return tuple(map(_key, value)) if isinstance(value, list) else value
 
 
 def _lines(runs: Sequence[Run], table: Table, axis: str, fields: Sequence[str]) -> dict[str, Series]:
-    """Label -> its rows; a row that has no place on the axis stands at None."""
+    """Label -> its rows; the key of a row without a value on the axis is None."""
     lines: dict[str, Series] = {}
     counts = len({run.facts for run in runs})
     for run in runs:
@@ -114,7 +114,7 @@ def _lines(runs: Sequence[Run], table: Table, axis: str, fields: Sequence[str]) 
 
 
 def _label(run: Run, runs: Sequence[Run], axis: str, fields: Sequence[str]) -> str:
-    """The method and what else is swept beside the axis, but for the number of facts."""
+    """The method's name, and the values of swept quantities other than the axis and the number of facts."""
     own = [other for other in runs if other.name == run.name]
     parts = [run.name]
     for field in fields:

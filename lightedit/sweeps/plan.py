@@ -1,4 +1,4 @@
-"""The runs of a sweep: every combination of its methods and swept fields, checked before any of them starts."""
+"""The runs of a sweep: all combinations of methods and swept fields, checked before the first run starts."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,19 +15,19 @@ LOG17 = (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 1000, 1778, 3162, 5623,
 Counts = Sequence[int] | Literal["log17"]
 
 RoundLimit = int | Literal["single"] | None
-"""Facts of one round at most; None for any number, "single" for edits that are each scored alone and never written."""
+"""Most facts of one round; None for any number, "single" for the single protocol, which scores each fact alone."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a method with its settings writes the first facts of the sweep into the unedited model.
+    """One run: a method with its settings writes the sweep's first facts into the unedited model.
 
     Attributes:
         name: the method's name in the sweep.
-        method: the method with the swept settings put in.
-        settings: the swept fields that the method has, with their values here.
-        facts: how many facts, from the first.
-        round_limit: facts of one round at most, as asked for or as the method allows; see `RoundLimit`.
+        method: the method, with this run's values of the swept fields.
+        settings: the swept fields that the method has, with this run's values.
+        facts: number of facts, counted from the first.
+        round_limit: most facts of one round, as requested or as the method allows; see `RoundLimit`.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Run:
 
     @property
     def facts_per_round(self) -> int:
-        """Facts of the first round, whose values are found on the unedited model; all of them if they are single."""
+        """Number of facts in the first round, whose values are found on the unedited model; all facts for "single"."""
         return min(self.round_limit, self.facts) if isinstance(self.round_limit, int) else self.facts
 
     @property
     def row(self) -> dict[str, Any]:
-        """What identifies it in a table: method, swept fields, facts, facts_per_round, all as JSON holds them."""
+        """The cells that identify the run in a table: method, swept fields, facts, facts_per_round, as JSON values."""
         swept = json.loads(json.dumps(self.settings))
         together = "single" if self.round_limit == "single" else self.facts_per_round
         return {"method": self.name, **swept, "facts": self.facts, "facts_per_round": together}
@@ -56,7 +56,7 @@ class Run:
 
 
 def shown(value: Any) -> str:
-    """A swept value as people write it: 15000, 0.5, 4-8 for successive layers."""
+    """A swept value for display, such as 15000, 0.5, or 4-8 for successive layers."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         numbers = len(value) > 2 and all(isinstance(entry, int) for entry in value)
         successive = numbers and list(value) == list(range(value[0], value[0] + len(value)))
@@ -71,21 +71,21 @@ def plan(
     facts_per_round: Sequence[RoundLimit] = (None,),
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Run]:
-    """Every combination of methods, fields of the grid, facts per round, and counts; the last varies fastest.
+    """All combinations of methods, fields of the grid, facts per round, and counts; the last varies fastest.
 
-    A method without a field of the grid is the same run for each of its values, and so is a count below the facts
-    per round; such repetitions are in the list, for each combination asked for has its place in a figure.
+    The list may hold equal runs, because each combination has its place in a figure. Runs are equal if the method
+    lacks the field that differs, or if the count is below the facts per round.
 
     Args:
         methods: name -> method.
-        available: how many facts there are.
-        counts: how many of them to write; None for all, "log17" for those of `LOG17` that are not too many.
-        facts_per_round: how many are written together; None for all, "single" for none. A method's own limit goes
-            before.
-        grid: field -> values; a dot leads into a nested field, such as "values.lr".
+        available: number of facts that there are.
+        counts: numbers of facts to write; None for all, "log17" for those of `LOG17` up to `available`.
+        facts_per_round: numbers of facts written together; None for all, "single" for the single protocol. A
+            method's own limit takes precedence.
+        grid: field -> values; a dot separates the names of nested fields, such as "values.lr".
 
     Raises:
-        ArgumentError: something is empty or out of range, no method has a field, or a method refuses a value.
+        ArgumentError: an argument is empty or out of range, no method has a field, or a method refuses a value.
     """
     grid = dict(grid or {})
     if available < 1:
@@ -119,7 +119,7 @@ def plan(
 
 
 def swept_fields(settings: Any, prefix: str = "") -> list[str]:
-    """Names of the fields that a grid can sweep, nested ones with a dot."""
+    """Names of the fields that a grid can sweep; the names of nested fields contain dots."""
     names = []
     for field in fields(settings):
         value = getattr(settings, field.name)

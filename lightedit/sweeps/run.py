@@ -1,4 +1,4 @@
-"""Doing a sweep: every run starts from the unedited model, is scored, and is taken back."""
+"""Running a sweep: every run starts from the unedited model, is scored, and is reverted."""
 
 import json
 import sys
@@ -51,33 +51,34 @@ def sweep(
         rows = sweep(lm, facts, {"MEMIT": MEMIT(layers=(4, 5, 6))}, covariance=covariance, out="sweeps/first",
                      counts="log17", grid={"lambda_": [100.0, 1000.0]})
 
-    Each run writes the first facts of the list into the unedited model, scores them, and is reverted. Value vectors
-    at the unedited model are found once for all runs whose settings of step 1 are equal. Started again with the same
-    arguments, a sweep skips the runs that are finished. `out` then holds runs.csv (see `Table`), sweep.svg,
-    sweep.json with the arguments, and the values.
+    Each run writes the first facts of the list into the unedited model, scores them, and is reverted. Values at the
+    unedited model are found once for all runs with equal settings of step 1. If a sweep is started again with the same
+    arguments, it skips the finished runs. `out` then holds runs.csv (see `Table`), sweep.svg, sweep.json with the
+    arguments, and the values.
 
     Args:
-        lm: the model, unedited; so it is left.
-        facts: what to write; some must have a `target_true`, which the scores need.
-        methods: name of your choice -> method.
-        out: the sweep's own folder.
-        covariance: second moments at all places that occur; by default they are estimated from the model's own text,
-            and kept in the cache.
-        counts: numbers of facts to write; None for all of them, "log17" for PMET's (see `LOG17`).
-        facts_per_round: numbers of facts written together; None for all of a run's, "single" to edit and score each
-            fact alone (see `evaluate_single`).
+        lm: the unedited model; it is unedited afterwards, too.
+        facts: the facts to write; at least one must have a `target_true`, which the scores need.
+        methods: name, chosen freely -> method.
+        out: a folder of this sweep only.
+        covariance: second moments at the `covariance_places` of all methods; by default they are estimated from
+            self-generated text and kept in the cache.
+        counts: numbers of facts to write; None for all, "log17" for PMET's numbers (see `LOG17`).
+        facts_per_round: numbers of facts written together; None for all facts of a run, "single" to edit and score
+            each fact alone (see `evaluate_single`).
         grid: field of a method -> values, such as {"lambda_": [100.0, 1000.0], "values.lr": [0.1, 0.5]}. Every
             combination is run; a method that lacks a field is run without it.
-        settings: of each run, but for the size of its rounds. The value of merged facts is found in every run.
-        evaluation: of the scoring; with `generate` there is a column of generation entropy (GE).
+        settings: settings of each run, without facts_per_round and validate_every. Values of merged facts are not
+            shared between runs.
+        evaluation: settings of the scoring; with `generate` the table has a column of generation entropy (GE).
 
     Returns:
         The rows of the table.
 
     Raises:
         ArgumentError: an argument is wrong, or `out` holds another sweep; raised before work starts.
-        ResumeError: another process is at work in `out`.
-        RunFailedError: some runs failed. The table holds all others, and starting again tries no more than these.
+        ResumeError: another process uses `out`.
+        RunFailedError: some runs failed. The table holds the others, and the same call runs only the failed ones again.
     """
     out, grid = Path(out), dict(grid or {})
     settings, evaluation = settings or RunSettings(), evaluation or EvaluationSettings()
@@ -101,7 +102,7 @@ def sweep(
     first = sweep_.check_collisions(pending)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        table = sweep_.table()  # from now on, no other process writes it
+        table = sweep_.table()  # read under the lock, so that no other process writes it
         with whole_file(out / "sweep.json") as unfinished:
             unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         sweep_.score_unedited(table)
@@ -117,7 +118,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep at work: its arguments, checked."""
+    """The arguments of a sweep, and the steps that run it."""
 
     lm: LanguageModel
     facts: list[Fact]
@@ -129,11 +130,11 @@ class _Sweep:
     fields: list[str]
 
     def table(self) -> Table:
-        """The table as it is on disk."""
+        """The table, read from disk."""
         return Table(self.out / "runs.csv", self.fields, self.evaluation.generate)
 
     def inputs(self) -> dict[str, Any]:
-        """What determines its results beside methods and sizes, as JSON holds it."""
+        """Everything that determines the results besides methods and sizes, as JSON values."""
         places = sorted({place for run in self.runs for place in run.method.covariance_places})
         moments = {} if self.covariance is None else {place.key: self.covariance[place] for place in places}
         return {
@@ -149,7 +150,7 @@ class _Sweep:
         }
 
     def check(self) -> None:
-        """Refuse what no run could do."""
+        """Refuse arguments with which no run could succeed."""
         check_facts(self.facts)
         if self.lm.weights.edits:
             raise ArgumentError(f"{self.lm.name} carries edits ({', '.join(self.lm.weights.edits)}); revert them first")
@@ -167,16 +168,17 @@ class _Sweep:
             self.covariance.check(self.lm, places, factor=False)
 
     def covariance_of(self, method: Method) -> Covariance | None:
-        """The covariance, for a method that needs it."""
+        """The covariance if `method` needs one, else None."""
         return self.covariance if method.covariance_places else None
 
     def check_collisions(self, pending: Sequence[Run]) -> Editor | None:
-        """Refuse now what a run would refuse when its turn comes: most of all, facts whose keys collide.
+        """Raise, before the first run, errors that a later run would raise; mainly facts whose keys collide.
 
-        Rounds of fewer facts are parts of the rounds of all, and swept fields other than the layers hardly move keys.
+        One run is prepared for each method, set of places and round limit. Other swept fields hardly change keys, and
+        runs of fewer facts have the same rounds or parts of them.
 
         Returns:
-            What was prepared for the first run, for it to go on with.
+            The first editor that was prepared, for later ones to share its work; None if there is none.
         """
         first: Editor | None = None
         groups: dict[Any, Run] = {}
@@ -196,7 +198,7 @@ class _Sweep:
                 first = first or editor
             except IndefiniteError:
                 raise
-            except CovarianceError:  # which may well do with the group's other settings
+            except CovarianceError:  # the group's other settings may be valid
                 continue
         return first
 
@@ -210,7 +212,7 @@ class _Sweep:
         if not missing:
             return
         folder, facts = self.out / "unedited", self.facts
-        # all facts, whatever is missing: what an earlier process kept is of all
+        # always all facts, because the scores that an earlier process kept are of all facts
         with progress(f"scoring {len(facts)} facts before", self.settings.progress_bar) as report:
             records = score_and_keep(self.lm, facts, folder, settings=self.evaluation, report=report)
         seconds = KeptScores(folder).seconds
@@ -220,7 +222,7 @@ class _Sweep:
         remove_run(folder)
 
     def run_all(self, table: Table, like: Editor | None) -> dict[str, Exception]:
-        """Do all runs without a row in the table, and add it; returns why some failed, run -> error."""
+        """Do all runs that have no row in the table, and add their rows; returns failed runs, run -> error."""
         pending = _unfinished(self.runs, table)
         store = TargetStore(self.out / "values", self.lm, self.facts, self.runs, self.settings)
         failed: dict[str, Exception] = {}
@@ -229,7 +231,7 @@ class _Sweep:
             if self.settings.progress_bar:
                 left = sum(other.facts for other in pending[number:])
                 time_left = (
-                    f"; about {seconds * left / done / 60:.1f} min left, values still to find aside" if done else ""
+                    f"; about {seconds * left / done / 60:.1f} min left, without searches for values" if done else ""
                 )
                 print(f"run {number + 1} of {len(pending)}: {run}{time_left}", file=sys.stderr, flush=True)
             try:
@@ -240,7 +242,7 @@ class _Sweep:
                 scores, spent, scoring = self._run(run, editor)
             except ResumeError:
                 raise
-            except LightEditError as error:  # other settings may well do
+            except LightEditError as error:  # runs with other settings may succeed
                 failed[str(run)] = error
                 if self.settings.progress_bar:
                     print(f"failed: {error}", file=sys.stderr)
@@ -259,7 +261,7 @@ class _Sweep:
         return editor
 
     def _run(self, run: Run, editor: Editor) -> tuple[Evaluation, dict[str, float], float]:
-        """Edit and score, and take the edit back; returns scores, seconds of the edit by step, and of the scoring."""
+        """Edit, score and revert; returns the scores, the edit's seconds by step, and the seconds of the scoring."""
         if run.round_limit == "single":
             scores = evaluate_single(
                 self.lm,
@@ -284,7 +286,7 @@ class _Sweep:
 
 
 def _check_folder(out: Path, record: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else than this sweep."""
+    """Raise ArgumentError if `out` holds another sweep, or no sweep but other files."""
     path = out / "sweep.json"
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -299,13 +301,13 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
 
 
 def check_sweep_folder(out: Path) -> None:
-    """Raise ArgumentError if `out` holds something else than a sweep."""
+    """Raise ArgumentError if `out` exists and is neither empty nor the folder of a sweep."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "sweep.json").is_file())):
         raise ArgumentError(f"{out} exists and holds no sweep; choose another folder")
 
 
 def _unfinished(runs: Iterable[Run], table: Table) -> list[Run]:
-    """The runs without a row, the first only of those that do the same."""
+    """The runs without a row; of equal runs only the first."""
     found: dict[str, Run] = {}
     for run in runs:
         if table.find(run) is None:

@@ -14,7 +14,7 @@ from lightedit.files import whole_file
 from lightedit.sweeps.plan import Run, shown
 
 SCORES = ("ES", "PS", "NS", "S")
-"""What runs are compared by."""
+"""The scores by which runs are compared."""
 _COLUMNS = ("ES", "PS", "NS", "EM", "PM", "NM", "S")
 _GENERATION_COLUMNS = ("GE", "generation_success")
 UNEDITED = "unedited"
@@ -24,18 +24,21 @@ Row = dict[str, Any]
 
 
 class Table:
-    """Rows of finished runs. The file is written anew with every addition, so it is whole at any time.
+    """Rows of finished runs. Every addition writes the whole file atomically, so the file is always complete.
 
-    Columns: method, the swept fields (empty where the method has none of that name), facts, facts_per_round ("single"
-    where each fact was edited alone, and step 2 counts as evaluation); ES, PS, NS, EM, PM, NM, S in percent, with
-    `generation` GE in bits times 100 and generation_success in percent, and half the width of each one's 95 %
-    interval (empty where the facts do not allow them); seconds of step 1 (seconds_values, 0 where another run had found
-    the values), of step 2 and of the evaluation.
+    Columns:
+        method, swept fields: empty where the method lacks the field.
+        facts, facts_per_round: "single" where each fact was edited alone; step 2 then counts as evaluation.
+        ES, PS, NS, EM, PM, NM, S: in percent; empty where the facts do not allow them.
+        GE, generation_success: with `generation`; in bits times 100, and in percent.
+        <score>_half_width: half the width of the score's 95 % interval.
+        seconds_values, seconds_update, seconds_evaluation: of step 1 (0 if another run found the values), of step 2,
+            and of the evaluation.
 
     Args:
-        path: the file; rows that are in it already are read.
+        path: the file; its rows are read if it exists.
         fields: the swept fields.
-        generation: whether there are columns for generation entropy.
+        generation: whether there are columns for generation entropy and success.
 
     Attributes:
         rows: column -> value, one for each finished run.
@@ -59,7 +62,7 @@ class Table:
     def add(
         self, run: Run | None, evaluation: Evaluation, values: float = 0.0, update: float = 0.0, scoring: float = 0.0
     ) -> None:
-        """Add a finished run, or None for the unedited model, with its scores and its seconds."""
+        """Add the row of a finished run, or of the unedited model (None), with its scores and seconds."""
         row: Row = dict.fromkeys(self._columns)
         row |= run.row if run else {"method": UNEDITED, "facts": len(evaluation.records)}
         for name in self._scores:
@@ -72,7 +75,7 @@ class Table:
         self._write()
 
     def find(self, run: Run) -> Row | None:
-        """The row of `run`, or of one that does the same; None if it is not finished."""
+        """The row of `run` or of an equal run; None if it is not finished."""
         wanted = dict.fromkeys(self._key) | run.row
         return next((row for row in self.rows if all(row[name] == wanted[name] for name in self._key)), None)
 
@@ -107,7 +110,7 @@ class Table:
 
 
 def _is_word(value: Any) -> bool:
-    """Whether it is a text that can stand in the file without quotes, because it is nothing else in JSON."""
+    """Whether it is a string that needs no quotes in the file, because it is not a JSON value."""
     return isinstance(value, str) and value.isidentifier() and value not in ("true", "false", "null", "NaN", "Infinity")
 
 
@@ -116,12 +119,12 @@ def _cell(value: Any) -> str:
 
 
 def _value(column: str, cell: str) -> Any:
-    """A cell as it was; raises TypeError for None, which stands for a missing one."""
+    """The value of a cell; raises TypeError for None, which the CSV reader gives for a missing cell."""
     return cell if column == "method" else json.loads("null" if cell == "" else cell)
 
 
 def best(rows: Sequence[Row]) -> list[str]:
-    """For each method, a line with its best S on the most facts, and the settings that gave it."""
+    """For each method, a line with its best S on the largest number of facts, and the settings of that run."""
     scored = [row for row in rows if row["method"] != UNEDITED and row["S"] is not None]
     facts = max((row["facts"] for row in scored), default=0)
     lines = []

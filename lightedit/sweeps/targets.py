@@ -1,4 +1,4 @@
-"""Step 1 on the unedited model, done once for all runs that share its settings and kept on disk."""
+"""Results of step 1 on the unedited model, computed once for all runs with the same settings, and kept on disk."""
 
 import json
 import time
@@ -23,18 +23,18 @@ from lightedit.sweeps.plan import Run
 
 
 class TargetStore:
-    """What the searches of a sweep find for its facts at the unedited model, by the settings that it depends on.
+    """The values of a sweep's facts at the unedited model, by the settings on which they depend.
 
-    Values do not depend on the preservation term, on counts, or on the method but for its `search_inputs`: site, value
-    layer, contexts and settings of the value optimisation. One file holds the facts of one chunk, so an interrupted
-    search goes on where it was.
+    Values do not depend on the preservation term or on counts. Of the method, they depend only on its `search_inputs`:
+    site, value layer, contexts and settings of the value optimisation. Each chunk of facts has a file of its own, so
+    an interrupted search resumes after the last chunk.
 
     Args:
-        folder: where they are kept.
-        lm: the model, unedited.
+        folder: folder of the files.
+        lm: the unedited model.
         facts: the facts of the sweep, in order.
-        runs: all runs of the sweep; they tell for how many facts values are needed.
-        settings: of the runs.
+        runs: all runs of the sweep; they determine for how many facts values are needed.
+        settings: settings of the runs.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TargetStore:
                 self._first.setdefault(key, run)
 
     def key(self, method: Method) -> str | None:
-        """16 hexadecimal digits that stand for all that the values depend on; None if the method searches nothing."""
+        """16 hexadecimal digits, a digest of everything that determines the values; None for methods without search."""
         if (inputs := method.search_inputs()) is None:
             return None
         settings = {
@@ -63,15 +63,15 @@ class TargetStore:
     def find(self, run: Run, editor: Editor) -> tuple[dict[int, Tensor], float]:
         """The values of the facts in the run's first round.
 
-        What is not known yet is searched for as many facts as any run of the same settings needs.
+        Missing values are searched for all facts that any run with the same settings needs.
 
         Args:
             run: the run.
-            editor: prepared for it.
+            editor: an editor that was prepared for the run.
 
         Returns:
-            Fact's index -> value, and the seconds that the search took if this is the first run of those settings in
-            the sweep, else 0.
+            Fact's index -> value, and the seconds of the search if this is the sweep's first run with these settings,
+            else 0.
 
         Raises:
             NumericalError: a loss is NaN or infinite.
@@ -90,7 +90,7 @@ class TargetStore:
         return {index: found[index] for index in range(run.facts_per_round)}, own
 
     def _search(self, folder: Path, missing: Sequence[int], found: dict[int, Tensor], editor: Editor) -> float:
-        """Add the values of the missing facts to `found` and to the folder; returns the seconds that it took."""
+        """Search the values of the missing facts, and add them to `found` and to the folder; returns the seconds."""
         searcher = editor.method.editor(self.lm, covariance=editor.covariance, settings=self.settings)
         searcher.prepare(self.facts[: max(missing) + 1], None, like=editor)
         optimizer = searcher.make_optimizer()
@@ -122,7 +122,7 @@ def _read(folder: Path) -> tuple[dict[int, Tensor], float]:
 
 
 def _write(folder: Path, indices: Sequence[int], targets: Tensor, seconds: float) -> None:
-    """Keep the values [facts, d] of one chunk in a file that appears whole or not at all."""
+    """Write the values [facts, d] of one chunk to a file, atomically."""
     path = folder / f"{min(indices)}.safetensors"
     tensors = {"indices": torch.tensor(indices), "targets": targets.contiguous()}
     with whole_file(path) as unfinished:

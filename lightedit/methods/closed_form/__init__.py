@@ -1,1 +1,1 @@
-"""Locate-then-edit methods: a value per fact by gradient descent, then a least-squares update."""
+"""Locate-then-edit methods: gradient descent finds a value per fact, then a least-squares update writes the values."""

@@ -1,4 +1,4 @@
-"""AlphaEdit: updates confined to the null space of what is preserved."""
+"""AlphaEdit: updates within the null space of the covariance."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,12 +17,12 @@ class AlphaEdit(ClosedForm):
     """Null-space constrained editing (Fang et al., 2025, arXiv 2410.02355).
 
     Attributes:
-        threshold: eigenvalues of C0 below it span the null space.
-        relative: take `threshold` as a share of C0's largest eigenvalue; the published one is absolute, and fits models
-            whose keys are as large as those of the models it was found on.
-        ridge: weight of the update's norm, L2.
-        published_history: read the keys that later rounds preserve after the round was written, as the published code
-            does, instead of keeping those that were written.
+        threshold: the null space is the span of C0's eigenvectors whose eigenvalue is below this.
+        relative: `threshold` is a share of C0's largest eigenvalue. The published threshold is absolute; it fits only
+            models whose keys are as large as those of the published models.
+        ridge: weight of the update's squared norm, L2.
+        published_history: past keys are read again after their round was written, as in the published code. False
+            keeps the keys that the round was solved with.
     """
 
     threshold: float = 0.02
@@ -45,7 +45,7 @@ class AlphaEdit(ClosedForm):
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A⁻¹ = P / L2."""
         values, vectors = covariance.eigen(matrix)
-        if not values[0] > -1e-10 * values[-1]:  # but for rounding
+        if not values[0] > -1e-10 * values[-1]:  # rounding may give a slightly negative eigenvalue
             raise covariance.indefinite(matrix)
         threshold = self.threshold * float(values[-1]) if self.relative else self.threshold
         return Preservation.from_null_space(values, vectors, threshold, self.ridge)

@@ -1,4 +1,4 @@
-"""The one editor behind all locate-then-edit methods: values by gradient descent, then a closed-form update."""
+"""The editor of all locate-then-edit methods: values by gradient descent, then a closed-form update."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -29,13 +29,13 @@ _KEYS_AT_ONCE = 256  # facts whose hidden states are in memory while keys are co
 
 @dataclass
 class _Shared:
-    """What depends on the unedited model, the facts and the contexts alone.
+    """Data that depend only on the unedited model, the facts and the contexts.
 
     Attributes:
         facts: the facts.
         contexts: the contexts' texts.
         prompts: each fact's token rows.
-        first_keys: keys at the first edited matrix, [d_in, facts] float64, by that matrix; filled when they are needed.
+        first_keys: first edited matrix -> keys at it, [d_in, facts] float64; computed when they are needed.
     """
 
     facts: list[Fact]
@@ -45,12 +45,12 @@ class _Shared:
 
 
 class ClosedFormEditor(Editor):
-    """A locate-then-edit method at work: step 1 finds a value for each fact, step 2 writes a round of them.
+    """The editor of a locate-then-edit method. Step 1 finds a value for each fact, step 2 writes a round of facts.
 
     Attributes:
-        preservation: the preservation term of each written matrix, factored; once prepared.
-        contexts: the contexts of keys and values; once prepared.
-        prompts: each fact's token rows; None for a fact that was merged into an earlier one; once prepared.
+        preservation: the factored preservation term of each written matrix; set by `prepare`.
+        contexts: the contexts of keys and values; set by `prepare`.
+        prompts: each fact's token rows, None for a fact that was merged into an earlier one; set by `prepare`.
         round_keys: place -> the keys of the round written last, [d_in, B].
     """
 
@@ -68,7 +68,7 @@ class ClosedFormEditor(Editor):
         self._given: dict[int, Tensor] = {}
         self._merged: set[int] = set()  # facts that share a value, which is searched in every run
         self._rounds_written = 0
-        # Stands in for the δ of the chunk at work, which is exchanged in the optimizer's parameter group
+        # The optimizer needs a parameter before the first δ exists; `start` puts each chunk's δ in its place
         self._placeholder = nn.Parameter(torch.zeros(1))
         self._search: ValueOptimization | None = None
         self._searched: list[int] = []
@@ -81,8 +81,8 @@ class ClosedFormEditor(Editor):
         """See `Editor.prepare`.
 
         Raises:
-            CovarianceError: a covariance of another model or other places, or one that cannot be solved with.
-            FactError: facts that cannot be tokenised, that collide, or that no update can write exactly.
+            CovarianceError: the covariance is of another model, lacks a place, or is not positive definite.
+            FactError: facts cannot be tokenised, collide, or cannot be written exactly by any update.
             NumericalError: keys hold NaN or infinity.
         """
         super().prepare(facts, rounds, like)
@@ -100,20 +100,23 @@ class ClosedFormEditor(Editor):
             self._check_independence(rounds)
 
     def lend_factors(self, other: "ClosedFormEditor") -> dict[Place, Preservation] | None:
-        """The factors for an editor that needs the same, each in a copy that remembers past keys of its own."""
+        """The factors for an editor that needs the same ones; None if it needs others, or if past keys were added.
+
+        Each is a copy, so that either editor may add past keys of its own.
+        """
         same = self.covariance is other.covariance and self.method.same_preservation(other.method)
         if not same or (self.method.keeps_past_keys and self._rounds_written):
             return None
         return {place: copy(term) for place, term in self.preservation.items()} or None
 
     def lend_prompts(self, other: "ClosedFormEditor") -> _Shared | None:
-        """Contexts and prompts for an editor of the same contexts and facts, or the first of them."""
+        """Contexts and prompts for an editor with equal contexts, whose facts are the first ones of this editor."""
         if self._shared is None or self.method.contexts != other.method.contexts:
             return None
         return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 
     def give(self, results: Mapping[int, Tensor]) -> None:
-        """Take values found before, [d], or [2 d] for two sites; facts that are merged are searched all the same."""
+        """Take values that were found before, [d], or [2 d] for two sites; not used for merged facts."""
         self._given = dict(results)
         if self.prepared:
             self._check_given()
@@ -128,8 +131,8 @@ class ClosedFormEditor(Editor):
                 )
 
     def _resolve_collisions(self, rounds: Sequence[Sequence[int]]) -> None:
-        # Nothing upstream of the first edited layer ever changes, so its MLP's keys can be read for all rounds at once;
-        # where its attention is written too, they move a little
+        # Edits do not change the input of the first edited layer, so its MLP's keys are read for all rounds at once;
+        # if its attention is written too, they change slightly
         first = Place(self.method.layers[0])
         keys = self._first_keys(first)
         if not torch.isfinite(keys).all():
@@ -166,7 +169,7 @@ class ClosedFormEditor(Editor):
         )
 
     def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
-        """Refuse rounds that no update can write exactly, where the method demands that."""
+        """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0)."""
         first = Place(self.method.layers[0])
         for number, round_ in enumerate(rounds):
             prompts = [prompt for index in round_ if (prompt := self.prompts[index]) is not None]
@@ -182,14 +185,14 @@ class ClosedFormEditor(Editor):
                 ) from error
 
     def _first_keys(self, first: Place) -> Tensor:
-        """The keys of the run's facts at the first edited matrix, [d_in, facts] float64, before any are merged."""
+        """The keys of the run's facts at matrix `first`, [d_in, facts] float64, before facts are merged."""
         assert self._shared is not None
         if first not in self._shared.first_keys:
             self._shared.first_keys[first] = self._keys_of(self._shared.prompts, first)
         return self._shared.first_keys[first][:, : len(self.facts)]
 
     def _keys_of(self, prompts: Sequence[FactPrompts], place: Place) -> Tensor:
-        """Keys at `place`, [d_in, B] float64, read a few facts at a time to save memory."""
+        """Keys at `place`, [d_in, B] float64, read for 256 facts at a time to bound memory."""
         groups = [prompts[start : start + _KEYS_AT_ONCE] for start in range(0, len(prompts), _KEYS_AT_ONCE)]
         return torch.cat([KeyWalk(self.lm, group, place).keys() for group in groups], dim=1)
 
@@ -199,10 +202,10 @@ class ClosedFormEditor(Editor):
         return torch.optim.Adam([self._placeholder], lr=self.method.values.lr)
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
-        """Begin the search for the values of these facts, but for those that are known or merged into others."""
+        """Begin the search for the values of these facts, except facts with a given value and merged ones."""
         assert optimizer is not None
         prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
-        if not self._rounds_written:  # later rounds start from another model
+        if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
             for index in (prompts.keys() & self._given.keys()) - self._merged:
                 self.results[index] = self._given[index].to(device, torch.float64)
@@ -227,10 +230,10 @@ class ClosedFormEditor(Editor):
         return self._search is None
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-        """One step of Adam on the δ of the chunk at work.
+        """Take one step of Adam on the δ of the present chunk.
 
         Returns:
-            "loss", the mean over its facts, and "active_facts", those not finished.
+            "loss", the mean over the chunk's facts, and "active_facts", the number of unfinished ones.
         """
         search = self._search
         assert search is not None and optimizer is not None
@@ -241,7 +244,7 @@ class ClosedFormEditor(Editor):
         return {"loss": losses.mean(), "active_facts": search.active.sum().float()}
 
     def _collect(self) -> None:
-        """Keep the values of the chunk at work if its search is over."""
+        """Store the values of the present chunk if its search is over."""
         if self._search is not None and self._search.done:
             targets = self._search.values().targets.double()
             self.results.update(zip(self._searched, targets, strict=True))
@@ -271,7 +274,7 @@ class ClosedFormEditor(Editor):
         return separate_updates(self.lm, self.method, self.preservation, prompts, targets)
 
     def _found(self, indices: Sequence[int]) -> tuple[list[FactPrompts], Tensor]:
-        """Prompts of the facts, merged ones once, and their values [d, B], which are taken out of the results."""
+        """Prompts of the facts, merged ones once, and their values [d, B], which are removed from `results`."""
         prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
         return list(prompts.values()), torch.stack([self.results.pop(index) for index in prompts]).T
 
@@ -280,12 +283,12 @@ class ClosedFormEditor(Editor):
             for place, keys in self.round_keys.items():
                 self.preservation[place].remember(keys)
 
-    # What outlives a process
+    # Resuming and records
 
     def state(self) -> dict[str, Tensor]:
-        """The keys of the last round, [B, d_in] by place, where the method keeps them.
+        """The keys of the last round, [B, d_in] by place, if the method keeps past keys; else nothing.
 
-        As rows, because a round reads its keys row by row, and another memory layout may change the order of sums.
+        They are stored as rows, the memory layout in which they are read; another layout may change the order of sums.
         """
         return {place.key: keys.T for place, keys in self.round_keys.items()} if self.method.keeps_past_keys else {}
 
@@ -306,7 +309,7 @@ class ClosedFormEditor(Editor):
 
 
 def _groups(linked: Tensor) -> list[list[int]]:
-    """Connected components of more than one member in a [n, n] relation, each ascending."""
+    """Connected components with at least two members of a relation [n, n]; the members of each ascend."""
     linked = linked | linked.T
     left = set(linked.any(1).nonzero().flatten().tolist())
     groups = []

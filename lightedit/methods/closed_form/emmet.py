@@ -16,13 +16,13 @@ from lightedit.statistics.covariance import Covariance
 class EMMET(ClosedForm):
     """Equality-constrained Mass Model Editing (Gupta et al., 2024, arXiv 2403.14236).
 
-    ROME's objective for many facts at once: among the changes that write every residual exactly, the one that disturbs
-    preserved keys least.
+    ROME's objective for many facts at once: of all ΔW that write every residual exactly, the one with the smallest
+    tr(ΔW A ΔWᵀ).
 
     Attributes:
-        lambda_: scale of C0 in A = λ C0. At μ = 0 it changes nothing; otherwise EMMET(μ, λ) equals MEMIT(μ λ).
-        mu: μ, added to the diagonal of the system of a solve with more than one fact. 0 is the paper's equality; the
-            published code uses 0.1, which gives up exactness for smaller updates.
+        lambda_: scale of C0 in A = λ C0. At μ = 0 it has no effect; otherwise EMMET(μ, λ) equals MEMIT(μ λ).
+        mu: μ, added to the diagonal of the B × B system if a solve has more than one fact. 0 is the paper's equality
+            constraint. The published code uses 0.1, which makes updates smaller and inexact.
     """
 
     lambda_: float = 1.0

@@ -40,5 +40,5 @@ class ENCORE(ClosedForm):
     def preservation(self, covariance: Covariance, matrix: Place) -> Preservation:
         """A = λp C0 + λn I."""
         if self.norm_weight:
-            covariance.check_definite(matrix)  # which A itself no longer tells
+            covariance.check_definite(matrix)  # A is definite even where C0 is not
         return Preservation.from_covariance(covariance[matrix], scale=self.lambda_, ridge=self.norm_weight)

@@ -1,4 +1,4 @@
-"""Keys and outputs of facts, read while walking the edited matrices from first to last."""
+"""Keys and outputs of facts, read at the edited matrices from the first to the last."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,20 @@ from lightedit.lm.rowwise import RowwiseEdits
 
 
 class KeyWalk:
-    """Walks the edited matrices once, keeping the hidden states at the input of the current one's layer.
+    """Visits the edited matrices once, in order, and keeps the hidden states at the input of the current layer.
 
-    Only tokens up to the subject's last are run, since nothing after it can reach a key. Keys and outputs are read
-    under the weights of the moment. `advance` runs a block with what was written into it.
+    Only tokens up to the subject's last one are run, since later tokens cannot influence a key. Keys and outputs are
+    read under the present weights. `advance` runs the blocks in between with their present weights.
 
     Args:
         lm: the language model.
         prompts: B facts.
         place: the first edited matrix.
-        max_tokens: tokens of one forward pass at most.
+        max_tokens: most tokens of one forward pass.
 
     Attributes:
-        place: the current one.
-        edits: an edit of its own that each fact's rows see beside what is written, B in all; none at first.
+        place: the current matrix.
+        edits: B edits, one a fact; each fact's rows run with its own, in addition to the weights. Empty at first.
     """
 
     @torch.no_grad()
@@ -65,20 +65,20 @@ class KeyWalk:
         return self.place.layer
 
     def keys(self, bare: bool = False) -> Tensor:
-        """K: the averaged inputs of the current matrix, [d_in, B] float64.
+        """K: inputs of the current matrix, averaged over contexts, [d_in, B] float64.
 
         Args:
-            bare: average over the bare prompts alone.
+            bare: average over the bare prompts only.
         """
         return self._mean(self.place, inputs=True, bare=bare)
 
     def outputs(self, place: Place) -> Tensor:
-        """What leaves `place` on the bare prompts, [d, B] float64."""
+        """Outputs of `place`, averaged over the bare prompts, [d, B] float64."""
         return self._mean(place, inputs=False, bare=True)
 
     @torch.no_grad()
     def _mean(self, place: Place, inputs: bool, bare: bool) -> Tensor:
-        """Each fact's mean of what enters or leaves `place` at the subject's last token, [width, B] float64."""
+        """Each fact's mean input or output of `place` at the subject's last token, [width, B] float64."""
         total: Tensor | None = None
         for (batch, facts, averaged, of_bare), hidden in zip(self._groups, self._hidden, strict=True):
             weights = of_bare if bare else averaged
@@ -100,7 +100,7 @@ class KeyWalk:
 
     @torch.no_grad()
     def advance(self, place: Place) -> None:
-        """Move on to `place`, running the blocks up to its layer with the weights of the moment."""
+        """Move on to `place`, running the blocks up to its layer with the present weights."""
         start, self.place = self.layer, place
         if self.layer == start:
             return
@@ -117,7 +117,7 @@ class KeyWalk:
 
 
 def values_of(lm: LanguageModel, place: Place, keys: Tensor) -> Tensor:
-    """W k + b of the matrix at `place` under its weights of the moment, for keys [d_in, B]; [d_out, B] float64."""
+    """W k + b of the matrix at `place` under its present weights, for keys [d_in, B]; [d_out, B] float64."""
     weight, bias = lm.weight(place), lm.bias(place)
     values = weight.double() @ keys.to(weight.device, torch.float64)
     return values if bias is None else values + bias.double()[:, None]

@@ -1,4 +1,4 @@
-"""MEMIT: mass editing by least squares over several layers."""
+"""MEMIT: many facts at once, written into several layers by least squares."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +17,8 @@ class MEMIT(ClosedForm):
     """Mass-Editing Memory in a Transformer (Meng et al., 2023, arXiv 2210.07229).
 
     Attributes:
-        lambda_: weight of preservation, λ in A = λ C0. It weighs the facts of a round against the covariance, so the
-            best value depends on model and round size; 15000 is the published one for 6B to 8B models.
+        lambda_: weight of preservation, λ in A = λ C0. It weighs the covariance against the facts of a round, so the
+            best value depends on model and round size. 15000 is the published value for 6B to 8B models.
     """
 
     lambda_: float = 15_000.0

@@ -1,4 +1,4 @@
-"""What a locate-then-edit method has to say: where values are found, what is preserved, how residuals are spread."""
+"""The base of locate-then-edit methods: where values are found, what is preserved, how residuals are spread."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from lightedit.statistics.covariance import Covariance, CovarianceError
 
 @dataclass(frozen=True)
 class ClosedForm(Method):
-    """Base of the locate-then-edit methods: a frozen description that one editor reads.
+    """Base of the locate-then-edit methods: frozen settings, which `ClosedFormEditor` reads.
 
     Attributes:
         layers: the edited layers, ascending; values are found at the last of them.
         values: settings of the value optimisation.
         contexts: how the contexts of keys and values are sampled.
         site: where δ is added.
-        keeps_past_keys: whether the keys of a run's earlier rounds are preserved by its later ones.
+        keeps_past_keys: whether later rounds of a run preserve the keys of its earlier rounds.
     """
 
     layers: tuple[int, ...]
@@ -52,7 +52,7 @@ class ClosedForm(Method):
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """The matrices that are written, in this order."""
+        """The matrices that are written, in order."""
         return tuple(Place(layer) for layer in self.layers)
 
     @property
@@ -66,12 +66,12 @@ class ClosedForm(Method):
         return {
             "site": self.site,
             "layer": self.value_layer,
-            "values": repr(self.values),  # names the classes of nested settings too
+            "values": repr(self.values),  # includes the class of `stopping`
             "contexts": repr(self.contexts),
         }
 
     def same_preservation(self, other: Method) -> bool:
-        """Whether the preservation terms of `other` are those of this method as a run starts."""
+        """Whether `other` has the same preservation terms as this method when a run starts."""
         if type(other) is not type(self):
             return False
         return replace(other, values=self.values, contexts=self.contexts) == self
@@ -82,7 +82,7 @@ class ClosedForm(Method):
 
     @property
     def reads_keys_after_writing(self) -> bool:
-        """Whether the past keys of a round are read again once it is written, rather than kept as they were used."""
+        """Whether past keys are read again after their round was written; False keeps the keys of the solve."""
         return False
 
     @abstractmethod
@@ -90,12 +90,12 @@ class ClosedForm(Method):
         """The preservation term A of one matrix."""
 
     def factors(self, lm: LanguageModel, covariance: Covariance) -> dict[Place, Preservation]:
-        """The preservation term of every matrix that is written in `lm`, factored, where the matrix is.
+        """The factored preservation term of every edited matrix, on the device of the matrix.
 
         Raises:
-            CovarianceError: `covariance` is of another model, lacks a matrix, or one cannot be solved with.
+            CovarianceError: `covariance` is of another model, lacks a matrix, or is not positive definite.
         """
-        covariance.check(lm, self.places, factor=False)  # its own factors say the same
+        covariance.check(lm, self.places, factor=False)  # the factors below show whether A is definite
         factors = {}
         for matrix in self.places:
             try:
@@ -108,11 +108,11 @@ class ClosedForm(Method):
         return factors
 
     def gamma(self, facts: int) -> float:
-        """γ of the closed form in a solve of so many facts; 0 writes residuals exactly."""
+        """γ of the closed form, for a solve of this many facts; 0 writes residuals exactly."""
         return 1.0
 
     def spread(self, layer: int) -> float:
-        """The share of the residual still standing that `layer` takes: 1 / (L - l + 1), counted in edited layers."""
+        """The share of the remaining residual that `layer` takes: 1 / (L - l + 1), counted in edited layers."""
         return 1 / (len(self.layers) - self.layers.index(layer))
 
     def keys(self, walk: KeyWalk) -> Tensor:
@@ -120,11 +120,13 @@ class ClosedForm(Method):
         return walk.keys()
 
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
-        """What is still missing at the site, as seen from the output of the walk's matrix, [d, B] float64.
+        """Residuals: the targets minus the present activations at the site, [d, B] float64.
+
+        At site "block", a norm that follows the MLP is inverted, so that residuals fit the matrix's output.
 
         Args:
-            walk: at the matrix to write.
-            keys: K at it, [d_in, B].
+            walk: a walk at the matrix to write.
+            keys: K at this matrix, [d_in, B].
             targets: v at the site, [d, B]; [2 d, B] for two sites.
         """
         if self.site == "block":
@@ -132,11 +134,11 @@ class ClosedForm(Method):
         return targets - walk.outputs(replace(walk.place, layer=self.value_layer))
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
-        """The change of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
+        """The update of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
         return low_rank_update(preservation, keys, residuals, self.gamma(keys.shape[-1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and settings, for provenance."""
+        """Name and settings, for the record of a run."""
         settings = super().to_dict()
         if (stopping := self.values.stopping) is not None:
             settings["values"]["stopping"] = {"name": type(stopping).__name__, **asdict(stopping)}
@@ -144,15 +146,15 @@ class ClosedForm(Method):
 
 
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
-    """Carry residuals of the residual stream [d, B] back to the MLP's output, through the norm between them, if any.
+    """Map residuals of the residual stream [d, B] to the MLP's output, through the norm that follows it, if any.
 
-    An RMS norm y = g m / rms(m) is inverted at the present rms(m), which is exact but for the change of that scale.
+    An RMS norm y = g m / rms(m) is inverted at the present rms(m). This is exact except that the update changes rms(m).
     """
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals
     rms = walk.outputs(Place(walk.layer)).square().mean(0).sqrt()
-    residuals = residuals.to(rms.device)  # the value layer may lie elsewhere
+    residuals = residuals.to(rms.device)  # the value layer may be on another device
     gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
     return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
 

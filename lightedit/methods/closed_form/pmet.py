@@ -1,4 +1,4 @@
-"""PMET: values for attention and MLP together, of which the MLP's are written."""
+"""PMET: values are found for attention and MLP together; by default only the MLP's are written."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -21,15 +21,15 @@ from lightedit.statistics.covariance import Covariance
 class PMET(ClosedForm):
     """Precise Model Editing in a Transformer (Li et al., 2024, arXiv 2308.08742).
 
-    One δ is found for the attention's output and one for the MLP's at the same time, so that the MLP need not carry
-    what attention says; only the MLP's is written by default. Residuals are spread by square roots, so that less of
-    them is left to later layers.
+    Two δ are optimised together, one for the attention's output and one for the MLP's, so that the MLP's δ need not
+    hold the attention's part. By default only the MLP's δ is written. A layer takes the share 1 / sqrt(L - l + 1) of
+    the residual, which is more than MEMIT's 1 / (L - l + 1), so less is left to later layers.
 
     Attributes:
         lambda_: weight of preservation, λ in A = λ C0.
-        attention_delta: False finds a δ for the MLP's output alone (the paper's first ablation).
+        attention_delta: False finds a δ for the MLP's output only (the paper's first ablation).
         write_attention: True writes the attention's δ too, into the attention's output matrices (the paper's second
-            ablation). The covariance must then hold these: `estimate_covariance(lm, method)` estimates it.
+            ablation). The covariance must then hold these places: `estimate_covariance(lm, method)` estimates them.
         even_spread: True spreads residuals as MEMIT does (the paper's third ablation).
     """
 
@@ -72,7 +72,7 @@ class PMET(ClosedForm):
         return even if self.even_spread else even**0.5
 
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
-        """What the output of the walk's matrix still misses at the value layer, [d, B] float64."""
+        """The target of the walk's place minus its present output at the value layer, [d, B] float64."""
         if self.attention_delta:
             attention, mlp = targets.chunk(2)
             targets = attention if walk.place.name == "attention_out" else mlp

@@ -1,4 +1,4 @@
-"""The closed-form least-squares update of one weight matrix, and the term that it preserves.
+"""The closed-form least-squares update of one weight matrix, and its preservation term.
 
 With keys K [d_in, B], residuals R = V - W K [d_out, B] and a preservation term A [d_in, d_in]:
 
@@ -6,9 +6,9 @@ With keys K [d_in, B], residuals R = V - W K [d_out, B] and a preservation term 
     right = X (γ I + Kᵀ X)⁻¹
     ΔW    = R rightᵀ
 
-which minimises ||ΔW K - R||² + tr(ΔW A ΔWᵀ) at γ = 1 (MEMIT, Meng et al., 2023, arXiv 2210.07229, eq. 14) and
-minimises tr(ΔW A ΔWᵀ) subject to ΔW K = R at γ = 0 (ROME, Meng et al., 2022, arXiv 2202.05262, eq. 2, and EMMET, Gupta
-et al., 2024, arXiv 2403.14236). The d x d system becomes a B x B one; no inverse is ever formed.
+At γ = 1, ΔW minimises ||ΔW K - R||² + tr(ΔW A ΔWᵀ) (MEMIT, Meng et al., 2023, arXiv 2210.07229, eq. 14). At γ = 0, ΔW
+minimises tr(ΔW A ΔWᵀ) subject to ΔW K = R (ROME, Meng et al., 2022, arXiv 2202.05262, eq. 2, and EMMET, Gupta et al.,
+2024, arXiv 2403.14236). The system that is solved is B × B instead of d_in × d_in, and no inverse is formed.
 """
 
 import torch
@@ -26,12 +26,13 @@ class IndefiniteTermError(ArgumentError):
 
 
 class Preservation:
-    """The term A that keeps a matrix's outputs on everything else, factored once in float64.
+    """The preservation term A, which weighs changes of a matrix's outputs; factored once, in float64.
 
     Args:
-        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within it, [r, r]. A vector is taken for
-            the diagonal of a diagonal one.
-        basis: U [d_in, r], orthonormal: changes stay within its span, A⁻¹ = U matrix⁻¹ Uᵀ. None is the whole space.
+        matrix: A, [d_in, d_in], symmetric positive definite; with a basis, A within its span, [r, r]. A vector is the
+            diagonal of a diagonal A.
+        basis: U [d_in, r] with orthonormal columns. Changes stay within its span: A⁻¹ = U matrix⁻¹ Uᵀ. None stands
+            for the whole space.
 
     Raises:
         ArgumentError: A is not positive definite.
@@ -54,7 +55,13 @@ class Preservation:
     def from_null_space(
         cls, eigenvalues: Tensor, eigenvectors: Tensor, threshold: float, ridge: float
     ) -> "Preservation":
-        """A⁻¹ = P / ridge, P projecting on the eigenvectors [d_in, d_in] whose eigenvalue [d_in] is below `threshold`.
+        """A⁻¹ = P / ridge, where P projects on the eigenvectors of C0 whose eigenvalue is below `threshold`.
+
+        Args:
+            eigenvalues: of C0, [d_in].
+            eigenvectors: of C0, as columns, [d_in, d_in].
+            threshold: upper bound of the eigenvalues of the null space.
+            ridge: weight of the update's squared norm.
 
         Raises:
             ArgumentError: no eigenvalue is below the threshold.
@@ -68,7 +75,7 @@ class Preservation:
         return cls(basis.new_full(basis.shape[1:], ridge), basis)
 
     def to(self, device: torch.device) -> "Preservation":
-        """Itself, on `device`; before it remembers keys."""
+        """Move to `device` and return itself; call it before `remember`."""
         self._factor, self._past = self._factor.to(device), self._past.to(device)
         self._solved, self._gram_factor = self._past, self._gram_factor.to(device)
         self._basis = None if self._basis is None else self._basis.to(device)
@@ -76,17 +83,17 @@ class Preservation:
 
     def solve(self, keys: Tensor) -> Tensor:
         """(A + Kp Kpᵀ)⁻¹ K for K [..., d_in, B] and the past keys Kp, in float64."""
-        if keys.ndim > 2:  # the factor is one for all
+        if keys.ndim > 2:  # one factor serves all edits of a batch
             columns = keys.movedim(-2, 0)
             return self.solve(columns.flatten(1)).unflatten(1, columns.shape[1:]).movedim(0, -2)
         keys = self._within(keys)
         solved = self._solve_factor(keys)
-        if self._past.shape[1]:  # Woodbury: the factor of A stays as it is
+        if self._past.shape[1]:  # Woodbury identity: A need not be factored again
             solved -= self._solved @ torch.cholesky_solve(self._past.T @ solved, self._gram_factor)
         return solved if self._basis is None else self._basis @ solved
 
     def remember(self, keys: Tensor) -> None:
-        """Preserve the outputs at `keys` [d_in, B] as well from now on: A grows by K Kᵀ."""
+        """Add past keys K [d_in, B] to the preservation term: A becomes A + K Kᵀ."""
         keys = self._within(keys)
         self._past = torch.cat([self._past, keys], dim=1)
         if self._past.shape[1] > _FOLD * len(self._factor):
@@ -102,7 +109,7 @@ class Preservation:
     def _solve_factor(self, keys: Tensor) -> Tensor:
         if self._factor.ndim == 1:
             return keys / self._factor.square()[:, None]
-        # not cholesky_solve, which copies the factor, as large as a covariance, at every call
+        # not cholesky_solve, which copies the [d_in, d_in] factor at every call
         half = torch.linalg.solve_triangular(self._factor, keys, upper=False)
         return torch.linalg.solve_triangular(self._factor.T, half, upper=True)
 
@@ -112,7 +119,7 @@ class Preservation:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """L of A = L Lᵀ; of a diagonal, given as a vector, its root."""
+    """L with A = L Lᵀ; for a diagonal A, given as a vector, the square root of the vector."""
     matrix = matrix.double()
     if matrix.ndim == 1:
         factor, failed = matrix.sqrt(), (matrix > 0).logical_not().sum()
@@ -126,29 +133,29 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-# Share of a key's squared length that must not be in the span of other keys, well above float64's rounding
+# Smallest relative pivot at which keys still count as independent; well above float64's rounding
 _DEPENDENT = 1e-12
 
 
 def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float) -> LowRankUpdate:
-    """The update that writes `residuals` at `keys`, or for batched ones the updates that each write their own.
+    """The update that writes `residuals` at `keys`; for batched tensors, a batch of separate updates.
 
     Args:
         preservation: A, factored.
         keys: K, [..., d_in, B].
         residuals: R, [..., d_out, B].
-        gamma: γ >= 0; 0 demands ΔW K = R exactly.
+        gamma: γ >= 0; 0 writes R exactly: ΔW K = R.
 
     Returns:
         ΔW as factors R [..., d_out, B] and right [..., d_in, B], float64.
 
     Raises:
-        ArgumentError: γ = 0 and the keys are linearly dependent, so that no ΔW can meet every residual.
+        ArgumentError: γ = 0 and the keys are linearly dependent, so that no ΔW writes every residual exactly.
     """
     solved = preservation.solve(keys)
     keys = keys.to(solved)
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
-    # What a key has beyond those before it; rounding may leave a trace of nothing
+    # A pivot is the part of a key that is orthogonal to earlier keys; rounding can leave it slightly above 0
     if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
         raise ArgumentError(
             f"the keys of {keys.shape[-1]} facts are linearly dependent, so their residuals cannot all be met exactly; "
@@ -158,7 +165,7 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
 
 
 def key_similarity(preservation: Preservation, keys: Tensor) -> Tensor:
-    """Cosine of every two keys in the metric A⁻¹ in which the update tells them apart, [B, B] float64."""
+    """Cosines between all pairs of keys [d_in, B] in the metric A⁻¹ of the update, [B, B] float64."""
     solved = preservation.solve(keys)
     gram = keys.to(solved).T @ solved
     scale = gram.diagonal().rsqrt()

@@ -23,10 +23,10 @@ class ROME(ClosedForm):
     """Rank-One Model Editing (Meng et al., 2022, arXiv 2202.05262), by default as r-ROME.
 
     Attributes:
-        key: "averaged" takes the key averaged over contexts in the numerator and in the divisor of the rank-one update
-            alike, so W k = v holds exactly (r-ROME, Gupta et al., 2024, arXiv 2403.07175); "bare" takes the bare
-            prompt's key in both (p-ROME, ibid.); "published" takes the averaged key in C⁻¹ k and the bare one in the
-            divisor and the residual, as the published code does, which can break a model with a single edit.
+        key: the key of the rank-one update. "averaged" uses the key averaged over contexts in numerator and divisor,
+            so W k = v holds exactly (r-ROME, Gupta et al., 2024, arXiv 2403.07175). "bare" uses the bare prompt's key
+            in both (p-ROME, ibid.). "published" uses the averaged key in C⁻¹ k, and the bare prompt's key in divisor
+            and residual, as the published code does; it can ruin a model with a single edit.
     """
 
     values: ValueSettings = field(default_factory=lambda: ValueSettings(steps=20, clamp_norm_factor=4.0))
@@ -58,7 +58,7 @@ class ROME(ClosedForm):
         return walk.keys(bare=self.key == "bare")
 
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
-        """v - W k at the value layer, so that W k = v afterwards; before it, what the bare prompt still misses."""
+        """v - W k at the value layer, so that W k = v afterwards; at earlier layers, the bare prompt's residual."""
         if walk.layer != self.value_layer:
             return super().residuals(walk, keys, targets)
         return targets - values_of(walk.lm, walk.place, walk.keys(bare=True) if self.key == "published" else keys)
@@ -67,5 +67,5 @@ class ROME(ClosedForm):
         if self.key != "published":
             return super().update(preservation, keys, residuals, walk)
         solved = preservation.solve(keys)
-        bare = walk.keys(bare=True).to(solved).T.reshape(keys.shape)  # one key a solve
+        bare = walk.keys(bare=True).to(solved).T.reshape(keys.shape)  # each solve has one key
         return LowRankUpdate(residuals.to(solved), solved / (bare.mT @ solved))

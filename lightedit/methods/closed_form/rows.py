@@ -1,8 +1,8 @@
-"""The token rows of the value search: what of them cannot depend on δ is run once, the rest again at every step.
+"""The token rows of the value search. Parts that do not depend on δ are run once, the rest at every step.
 
 Tokens before the subject's last one are run once and kept as a KV cache. Blocks up to the edited layer are run once,
-and their output is kept; where δ is added inside of the edited block, that is its input. The LM head is applied where a
-target token or the KL term is read, and nowhere else. All of this is exact.
+and their output is kept; with two δ, the input of the edited block is kept instead. The LM head is applied only
+where a target token or the KL term is read. The result is exact.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ class Rows:
 
     Attributes:
         batch: ids and positions [rows, suffix], mask [rows, prefix + suffix].
-        cache: keys and values of the tokens before; None if there are none.
+        cache: keys and values of the prefix tokens; None if there are none.
         hidden: input of the first block that runs again, [rows, suffix, d].
-        mlp: what leaves the MLP at the subject's last token without δ, [rows, d], where δ is added there and a norm
-            follows; else None.
+        mlp: the MLP's output at the subject's last token without δ, [rows, d]; None unless δ is added there and a
+            norm follows.
         fact: index of each row's fact, [rows].
         context: index of each row's context in its fact, [rows].
-        at: (rows, positions) where the head is read, [n] each: m target tokens, then the KL terms.
+        at: (rows, positions) at which the head is read, [n] each: m target tokens, then the KL terms.
         targets: target ids, [m].
         weight: weight of each read in its fact's loss, [n].
     """
@@ -60,7 +60,7 @@ class Rows:
         return self.batch.ids.numel()
 
     def keep(self, rows: Tensor) -> "Rows":
-        """The sub-rectangle of `rows`, a boolean [rows]."""
+        """The rectangle without the rows for which `rows`, [rows] bool, is False."""
         index = rows.nonzero().squeeze(1)
         read = rows[self.at[0]]
         renumber = rows.cumsum(0) - 1
@@ -83,7 +83,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reads:
-    """Where one pass reads the head: m target tokens of all its rows, then their KL terms; n in all.
+    """The n reads of the head in one pass: m target tokens of all its rows, then their KL terms.
 
     Attributes:
         targets: target ids, [m].
@@ -99,7 +99,7 @@ class Reads:
 
 
 def first_block(places: Sequence[Place]) -> int:
-    """The first block that runs again at every step: one δ alone is added to the output of the edited block."""
+    """The first block that runs at every step: the one after the edited block, or with two δ the edited block."""
     return places[0].layer + (len(places) == 1)
 
 
@@ -107,18 +107,18 @@ def first_block(places: Sequence[Place]) -> int:
 def capture_rows(
     lm: LanguageModel, prompts: Sequence[FactPrompts], places: Sequence[Place], kl_factor: float, max_tokens: int
 ) -> tuple[list[Rows], Tensor]:
-    """Run once what every later pass shares.
+    """Run once the computations that all later passes share.
 
     Args:
         lm: the language model.
         prompts: B facts.
-        places: where δ is added, all in one block; several are changed inside of it, one at its output.
+        places: where δ is added, all in one block; a single δ is added at the block's output, several inside it.
         kl_factor: weight of the KL term.
-        max_tokens: suffix tokens of one rectangle at most.
+        max_tokens: most suffix tokens of one rectangle.
 
     Returns:
-        The rows of all facts, and the activation h0 of each fact at the places, averaged over its bare prompts, side
-        by side in one row, [B, len(places) * d], float32 or wider.
+        The rows of all facts, and h0: each fact's activations at the places, averaged over its bare prompts and
+        concatenated, [B, len(places) * d], float32 or wider.
     """
     rows = [
         (index, context, row)
@@ -136,7 +136,7 @@ def capture_rows(
         hidden, site = _run_once(lm, batch, own_cache, places)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         activations = torch.cat(list(site.values()), dim=1).to(wide)
-        device = activations.device  # a block's input may still lie where the block before it runs
+        device = activations.device  # a block's input may be on the device of the block before it
         norm = lm.mlp_norm(places[0].layer) is not None and [place.name for place in places] == ["mlp"]
         reads, weights = _reads(texts, [len(prompts[fact].rows) for fact in facts], kl_factor)
         read_rows, read_positions = torch.tensor(reads, device=device).T
@@ -163,7 +163,7 @@ def capture_rows(
 def _after_prefix(
     lm: LanguageModel, texts: Sequence[Row], index: Tensor, cache: PrefixCache | None, mask: Tensor
 ) -> tuple[Batch, PrefixCache | None]:
-    """The rows from the subject's last token on, and the cache of what stands before, in which they are `index`."""
+    """The rows from the subject's last token on, and their prefix cache; `index` are their rows in `cache`."""
     width = max(row.lookup for row in texts)
     before = mask[index.to(mask.device), mask.shape[1] - width :]
     suffix = pad([row.ids[row.lookup :] for row in texts], lm.pad_id).to(lm.device)
@@ -178,8 +178,8 @@ def _run_once(
     """Run the edited block and those before it.
 
     Returns:
-        The input of the first block that runs again, [rows, suffix, d], and what leaves the places at the first token,
-        [rows, d] each.
+        The input of the first block that runs at every step, [rows, suffix, d], and the outputs of the places at the
+        first token, [rows, d] each.
     """
     block, rows = Place(places[0].layer, "block"), len(batch.ids)
     first = (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
@@ -195,7 +195,7 @@ def _run_once(
 def _reads(
     texts: Sequence[Row], rows_of_fact: Sequence[int], kl_factor: float
 ) -> tuple[list[tuple[int, int]], list[float]]:
-    """(row, position) of every read, target tokens first and KL terms last, and its weight in its fact's loss."""
+    """(row, position) of every read, target tokens before KL terms, and the weight of each in its fact's loss."""
     reads: list[tuple[int, int]] = []
     weights: list[float] = []
     for kl in (False, True):
@@ -209,7 +209,7 @@ def _reads(
 
 
 def passes(lm: LanguageModel, rows: Sequence[Rows], max_tokens: int) -> list[list[Rows]]:
-    """The rectangles of each forward and backward pass: one alone, or as many as fit where they can be packed."""
+    """The rectangles of each forward and backward pass: as many as fit if they can be packed, otherwise one."""
     result: list[list[Rows]] = []
     room = 0
     for each in rows:
@@ -229,12 +229,12 @@ def head_states(
     Args:
         lm: the language model.
         together: rectangles of one pass.
-        hidden: the input of block `layer` of each, [rows, suffix, d].
+        hidden: for each rectangle, the input of block `layer`, [rows, suffix, d].
         layer: the first block that runs.
-        shifts: what to add to what leaves a place at the subjects' last tokens, [rows of all, d] each.
+        shifts: place -> what is added to its output at the subjects' last tokens, [rows of all rectangles, d].
 
     Returns:
-        The states that the head is to read, [n, d], and what each is read for.
+        The states at which the head is read, [n, d], and the description of these reads.
     """
     reads = Reads(
         torch.cat([rows.targets for rows in together]),
@@ -249,7 +249,7 @@ def head_states(
         with _shifted(lm, shifts, lookups), lm.starting_at(layer, hidden[0]), lm.before_head(count, rows.at) as states:
             lm.forward(rows.batch, rows.cache)
         return states[0], reads
-    # rows laid end to end: a token's place is that of its row's first token, and its position in the row
+    # rows are laid end to end: a token's index is that of its row's first token plus its position in the row
     starts = accumulate((rows.n_tokens for rows in together), initial=0)
     firsts = [
         start + rows.length * torch.arange(len(rows.batch.ids), device=rows.fact.device)
@@ -272,7 +272,7 @@ def head_states(
 
 
 def _joined(each: Sequence[Tensor], together: Sequence[Rows]) -> Tensor:
-    """One value a read of each rectangle, as one: target tokens of all, then KL terms of all."""
+    """Concatenate one value per read of all rectangles: target tokens of all, then KL terms of all."""
     counts = [len(rows.targets) for rows in together]
     targets = [values[:count] for values, count in zip(each, counts, strict=True)]
     return torch.cat(targets + [values[count:] for values, count in zip(each, counts, strict=True)])

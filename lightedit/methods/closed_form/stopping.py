@@ -1,4 +1,4 @@
-"""When the value optimisation of a fact ends, beside its loss falling below a threshold."""
+"""Rules that end the value optimisation of a fact, in addition to the threshold on its loss."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -15,9 +15,9 @@ class Evaluated:
 
     Attributes:
         kl: the weighted KL term, [B].
-        most_probable: how many target tokens are the most probable ones, [B, C].
-        tokens: target tokens, [B, C].
-        times: at how many evaluations `Stopping.reached` has held so far, [B].
+        most_probable: number of target tokens that are the most probable ones, [B, C].
+        tokens: number of target tokens, [B, C].
+        times: number of evaluations so far at which `Stopping.reached` held, [B].
     """
 
     kl: Tensor
@@ -27,19 +27,19 @@ class Evaluated:
 
 
 class Stopping(ABC):
-    """A rule that looks at the target's rank rather than at the loss."""
+    """A stopping rule that depends on whether the target is the most probable continuation."""
 
     @abstractmethod
     def reached(self, step: Evaluated) -> Tensor:
-        """Which facts have their target as the most probable continuation, [B] bool."""
+        """The facts whose target is the most probable continuation, [B] bool."""
 
     def counted(self, step: Evaluated) -> Evaluated:
-        """The same evaluation with itself counted in `times`."""
+        """A copy of `step` whose `times` include `step` itself."""
         return replace(step, times=step.times + self.reached(step))
 
     @abstractmethod
     def done(self, step: Evaluated) -> Tensor:
-        """Which facts are finished, [B] bool; `step` is counted in its `times`."""
+        """The facts that are finished, [B] bool; the `times` of `step` include it."""
 
     def nll_factor(self, step: Evaluated) -> Tensor:
         """Weight of the target's NLL at the next evaluation, [B]."""
@@ -53,9 +53,10 @@ class MostProbable(Stopping):
     A fact is done `extra_steps` steps after every token of its target became the most probable one in every context.
 
     Attributes:
-        extra_steps: steps still taken, k.
-        published: test as the published code does: the bare prompt is left out, and the right *tokens* of the other
-            contexts must be as many as there are contexts, which a target of several tokens meets wrongly or never.
+        extra_steps: further steps, k.
+        published: test as the published code does. The bare prompt is left out, and the number of most probable
+            *tokens* in the other contexts must equal the number of these contexts. This is wrong for targets of
+            several tokens.
     """
 
     extra_steps: int = 1
@@ -76,11 +77,14 @@ class MostProbable(Stopping):
 
 @dataclass(frozen=True)
 class KLBelow(Stopping):
-    """PMET's rule (Li et al., 2024, arXiv 2308.08742): let go of the target once it leads, and stop when KL is small.
+    """PMET's rule (Li et al., 2024, arXiv 2308.08742).
+
+    While the target is the most probable continuation in every context, its NLL has a lower weight, and the fact is
+    done if its KL is small.
 
     Attributes:
-        max_kl: a fact whose target leads in every context is done at this weighted KL, in nats.
-        nll_factor_after: weight of the NLL while the target leads.
+        max_kl: largest weighted KL, in nats, at which such a fact is done.
+        nll_factor_after: weight of the NLL of such a fact.
     """
 
     max_kl: float = 0.01

@@ -1,8 +1,8 @@
 """Step 1: find, for each fact, the activation at the subject's last token that makes the model state the target.
 
-Weights stay frozen; one vector δ per fact is trained with Adam (Meng et al., 2022, arXiv 2202.05262, eq. 4; Meng et
-al., 2023, arXiv 2210.07229, eq. 16, with the published code's loss). What cannot depend on δ is computed once (see
-`rows`).
+Weights stay frozen, and Adam optimises one vector δ per fact (Meng et al., 2022, arXiv 2202.05262, eq. 4; Meng et al.,
+2023, arXiv 2210.07229, eq. 16, with the published code's loss). Everything that does not depend on δ is computed once
+(see `rows`).
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ class ValueSettings:
 
     Attributes:
         lr: Adam's learning rate.
-        steps: evaluations of the loss at most; the last one takes no step, as in the published code.
-        clamp_norm_factor: after each step, ||δ|| is kept within this times ||h0||, h0 the unedited activation.
+        steps: most evaluations of the loss; no step follows the last one, as in the published code.
+        clamp_norm_factor: bound of ||δ|| / ||h0|| after each step, where h0 is the unedited activation.
         kl_factor: weight of KL(edited || unedited) at the subject's last token of "{subject} is a".
         weight_decay: weight of ||δ|| / ||h0||² (the norm of δ is not squared).
         loss_threshold: a fact is done once its loss is below this.
-        stopping: a further rule that ends a fact; none by default.
+        stopping: a further rule that ends the search for a fact; none by default.
     """
 
     lr: float = 0.5
@@ -56,13 +56,13 @@ class ValueSettings:
 
 @dataclass(frozen=True)
 class Values:
-    """Outcome of step 1 for B facts.
+    """The result of step 1 for B facts.
 
     Attributes:
         targets: v = h0 + δ at the site, [B, d]; [B, 2 d] for "attention+mlp", in that order.
         initial: h0, the site's activation before the edit, of the same shape.
         steps: Adam steps taken, [B].
-        losses: each fact's last evaluated loss, [B].
+        losses: the last evaluated loss of each fact, [B].
     """
 
     targets: Tensor
@@ -73,12 +73,12 @@ class Values:
 
 @dataclass
 class TokenCount:
-    """Suffix tokens that went through the blocks above the edited one, summed over steps.
+    """Count of suffix tokens that were run through the blocks above the edited one, summed over steps.
 
     Attributes:
-        real: those of texts.
-        computed: with padding.
-        passes: forward and backward passes that computed them.
+        real: tokens without padding.
+        computed: tokens with padding.
+        passes: forward and backward passes.
     """
 
     real: int = 0
@@ -93,28 +93,28 @@ class TokenCount:
 
 
 class ValueOptimization:
-    """The joint optimisation of δ for several facts; every fact's trajectory is that of its own separate loop.
+    """The joint optimisation of δ for several facts. Each fact's trajectory equals that of a separate loop.
 
-    Losses are summed over facts and Adam is elementwise, so facts do not influence one another. A fact that is done
-    keeps its δ and its rows leave the batch.
+    Losses are summed over facts and Adam is elementwise, so facts do not influence one another. A finished fact keeps
+    its δ, and its rows leave the batch.
 
-    That is so up to rounding. Adam's first step of a component is lr g / (|g| + 1e-8), as large for a small gradient as
-    for a large one; where a component's gradient is nothing but rounding (seen once in some hundred facts), the order
-    of a sum decides its step, in the published loop as here, and δ differs by a percent. In float64 it does not.
+    The equality holds up to rounding. Adam's first step of a component is lr g / (|g| + 1e-8), whose size hardly
+    depends on that of the gradient g. Where g is only rounding error (seen once in some hundred facts), the order of a
+    sum decides the step, in the published loop too, and δ differs by a percent. In float64 it does not.
 
     Args:
         lm: the language model.
         prompts: the facts' token rows.
-        layer: the block at or in which δ is added.
+        layer: the block in which δ is added.
         site: "block" adds δ to the block's output, "mlp" to the output of its MLP, "attention+mlp" one δ each to the
             outputs of its attention and of its MLP.
         settings: see `ValueSettings`.
-        max_tokens: suffix tokens of one forward and backward pass at most; bounds memory.
+        max_tokens: most suffix tokens of one forward and backward pass; bounds memory.
 
     Attributes:
-        delta: the parameter, [facts, d], float32 or better; [facts, 2 d] for two sites.
-        active: which facts are still optimised, [facts].
-        tokens: how many suffix tokens were computed so far.
+        delta: the parameter, [facts, d]; [facts, 2 d] for two sites; float32 or wider.
+        active: which facts are still optimised, [facts] bool.
+        tokens: the suffix tokens that were computed so far.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class ValueOptimization:
 
     @property
     def done(self) -> bool:
-        """Whether no fact is left to optimise."""
+        """Whether all facts are finished."""
         return not bool(self.active.any())
 
     @property
     def progress(self) -> Tensor:
-        """The share of its steps that each fact has behind it, [facts]; 1 for finished facts."""
+        """Each fact's steps taken, as a share of its most steps, [facts]; 1 for finished facts."""
         share = self._steps / max(1, self.settings.steps - 1)
         return torch.where(self.active, share, torch.ones_like(share))
 
@@ -164,12 +164,12 @@ class ValueOptimization:
         return torch.optim.Adam([self.delta], lr=self.settings.lr)
 
     def backward(self) -> Tensor:
-        """Evaluate every active fact's loss and leave the gradients in `delta.grad`.
+        """Evaluate every active fact's loss, and store the gradients in `delta.grad`.
 
-        Facts whose loss is below the threshold are finished with the δ they have.
+        Facts whose loss is below the threshold are finished, with their present δ.
 
         Returns:
-            The last known loss of every fact, [facts].
+            The last evaluated loss of every fact, [facts].
 
         Raises:
             NumericalError: a loss is NaN or infinite; names the fact.
@@ -204,7 +204,7 @@ class ValueOptimization:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Project δ back into its ball after an optimizer step, and finish facts that have no step left."""
+        """Clamp the norm of δ after an optimizer step, and finish facts that have no step left."""
         norm, initial = self._norms(self.delta), self._norms(self.initial)
         bound = self.settings.clamp_norm_factor * initial
         shrink = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
@@ -238,9 +238,9 @@ class ValueOptimization:
         return self.settings.weight_decay * (self._norms(self.delta) / self._norms(self.initial).square()).sum(1)
 
     def _loss(self, together: list[Rows], most_probable: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rows of one pass contribute to each fact's NLL and weighted KL, each [facts].
+        """The contributions of one pass's rows to each fact's NLL and weighted KL, each [facts].
 
-        Counts the targets that are most probable into `most_probable` [facts, contexts].
+        Adds to `most_probable` [facts, contexts] the number of target tokens that are the most probable ones.
         """
         hidden, shifts = self._with_delta(together)
         states, reads = head_states(self.lm, together, hidden, first_block(self._places), shifts)
@@ -258,9 +258,9 @@ class ValueOptimization:
         return zeros.index_add(0, fact[:count], loss[:count]), zeros.index_add(0, fact[count:], loss[count:])
 
     def _with_delta(self, together: list[Rows]) -> tuple[list[Tensor], dict[Place, Tensor]]:
-        """The states at which a pass starts, [rows, suffix, d] each, and what it adds inside of the edited block.
+        """The hidden states at which a pass starts, [rows, suffix, d] each, and the shifts inside the edited block.
 
-        One δ is added at the block's output, two where they belong.
+        A single δ is part of the states, which are the block's output. Two δ are returned as shifts, by place.
         """
         if len(self._places) > 1:
             delta = torch.cat([self.delta[rows.fact] for rows in together]).chunk(len(self._places), dim=1)
@@ -280,7 +280,7 @@ class ValueOptimization:
 
     @torch.no_grad()
     def _unedited(self, hidden: Tensor, facts: Tensor) -> Tensor:
-        """Log-probabilities of the KL terms at δ = 0, [rows, vocabulary], which the first call takes from its own."""
+        """Log-probabilities of the KL terms at δ = 0, [rows, vocabulary]; stored at a fact's first call."""
         index = facts.tolist()
         if not index:
             return self._no_reference
@@ -298,7 +298,7 @@ def optimize_values(
     max_tokens: int = 1024,
     report: Report | None = None,
 ) -> Values:
-    """Run step 1 to its end for `prompts` together, reporting shares of it; see `ValueOptimization`."""
+    """Run step 1 for `prompts` together; `report` receives (share done, 1.0). See `ValueOptimization`."""
     search = ValueOptimization(lm, prompts, layer, site, settings or ValueSettings(), max_tokens)
     optimizer = search.make_optimizer()
     while not search.done:

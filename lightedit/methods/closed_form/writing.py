@@ -1,4 +1,4 @@
-"""Step 2: keys and residuals are read, solved for and written, matrix after matrix."""
+"""Step 2: for each matrix in turn, read keys and residuals, solve for the update, and write it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -25,10 +25,10 @@ def write_facts(
     targets: Tensor,
     owner: Owner,
 ) -> Iterator[tuple[Place, Change, Tensor]]:
-    """Step 2 for the facts of one round: solve and write, matrix after matrix.
+    """Step 2 for the facts of one round: solve for and write one matrix after another.
 
-    Keys and residuals of each are read when its turn has come, so those of a layer's MLP after its attention, where
-    that is edited too, was written; as in the published code of PMET.
+    Keys and residuals of a matrix are read after all earlier matrices were written. If a layer's attention is edited
+    too, it is written before its MLP is read, as in the published code of PMET.
 
     Args:
         lm: the model; its weights are written on behalf of `owner`.
@@ -48,7 +48,7 @@ def write_facts(
     for matrix in method.places:
         walk.advance(matrix)
         keys, residuals = _keys_and_residuals(method, walk, targets)
-        # of more facts than pay as factors: dense
+        # dense where the round has so many facts that factors would be larger
         change = _solve(method, preservation[matrix], keys, residuals, walk).compact()
         lm.weights.add(owner, matrix, change)
         yield matrix, change, keys
@@ -62,9 +62,9 @@ def separate_updates(
     prompts: Sequence[FactPrompts],
     targets: Tensor,
 ) -> RowwiseEdits:
-    """Step 2 for facts that are each edited alone, from the model as it is; nothing is written.
+    """Step 2 for facts that are each edited alone, starting from the present weights, which stay unchanged.
 
-    One factor serves all solves, and in later matrices the rows of each fact see what its earlier ones got.
+    One factor of A serves all solves. At later matrices, each fact's rows run with the fact's own earlier updates.
 
     Args:
         lm: the model.
@@ -89,7 +89,7 @@ def separate_updates(
 
 
 def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """K [d_in, B] and the share of R [d_out, B] that the walk's matrix takes, both float64."""
+    """K [d_in, B], and the share of the residuals R [d_out, B] that the walk's matrix takes; both float64."""
     keys = method.keys(walk)
     residuals = method.spread(walk.layer) * method.residuals(walk, keys, targets)
     _check_finite(walk.place, keys, residuals)
@@ -99,7 +99,7 @@ def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> t
 def _solve(
     method: ClosedForm, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk
 ) -> LowRankUpdate:
-    """The update of the walk's matrix, as precise as the model's sum of updates."""
+    """The update of the walk's matrix, in the dtype in which the model sums updates: its own, or float32 if wider."""
     update = method.update(preservation, keys, residuals, walk)
     _check_finite(walk.place, update.left, update.right)
     return update.to(walk.lm.weight(walk.place).device, torch.promote_types(walk.lm.dtype, torch.float32))
@@ -107,7 +107,7 @@ def _solve(
 
 @torch.no_grad()
 def read_keys(lm: LanguageModel, method: ClosedForm, prompts: Sequence[FactPrompts]) -> dict[Place, Tensor]:
-    """The keys [d_in, B] of every edited matrix under the weights of the moment."""
+    """The keys [d_in, B] of every edited matrix under the present weights."""
     walk = KeyWalk(lm, prompts, method.places[0])
     keys = {}
     for matrix in method.places:
