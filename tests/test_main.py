@@ -383,6 +383,15 @@ def test_wrong_input(place: Path, capsys: pytest.CaptureFixture[str], arguments:
     assert not Path("edits").exists() and not Path("stats").exists()
 
 
+def test_a_bug_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def buggy(*_: object) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(le, "read_facts", buggy)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        main(edit())
+
+
 def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path) -> None:
     with pytest.warns(UserWarning, match="max_update_norm=1e-06"):
         main(

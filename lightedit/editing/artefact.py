@@ -4,21 +4,19 @@ import hashlib
 import json
 import uuid
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
 
 from lightedit.data.facts import Fact
 from lightedit.errors import LightEditError, MissingFileError
 from lightedit.evaluation.result import Evaluation
 from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.changes import Change, change_from
+from lightedit.lm.changes import Change, load_changes, save_changes
 from lightedit.lm.weights import Owner
 from lightedit.methods.protocol import Editor
 from lightedit.runs.provenance import RunRecord, computing
@@ -134,14 +132,8 @@ class Edit:
         """
         folder = Path(folder)
         check_free(folder, overwrite)
-        tensors = save_tensors(
-            {
-                f"round.{index}.layer.{place.key}.{name}": tensor.cpu().contiguous()
-                for index, changes in enumerate(self.rounds)
-                for place, change in changes.items()
-                for name, tensor in change.tensors().items()
-            }
-        )
+        saved = [save_changes(changes, f"round.{index}.layer.") for index, changes in enumerate(self.rounds)]
+        tensors = save_tensors({name: tensor for of_round, _ in saved for name, tensor in of_round.items()})
         content = {
             "format": _FORMAT,
             "id": self.id,
@@ -149,7 +141,7 @@ class Edit:
             "fingerprint": self.fingerprint,
             "layers": self.layers,
             "facts_in_round": self.facts_in_round,
-            "rounds": [{place.key: change.settings() for place, change in changes.items()} for changes in self.rounds],
+            "rounds": [settings for _, settings in saved],
             "record": self.record.to_dict(),
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
             "facts": [fact.to_dict() for fact in self.facts],
@@ -188,7 +180,10 @@ class Edit:
                 raise EditError(f"{folder / 'edit.safetensors'} is truncated or was altered: its checksum is wrong")
             # copies, because views into the file's buffer may be unaligned, which changes sums' order
             tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
-            rounds = [_changes(index, settings, tensors) for index, settings in enumerate(content["rounds"])]
+            rounds = [
+                load_changes(tensors, settings, f"round.{index}.layer.")
+                for index, settings in enumerate(content["rounds"])
+            ]
             if len(content["facts_in_round"]) != len(rounds):
                 raise ValueError(f"{len(rounds)} rounds, but facts of {len(content['facts_in_round'])}")
             files = {name: folder / f"{name}.json" for name in _EVALUATIONS}
@@ -208,16 +203,6 @@ class Edit:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise EditError(f"{folder} does not hold a whole edit: {type(error).__name__}: {error}") from error
-
-
-def _changes(round_: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[Place, Change]:
-    """The changes of one round, from a file's tensors, in the order in which the run wrote them."""
-    changes = {}
-    for key, of_change in settings.items():
-        start = f"round.{round_}.layer.{key}."
-        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        changes[Place.from_key(key)] = change_from(own, of_change)
-    return changes
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:

@@ -19,8 +19,7 @@ from lightedit.editing.journal import Round, RoundCallback
 from lightedit.editing.module import EditModule
 from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
-from lightedit.lm import Place
-from lightedit.lm.changes import Change, change_from
+from lightedit.lm.changes import load_changes, save_changes
 from lightedit.ops import implementations
 from lightedit.runs.folder import ResumeError, check_run, kept_rounds, locked, round_file, start_run
 
@@ -143,8 +142,8 @@ class KeptRound:
         """Write the round's file into `folder`."""
         round_ = self.round
         tensors = {"random": self.random, **{f"state.{name}": tensor for name, tensor in round_.state.items()}}
-        for place, change in round_.changes.items():
-            tensors |= {f"change.{place.key}.{name}": tensor for name, tensor in change.tensors().items()}
+        changed, settings = save_changes(round_.changes, "change.")
+        tensors |= changed
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         record = {
             "number": round_.number,
@@ -152,7 +151,7 @@ class KeptRound:
             "seconds": round_.seconds,
             "stopped": round_.stopped,
             "tables": round_.tables,
-            "changes": {place.key: change.settings() for place, change in round_.changes.items()},
+            "changes": settings,
             "run": self.run,
             "ended": self.ended,
             "steps": self.steps,
@@ -180,7 +179,7 @@ class KeptRound:
                 raise ArgumentError("its checksum is wrong")
             record = json.loads(metadata["record"])
             own = {name: record.pop(name) for name in ("run", "ended", "steps", "batches")}
-            changes = _changes(record.pop("changes"), tensors)
+            changes = load_changes(tensors, record.pop("changes"), "change.")
         except (SafetensorError, ValueError, LookupError) as error:
             raise ResumeError(f"{file} is truncated or was altered ({error}); {way_out}") from error
         if (own["run"], record["number"]) != (run, number):
@@ -189,12 +188,3 @@ class KeptRound:
             )
         state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
         return cls(Round(**record, changes=changes, state=state), **own, random=tensors["random"])
-
-
-def _changes(settings: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> dict[Place, Change]:
-    changes = {}
-    for key, of_change in settings.items():
-        start = f"change.{key}."
-        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        changes[Place.from_key(key)] = change_from(own, of_change)
-    return changes

@@ -94,6 +94,9 @@ def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
     check_export(folder)
     if not lm.weights.edits:
         raise ArgumentError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
+    for place in lm.weights.places:
+        if lm.weights.adaptors(place):
+            raise ArgumentError(f"the edit runs a module of its own at {place}, which no file of weights can hold")
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint,

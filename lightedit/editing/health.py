@@ -136,7 +136,8 @@ class Health(RoundCallback):
         lm = module.lm
         nll, kl = self._text.measure()
         changes = module.edit.rounds[-1]
-        drift = [_norm(lm, place, lm.weights.base(place)) for place in module.method.places]
+        places = [place for place in module.method.places if place.has_matrix]
+        drift = [_norm(lm, place, lm.weights.base(place)) for place in places]
         return {
             "round": len(module.edit.rounds),
             "facts": len(module.edit.facts),
@@ -144,7 +145,7 @@ class Health(RoundCallback):
             "perplexity": _exp(nll),
             "perplexity_ratio": _exp(nll - self._text.nll),
             "drift": sum(norm**2 for norm in drift) ** 0.5,
-            **{f"weight_norm/layer_{place.key}": _norm(lm, place) for place in module.method.places},
+            **{f"weight_norm/layer_{place.key}": _norm(lm, place) for place in places},
             **{f"update_norm/layer_{place.key}": change.norm() for place, change in changes.items()},
         }
 

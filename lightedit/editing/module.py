@@ -120,7 +120,7 @@ class EditModule(LightningModule):
         # appended before its changes, so that reverting the edit also undoes a round that fails between two places
         self.edit.rounds.append({})
         for place, change in round_.changes.items():
-            change = change.to(self.lm.weight(place).device)
+            change = change.to(next(self.lm.module(place).parameters()).device)
             self.lm.weights.add(owner, place, change)
             self.edit.rounds[-1][place] = change
         self.edit.facts_in_round.append(round_.facts)

@@ -30,8 +30,8 @@ class Architecture:
             mlp_in). "grouped": for each group of query heads, these heads, then one head of k and one of v.
         mlp_norm: path inside a block to a norm between the MLP's output and the residual stream, if any.
         takes_position_ids: whether the model's forward accepts `position_ids`.
-        packs: whether rows can be packed without padding. This needs transformers' attention interface and no
-            soft-capping of attention logits.
+        supports_packing: whether rows can be packed without padding. This needs transformers' attention interface and
+            no soft-capping of attention logits.
     """
 
     embedding: str
@@ -40,7 +40,7 @@ class Architecture:
     layout: Layout = "stacked"
     mlp_norm: str | None = None
     takes_position_ids: bool = True
-    packs: bool = True
+    supports_packing: bool = True
 
     @property
     def names(self) -> tuple[Name, ...]:
@@ -68,13 +68,13 @@ _BLOOM = Architecture(
     "transformer.h",
     _paths("self_attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     layout="grouped",
-    packs=False,
+    supports_packing=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bloom": replace(_BLOOM, takes_position_ids=False),
     "falcon": _BLOOM,
-    "gemma2": replace(_POST_NORM, packs=False),
+    "gemma2": replace(_POST_NORM, supports_packing=False),
     "gemma3_text": _POST_NORM,
     "gpt2": Architecture(
         "transformer.wte", "transformer.h", _paths("attn", "c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -89,7 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "transformer.wte",
         "transformer.h",
         _paths("attn", _QKV, "out_proj", "mlp.fc_in", "mlp.fc_out"),
-        packs=False,
+        supports_packing=False,
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

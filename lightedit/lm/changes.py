@@ -191,6 +191,38 @@ class Adaptor(Change):
         """
 
 
+def save_changes(changes: Mapping[Place, Change], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file is to keep of changes.
+
+    Args:
+        changes: place -> change.
+        prefix: what the tensors' names begin with, such as "round.0.layer.".
+
+    Returns:
+        Tensors by names such as "round.0.layer.5.left", on the CPU; and each place's settings, by its key.
+    """
+    tensors = {
+        f"{prefix}{place.key}.{name}": tensor.detach().cpu().contiguous()
+        for place, change in changes.items()
+        for name, tensor in change.tensors().items()
+    }
+    return tensors, {place.key: change.settings() for place, change in changes.items()}
+
+
+def load_changes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], prefix: str) -> dict[Place, Change]:
+    """The changes that `save_changes` gave these for, in their order, from tensors that may hold others too.
+
+    Raises:
+        ArgumentError: a kind or a place is not known, or a tensor is missing.
+    """
+    changes = {}
+    for key, of_change in settings.items():
+        start = f"{prefix}{key}."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        changes[Place.from_key(key)] = change_from(own, of_change)
+    return changes
+
+
 def change_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Change:
     """The change whose `tensors()` and `settings()` these are.
 

@@ -58,6 +58,11 @@ class Place:
         return cls(int(layer), name or "mlp")  # type: ignore[arg-type]
 
     @property
+    def has_matrix(self) -> bool:
+        """Whether a matrix belongs to it, as it does not to a block or an attention as a whole."""
+        return self.name not in ("block", "attention")
+
+    @property
     def key(self) -> str:
         """Name in files and logs, such as "5" for `Place(5, "mlp")` and "5_attention_out"."""
         return str(self.layer) if self.name == "mlp" else f"{self.layer}_{self.name}"

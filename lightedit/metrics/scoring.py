@@ -68,7 +68,7 @@ def score_targets(
     asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, strict=True))
     encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in asked], [target for *_, target in asked])
     texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
-    rows, laid_out = _rows(asked, texts, lm.architecture.packs)
+    rows, laid_out = _rows(asked, texts, lm.architecture.supports_packing)
     answers = [
         _Answer(row, tokens[len(tokens) - count :], ids[-count:])
         for (row, tokens), (ids, count) in zip(laid_out, encoded, strict=True)
@@ -208,7 +208,7 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
     """The logits at (row, token index) pairs, [pairs, vocabulary] in float32 or wider."""
     at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
     edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
-    if not lm.architecture.packs:
+    if not lm.architecture.supports_packing:
         with lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
             lm.forward(pad([row.ids for row in rows], lm.pad_id))
         return lm.head.logits(states[0].to(lm.head.weight.device))

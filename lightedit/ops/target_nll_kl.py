@@ -62,8 +62,8 @@ def target_nll_kl(hidden: Tensor, head: Head, targets: Tensor, reference: Tensor
     """
     states = hidden.to(head.weight.device)
     _check(states, head.weight, head.bias, targets, reference)
-    loss, leads, _ = _op(states, head.weight, head.bias, head.softcap, targets, reference)
-    return loss, leads
+    loss, is_argmax, _ = _op(states, head.weight, head.bias, head.softcap, targets, reference)
+    return loss, is_argmax
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, unedited: Tensor) -> None:
@@ -91,12 +91,12 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
 def reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, targets: Tensor, unedited: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in torch's own operations: loss, leads, and the gradient of the summed loss by `hidden`, [m + k, d]."""
+    """The op in torch's own operations: loss, is_argmax, and the summed loss's gradient by `hidden`, [m + k, d]."""
     head = Head(weight, bias, softcap)
     logits = hidden.new_empty(min(_ROWS, len(hidden)), len(weight))
     loss = torch.empty(len(hidden), dtype=unedited.dtype, device=hidden.device)
     gradient = hidden.new_empty(hidden.shape)
-    leads = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    is_argmax = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(hidden), _ROWS):
         part = slice(start, min(start + _ROWS, len(hidden)))
         z = head.logits(hidden[part], out=logits[: part.stop - start])
@@ -105,7 +105,7 @@ def reference(
         count, rows = len(wanted), torch.arange(len(wanted), device=z.device)
         z -= z.amax(dim=-1, keepdim=True)
         chosen, excess = z[rows, wanted], z[count:] - known
-        leads[part] = chosen == 0
+        is_argmax[part] = chosen == 0
         z.exp_()
         total = z.sum(dim=-1, keepdim=True)
         z /= total  # probabilities, and then the derivatives by the logits
@@ -116,7 +116,7 @@ def reference(
         z[rows, wanted] -= 1
         z[count:] *= excess.sub_(kl[:, None])
         torch.mm((z * slope if softcap else z).to(hidden.dtype), weight, out=gradient[part])
-    return loss, leads, gradient
+    return loss, is_argmax, gradient
 
 
 _op = torch.library.custom_op("lightedit::target_nll_kl", reference, mutates_args=())
@@ -127,14 +127,14 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, targets: Tensor, unedited: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(hidden, weight, bias, targets, unedited)
-    leads = targets.new_empty(targets.shape, dtype=torch.bool)
-    return unedited.new_empty(len(hidden)), leads, hidden.new_empty(hidden.shape)
+    is_argmax = targets.new_empty(targets.shape, dtype=torch.bool)
+    return unedited.new_empty(len(hidden)), is_argmax, hidden.new_empty(hidden.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, leads, gradient = output
+    _, is_argmax, gradient = output
     ctx.save_for_backward(gradient)
-    ctx.mark_non_differentiable(leads, gradient)
+    ctx.mark_non_differentiable(is_argmax, gradient)
 
 
 @once_differentiable

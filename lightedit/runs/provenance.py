@@ -60,7 +60,7 @@ def fingerprint_inputs(lm: LanguageModel, facts: Sequence[Fact], places: Collect
 
     The digest of the weights covers every element at `places` and at all edited places.
     """
-    weights = {place.key: lm.weight(place) for place in {*places, *lm.weights.places}}
+    weights = {place.key: lm.weight(place) for place in {*places, *lm.weights.places} if place.has_matrix}
     return {
         "model": lm.fingerprint,
         "weights": digest("", weights),

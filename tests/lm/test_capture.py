@@ -287,7 +287,9 @@ def test_a_pass_from_a_later_block_with_cached_prefixes_is_changed_as_a_whole_on
     torch.testing.assert_close(again, logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if language_model(name).architecture.packs])
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if language_model(name).architecture.supports_packing]
+)
 @torch.no_grad()
 def test_packed_rows_are_changed_by_their_tokens_place_in_the_whole(architecture: str) -> None:
     lm = language_model(architecture)

@@ -40,12 +40,12 @@ def test_equals_autograd(
     reference = torch.randn(k, 97, **given).log_softmax(-1)
     weights = torch.randn(m + k, **given)
     one, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    (loss, leads), expected = target_nll_kl(one, head, targets, reference), plain(other, head, targets, reference)
+    (loss, is_argmax), expected = target_nll_kl(one, head, targets, reference), plain(other, head, targets, reference)
     (loss * weights).sum().backward()
     (expected * weights).sum().backward()
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(loss, expected, **tolerance)
-    assert leads.equal(head.log_probs(hidden[:m]).argmax(-1) == targets)
+    assert is_argmax.equal(head.log_probs(hidden[:m]).argmax(-1) == targets)
     torch.testing.assert_close(one.grad, other.grad, **tolerance)
 
 
@@ -91,8 +91,8 @@ def test_a_state_that_is_nan_spoils_its_own_position_only(device: torch.device) 
 
 def test_no_positions_give_no_losses(device: torch.device) -> None:
     none, head = torch.zeros(0, 4, device=device), Head(torch.zeros(11, 4, device=device))
-    loss, leads = target_nll_kl(none, head, none[:, 0].long(), torch.zeros(0, 11, device=device))
-    assert loss.shape == leads.shape == (0,)
+    loss, is_argmax = target_nll_kl(none, head, none[:, 0].long(), torch.zeros(0, 11, device=device))
+    assert loss.shape == is_argmax.shape == (0,)
 
 
 def test_a_second_derivative_is_refused(device: torch.device) -> None:

@@ -241,10 +241,10 @@ class TestTargetNllKl:
         hidden, targets = randn(m + k, 16, dtype=dtype), torch.randint(97, (m,)).to(DEVICE)
         unedited = torch.randn(97, k).log_softmax(0).T.to(DEVICE)
         given = (hidden, *plain_head(dtype, bias), softcap, targets, unedited)
-        loss, leads, gradient = triton_target_nll_kl.run(*given)
+        loss, is_argmax, gradient = triton_target_nll_kl.run(*given)
         expected_loss, expected_leads, expected_gradient = REFERENCES["target_nll_kl"](*given)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
-        assert leads.equal(expected_leads)
+        assert is_argmax.equal(expected_leads)
         assert gradient.dtype == dtype
         assert off(gradient, expected_gradient) < SUMS[dtype]
 
@@ -252,9 +252,9 @@ class TestTargetNllKl:
         hidden = torch.tensor([[3e4], [torch.nan], [-3e4]], device=DEVICE)
         weight = torch.tensor([[1.0], [-1.0], [0.5]], device=DEVICE)
         targets, none = torch.tensor([1, 0, 1], device=DEVICE), torch.empty(0, 3, device=DEVICE)
-        loss, leads, gradient = triton_target_nll_kl.run(hidden, weight, None, None, targets, none)
+        loss, is_argmax, gradient = triton_target_nll_kl.run(hidden, weight, None, None, targets, none)
         assert loss[[0, 2]].tolist() == [6e4, 0.0] and loss[1].isnan()
-        assert leads.tolist() == [False, False, True]
+        assert is_argmax.tolist() == [False, False, True]
         assert gradient[[0, 2]].isfinite().all() and gradient[1].isnan().all()
 
     def test_a_target_outside_the_vocabulary_gives_nan(self) -> None:

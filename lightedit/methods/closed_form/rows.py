@@ -128,7 +128,9 @@ def capture_rows(
     captured: list[Rows] = []
     initial: dict[int, Tensor] = {}
     cache, mask = prefix_cache(lm, [row.ids[: row.lookup] for _, _, row in rows])
-    pass_cost = 0 if lm.architecture.packs else PASS_COST  # packed rectangles share a pass, and need no padding
+    pass_cost = (
+        0 if lm.architecture.supports_packing else PASS_COST
+    )  # packed rectangles share a pass, and need no padding
     for group in rectangles([len(row.ids) - row.lookup for _, _, row in rows], max_tokens, pass_cost):
         members = [rows[i] for i in group]
         facts, contexts, texts = (list(column) for column in zip(*members, strict=True))
@@ -213,7 +215,7 @@ def passes(lm: LanguageModel, rows: Sequence[Rows], max_tokens: int) -> list[lis
     result: list[list[Rows]] = []
     room = 0
     for each in rows:
-        if not lm.architecture.packs or each.n_tokens > room:
+        if not lm.architecture.supports_packing or each.n_tokens > room:
             result.append([])
             room = max_tokens
         result[-1].append(each)
@@ -242,7 +244,7 @@ def head_states(
         torch.cat([rows.context[rows.at[0][: len(rows.targets)]] for rows in together]),
         _joined([rows.weight for rows in together], together),
     )
-    if not lm.architecture.packs:
+    if not lm.architecture.supports_packing:
         (rows,) = together
         count = len(rows.batch.ids)
         lookups = (torch.arange(count), torch.zeros(count, dtype=torch.long))

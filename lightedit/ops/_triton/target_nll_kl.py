@@ -32,7 +32,7 @@ def _loss(
     targets,
     known,
     loss,
-    leads,
+    is_argmax,
     start,
     m,
     vocabulary,
@@ -65,7 +65,7 @@ def _loss(
     if position < m:
         chosen = tl.where((target >= 0) & (target < vocabulary), tl.sum(hits, axis=0), float("nan"))
         tl.store(loss + position, tl.log(total) - chosen)
-        tl.store(leads + position, ((chosen == 0.0) & (total == total)).to(tl.uint8))
+        tl.store(is_argmax + position, ((chosen == 0.0) & (total == total)).to(tl.uint8))
         for first in range(0, vocabulary, BLOCK):
             j = first + tl.arange(0, BLOCK)
             z, slope = _logits(row, j, j < vocabulary, softcap)
@@ -103,7 +103,7 @@ def run(
     vocabulary = len(weight)
     logits = hidden.new_empty(min(_ROWS, len(hidden)), vocabulary)
     loss = torch.empty(len(hidden), dtype=unedited.dtype, device=hidden.device)
-    leads = torch.empty(len(targets), dtype=torch.uint8, device=hidden.device)
+    is_argmax = torch.empty(len(targets), dtype=torch.uint8, device=hidden.device)
     gradient = hidden.new_empty(hidden.shape)
     targets, head = targets.contiguous(), Head(weight, bias)
     for start in range(0, len(hidden), _ROWS):
@@ -115,7 +115,7 @@ def run(
             targets,
             unedited,
             loss,
-            leads,
+            is_argmax,
             start,
             len(targets),
             vocabulary,
@@ -125,4 +125,4 @@ def run(
             num_warps=8,
         )
         torch.mm(z, weight, out=gradient[start : start + _ROWS])
-    return loss, leads.view(torch.bool), gradient
+    return loss, is_argmax.view(torch.bool), gradient
