@@ -63,7 +63,8 @@ class EditModule(LightningModule):
         check_model_and_method(lm, method)
         self.automatic_optimization = False
         self.lm, self.method = lm, method
-        self.covariance, self.settings = covariance, settings
+        self.covariance = covariance if prepared is None else prepared.covariance
+        self.settings = settings
         self.editor = prepared or method.editor(lm, covariance=covariance, settings=settings)
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
