@@ -19,6 +19,7 @@ def edit(
     method: le.Method,
     out: Path,
     covariance: Path | None = None,
+    format: str | None = None,
     limit: int | None = None,
     run: le.RunSettings = _RUN,
     evaluate: bool = True,
@@ -38,12 +39,14 @@ def edit(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
             method.values.lr and so on.
         out: folder for the edit.
         covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
             covariance is estimated from self-generated text and kept in the cache.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
         limit: use only this many first facts.
         run: settings of rounds, chunks and collisions.
         evaluate: score the model before and after; the scores are saved with the edit, for lightedit report.
@@ -63,7 +66,7 @@ def edit(
     callbacks = [le.Health(health_text, limits=health)] if watched else []
     if health_text is not None:
         read_texts(health_text)  # a missing text is reported before the model is loaded
-    chosen = le.read_facts(facts, limit)
+    chosen = le.read_facts(facts, limit, format)
     rounds_of(chosen, method, run)  # and so are wrong facts and sizes
     model = le.LanguageModel.load(lm, dtype, device)
     moments = covariance_of(model, [method], covariance)

@@ -18,6 +18,7 @@ def evaluate(
     lm: str,
     facts: Path,
     edit: Path | None = None,
+    format: str | None = None,
     limit: int | None = None,
     out: Path | None = None,
     evaluation: le.EvaluationSettings = _EVALUATION,
@@ -39,8 +40,10 @@ def evaluate(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         edit: folder of a saved edit to apply first.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
         limit: use only this many first facts.
         out: JSON file for the scores, their intervals and every record; includes the unedited model if it is scored.
         evaluation: settings of the scoring.
@@ -61,7 +64,7 @@ def evaluate(
     """
     _check_flags(edit, compare, held_out, references, protocol, method, evaluation)
     _check_out(out)
-    chosen = le.read_facts(facts, limit)
+    chosen = le.read_facts(facts, limit, format)
     others = [] if held_out is None else le.read_facts(held_out)
     check_held_out(chosen, others)
     evaluation.check()

@@ -22,6 +22,7 @@ def sweep(
     facts_per_round: list[int | Literal["single"] | None] | None = None,
     grid: dict[str, list[Any]] | None = None,
     skip: int = 0,
+    format: str | None = None,
     limit: int | None = None,
     covariance: Path | None = None,
     run: le.RunSettings = _RUN,
@@ -33,13 +34,15 @@ def sweep(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         methods: name, chosen freely -> method, with class_path and init_args as in a configuration file.
         out: a folder of this sweep only, for runs.csv and sweep.svg.
         counts: numbers of facts to write, or log17 for 17 numbers from 1 to 10,000; by default all facts.
         facts_per_round: numbers of facts written together; null for all, single to edit and score each fact alone.
         grid: field of a method, such as lambda_ or values.lr -> values; every combination is run.
         skip: leave out this many first facts.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
         limit: use only this many facts after those.
         covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
             covariance is estimated from self-generated text and kept in the cache.
@@ -50,7 +53,7 @@ def sweep(
     """
     if skip < 0:
         raise ArgumentError(f"skip: {skip} facts cannot be left out; give 0 or more")
-    chosen = le.read_facts(facts, None if limit is None else skip + limit)[skip:]
+    chosen = le.read_facts(facts, None if limit is None else skip + limit, format)[skip:]
     rounds = [None] if facts_per_round is None else facts_per_round
     runs = plan(methods, len(chosen), counts, rounds, grid)
     check_facts(chosen)

@@ -32,7 +32,7 @@ class Fact:
         target_new: the answer to write.
         target_true: the right answer before the edit, if known.
         paraphrase_prompts: complete texts that ask for the same fact in other words.
-        neighborhood_prompts: complete texts about other subjects, whose answers must not change.
+        neighborhood_prompts: complete texts about other subjects or other facts, whose answers must not change.
         neighborhood_target: right answer to the neighbourhood prompts; None means `target_true`.
         attribute_prompts: complete texts about subjects for which `target_new` is right.
         generation_prompts: complete texts to continue freely.
@@ -40,6 +40,7 @@ class Fact:
         id: name of the record in its data set.
         target_id: name of `target_new` in its data set, by which its reference texts are found.
         portability: (complete text, right answer) pairs, whose answers follow from the new target.
+        neighborhood_answers: the right answer to each neighbourhood prompt, if they differ; else empty.
 
     Raises:
         FactError: a field has the wrong type or a value that cannot be edited or scored.
@@ -58,6 +59,7 @@ class Fact:
     id: str | None = None
     target_id: str | None = None
     portability: tuple[tuple[str, str], ...] = ()
+    neighborhood_answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt", "subject", "target_new"):
@@ -68,6 +70,7 @@ class Fact:
         for field in PROMPT_LISTS:
             object.__setattr__(self, field, as_prompts(field, getattr(self, field)))
         object.__setattr__(self, "portability", _as_questions("portability", self.portability))
+        self._check_neighborhood_answers()
 
         slots = self.prompt.count("{}")
         if slots != 1:
@@ -86,6 +89,29 @@ class Fact:
                 f"target_new: {self.target_new!r} is the target_true {self.target_true!r} already; "
                 "give another target, or leave target_true out"
             )
+
+    def _check_neighborhood_answers(self) -> None:
+        answers = as_prompts("neighborhood_answers", self.neighborhood_answers)
+        object.__setattr__(self, "neighborhood_answers", answers)
+        if not answers:
+            return
+        if self.neighborhood_target is not None:
+            raise FactError("neighborhood_answers: give one answer a prompt, or one neighborhood_target for all")
+        if len(answers) != len(self.neighborhood_prompts):
+            raise FactError(
+                f"neighborhood_answers: {len(answers)} for {len(self.neighborhood_prompts)} neighborhood_prompts; "
+                "give each prompt one"
+            )
+        for answer in answers:
+            if answer != answer.strip():
+                raise FactError(f"neighborhood_answers: {answer!r} begins or ends with whitespace; remove it")
+
+    @property
+    def neighborhood(self) -> tuple[tuple[str, str], ...]:
+        """(neighbourhood prompt, right answer) pairs; empty if no right answer is known."""
+        one = self.neighborhood_target or self.target_true
+        answers = self.neighborhood_answers or (() if one is None else (one,) * len(self.neighborhood_prompts))
+        return tuple(zip(self.neighborhood_prompts, answers, strict=False))
 
     @property
     def text(self) -> str:

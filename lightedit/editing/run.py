@@ -87,7 +87,7 @@ def edit(
 
     Args:
         lm: the model to edit.
-        facts: the facts to write.
+        facts: the facts to write. Those that repeat an earlier one are dropped with a warning.
         method: the method, such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
         covariance: second moments at the method's `covariance_places`; by default they are estimated from
             self-generated text and kept in the cache.
@@ -101,7 +101,7 @@ def edit(
 
     Raises:
         ArgumentError: an argument is out of range, or `log` is a file.
-        FactError: there are no facts, one is given twice, or two collide.
+        FactError: there are no facts, one round holds two answers to one text, or two facts collide.
         CovarianceError: the covariance is of another model, lacks a place, or is not positive definite.
         NumericalError: the search or an update gave NaN or infinity. The edit is taken back.
         ResumeError: `checkpoint` holds another run or a damaged file.

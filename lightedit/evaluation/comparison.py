@@ -28,7 +28,7 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
                     f"{getattr(fact, field)!r}; evaluate the same facts in the same order"
                 )
         asked = record.get("neighborhood") or {}
-        answered = fact.neighborhood_prompts if fact.neighborhood_target or fact.target_true else ()
+        answered = tuple(prompt for prompt, _ in fact.neighborhood)
         if tuple(asked.get("prompts", ())) != answered or len(asked.get("predicted", ())) != len(answered):
             raise ArgumentError(
                 f"before: its record {number} lacks what was predicted on the fact's {len(answered)} neighbourhood "

@@ -38,16 +38,14 @@ class Question(NamedTuple):
 def questions(fact: Fact) -> dict[str, list[Question]]:
     """A fact's questions by field of `RecordScores`; fields without questions are left out."""
     new, true = fact.target_new, fact.target_true
-    right = fact.neighborhood_target or true
     found = {
         "efficacy": [Question(fact.text, new, true)],
         "paraphrase": [Question(prompt, new, true) for prompt in fact.paraphrase_prompts],
         "portability": [Question(prompt, answer, None) for prompt, answer in fact.portability],
     }
-    if right is not None:
-        # an answer other than the true target (zsRE) does not compete with the new target
-        other = new if right == true else None
-        found["neighborhood"] = [Question(prompt, right, other) for prompt in fact.neighborhood_prompts]
+    # answers other than the true target (zsRE) do not compete with the new target
+    other = new if {right for _, right in fact.neighborhood} == {true} else None
+    found["neighborhood"] = [Question(prompt, right, other) for prompt, right in fact.neighborhood]
     return {kind: asked for kind, asked in found.items() if asked}
 
 

@@ -31,13 +31,13 @@ HEALTH = {
 }
 FLAGS = {
     "demo": {"--facts", "--out"},
-    "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, "--facts", "--out", "--covariance", "--limit", "--evaluate",
-             "--health_text", "--log", "--overwrite", "--restart"},
+    "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, "--facts", "--format", "--out", "--covariance", "--limit",
+             "--evaluate", "--health_text", "--log", "--overwrite", "--restart"},
     "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
-    "evaluate": {*MODEL, *METHOD, *EVALUATION, "--facts", "--edit", "--limit", "--out", "--compare", "--held_out",
-                 "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
+    "evaluate": {*MODEL, *METHOD, *EVALUATION, "--facts", "--format", "--edit", "--limit", "--out", "--compare",
+                 "--held_out", "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
     "export": {*MODEL, "--edits", "--out", "--form"},
-    "sweep": {*MODEL, *RUN, *EVALUATION, "--facts", "--methods", "--methods.help", "--out", "--counts",
+    "sweep": {*MODEL, *RUN, *EVALUATION, "--facts", "--format", "--methods", "--methods.help", "--out", "--counts",
               "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
     "report": {"--runs", "--out", "--overwrite"},
     "env": set(),
