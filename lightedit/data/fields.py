@@ -41,7 +41,7 @@ def _first(value: Any, path: str) -> str:
     while isinstance(value, list):
         if not value:
             raise FactError(f"{path}: the list is empty; its first entry is the answer")
-        value = value[0]
+        value = next((entry for entry in value if not _is_blank(entry)), value[0])
     if not isinstance(value, str):
         raise FactError(f"{path}: expected text, got {value!r}")
     return value.strip()

@@ -68,8 +68,7 @@ def form_of(record: dict[str, Any], format: str | None = None) -> Form:
     found = next((form for form in forms if form.fits(record)), None)
     if found is not None:
         return found
-    # the largest share of its fields, then the fewest that are missing
-    closest = min(forms, key=lambda form: (len(form.missing(record)) / len(form.fields), len(form.missing(record))))
+    closest = min(forms, key=lambda form: (form.missing(record) == [*form.fields], len(form.missing(record))))
     missing = closest.missing(record)
     have = f"the record has {', '.join(record) or 'none'}"
     if format is None and len(missing) == len(closest.fields):

@@ -161,8 +161,9 @@ def _yaml(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     loader = _Texts(content)
     try:
         top = loader.get_single_node()
-        if top is None:
+        if isinstance(top, yaml.ScalarNode) and not top.value:
             return
+        assert top is not None  # the file has a line that is no comment
         for entry in top.value if isinstance(top, yaml.SequenceNode) else [top]:
             yield f"line {entry.start_mark.line + 1}", loader.construct_object(entry, deep=True)
     except yaml.MarkedYAMLError as error:
