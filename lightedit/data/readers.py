@@ -1,13 +1,12 @@
 """Readers of fact files, one record at a time: CounterFact, zsRE and JSON lines."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightedit.data.fact import PROMPT_LISTS, Fact, FactError, as_prompts
+from lightedit.data.fact import PROMPT_LISTS, Fact, FactError, as_prompts, cut_subject
 
 
 def _get(record: dict[str, Any], path: str, kind: type) -> Any:
@@ -21,18 +20,6 @@ def _get(record: dict[str, Any], path: str, kind: type) -> Any:
         expected = "text" if kind is str else "a list"
         raise FactError(f"{path}: expected {expected}, got {value!r}")
     return value.strip() if isinstance(value, str) else value
-
-
-def _cut_subject(text: str, subject: str, any_case: bool = False) -> tuple[str, str]:
-    """The prompt with `{}` in place of the first mention of the subject, and the subject as written there."""
-    if not subject:
-        raise FactError("subject: '' is empty; give it some text")
-    found = re.search(re.escape(subject), text) or (
-        re.search(re.escape(subject), text, re.IGNORECASE) if any_case else None
-    )
-    if found is None:
-        raise FactError(f"subject: {subject!r} is not in the prompt {text!r}; correct one of them")
-    return text[: found.start()] + "{}" + text[found.end() :], found.group()
 
 
 def _from_counterfact(record: dict[str, Any], number: int) -> Fact:
@@ -57,7 +44,7 @@ def _one_hop(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _from_counterfact_flat(record: dict[str, Any], number: int) -> Fact:
-    prompt, subject = _cut_subject(_get(record, "prompt", str), _get(record, "subject", str))
+    prompt, subject = cut_subject(_get(record, "prompt", str), _get(record, "subject", str))
     return Fact(
         prompt=prompt,
         subject=subject,
@@ -71,7 +58,7 @@ def _from_counterfact_flat(record: dict[str, Any], number: int) -> Fact:
 
 
 def _from_zsre(record: dict[str, Any], number: int) -> Fact:
-    prompt, subject = _cut_subject(_get(record, "src", str), _get(record, "subject", str), any_case=True)
+    prompt, subject = cut_subject(_get(record, "src", str), _get(record, "subject", str), any_case=True)
     answers = as_prompts("answers", _get(record, "answers", list))
     if not answers:
         raise FactError("answers: the list is empty; its first entry is the target to write")
