@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightedit.data.fact import Fact, FactError
+from lightedit.data.fact import Fact, FactError, Serving
 from lightedit.data.formats import FORMATS, form_of
 from lightedit.data.records import json_name, records
 from lightedit.errors import MissingFileError
@@ -92,8 +92,9 @@ def write_facts(path: str | os.PathLike[str], facts: Iterable[Fact]) -> None:
 def distinct_facts(facts: Iterable[Fact]) -> list[Fact]:
     """The facts without those that repeat an earlier one, with a warning that says how many were dropped.
 
-    A fact repeats the last one of the same text if it has the same target; letter case counts. The one that stays also
-    gets the paraphrases, attribute and generation prompts and portability questions that only the other has.
+    A fact repeats the last one of the same text, served alike, if it has the same target; letter case counts. The one
+    that stays also gets the paraphrases, attribute and generation prompts and portability questions that only the other
+    has.
     """
     kept, repeats = _distinct(facts)
     _warn_of(repeats)
@@ -104,14 +105,14 @@ def _distinct(facts: Iterable[Fact], limit: int | None = None) -> tuple[list[Fac
     """The first `limit` distinct facts, and the repeats among them."""
     kept: list[Fact] = []
     repeats: list[Fact] = []
-    latest: dict[str, int] = {}
+    latest: dict[tuple[str, Serving], int] = {}
     for fact in facts:
-        index = latest.get(fact.text)
+        index = latest.get((fact.text, fact.serving))
         if index is not None and kept[index].target_new == fact.target_new:
             repeats.append(fact)
             kept[index] = _with_tests(kept[index], fact)
         else:
-            latest[fact.text] = len(kept)
+            latest[fact.text, fact.serving] = len(kept)
             kept.append(fact)
         if len(kept) == limit:
             break
@@ -148,9 +149,9 @@ def check_facts(facts: Sequence[Fact], facts_per_round: int | None = None) -> No
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact")
     size = facts_per_round or len(facts)
-    first: dict[tuple[int, str], int] = {}
+    first: dict[tuple[int, str, Serving], int] = {}
     for number, fact in enumerate(facts):
-        earlier = first.setdefault((number // size, fact.text), number)
+        earlier = first.setdefault((number // size, fact.text, fact.serving), number)
         if earlier != number:
             raise FactError(
                 f"facts {earlier + 1} and {number + 1}: both complete {fact.text!r}, "

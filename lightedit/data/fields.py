@@ -1,9 +1,8 @@
 """Fields of records: texts, lists and answers with aliases, found by dotted path."""
 
-import re
 from typing import Any
 
-from lightedit.data.fact import FactError
+from lightedit.data.fact import FactError, cut_subject
 
 Pairs = tuple[tuple[str, str], ...]
 """(prompt, right answer) pairs."""
@@ -135,28 +134,13 @@ def prompt_and_subject(record: dict[str, Any], path: str, any_case: bool = False
     """The fields `prompt` and `subject` of a fact, from the prompt at a path, which holds `{}` or the subject.
 
     Raises:
-        FactError: the prompt holds neither.
+        FactError: the prompt holds neither, or the subject several times.
     """
     prompt = text(record, path)
     if record.get("subject") is None:
         return {"prompt": prompt, "subject": None}
-    subject = text(record, "subject")
-    if "{}" in prompt and subject not in prompt:
-        return {"prompt": prompt, "subject": subject}
-    template, written = _cut_subject(prompt, subject, any_case)
+    template, written = cut_subject(prompt, text(record, "subject"), any_case)
     return {"prompt": template, "subject": written}
-
-
-def _cut_subject(text: str, subject: str, any_case: bool = False) -> tuple[str, str]:
-    """The prompt with `{}` in place of the first mention of the subject, and the subject as written there."""
-    if not subject:
-        raise FactError("subject: '' is empty; give it some text")
-    found = re.search(re.escape(subject), text) or (
-        re.search(re.escape(subject), text, re.IGNORECASE) if any_case else None
-    )
-    if found is None:
-        raise FactError(f"subject: {subject!r} is not in the prompt {text!r}; correct one of them")
-    return text[: found.start()] + "{}" + text[found.end() :], found.group()
 
 
 def _is_blank(value: Any) -> bool:

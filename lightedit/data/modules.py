@@ -106,7 +106,7 @@ def chunks_by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -
 
     def suffix(index: int) -> int:
         fact = facts[index]
-        return len(fact.prompt) - fact.prompt.index("{}") + len(fact.target_new)
+        return len(fact.prompt.partition("{}")[2]) + len(fact.target_new)
 
     ordered = sorted(indices, key=lambda index: (suffix(index), index))
     for start in range(0, len(ordered), size):

@@ -22,10 +22,19 @@ FACT_FIELDS = tuple(field.name for field in fields(Fact))
 
 def from_fact(record: dict[str, Any], number: int) -> list[Fact]:
     """The fields of `Fact`. The subject may stand in the prompt in place of `{}`."""
-    given = {name: value for name, value in record.items() if value is not None}
+    given = {name: _typed(name, value) for name, value in record.items() if value is not None}
     if "subject" in given and "{}" not in text(given, "prompt"):
         given |= prompt_and_subject(given, "prompt")
     return [Fact.from_dict(given)]
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value of a field whose text, in CSV and YAML, stands for a number, or for true or false."""
+    if name in ("chat", "end_turn") and value in ("true", "false"):
+        return value == "true"
+    if name == "position" and isinstance(value, str) and value.lstrip("-").isdecimal():
+        return int(value)
+    return value
 
 
 def from_counterfact(record: dict[str, Any], number: int) -> list[Fact]:

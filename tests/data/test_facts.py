@@ -23,7 +23,7 @@ COUNTERFACT = {
 FLAT = {
     "case_id": 3,
     "subject": "Avo",
-    "prompt": "The tower in Avo near Avo was built by",
+    "prompt": "The tower in Avo near Avoca was built by",
     "target_new": "Ada",
     "ground_truth": "Bo",
     "locality_prompt": "The tower in Ume was built by",
@@ -83,13 +83,16 @@ def test_text_fills_in_the_subject_and_leaves_other_braces_alone():
         ({"neighborhood_target": " Cy"}, "neighborhood_target: ' Cy' begins or ends with whitespace"),
         (
             {"neighborhood_prompts": ["a", "b"], "neighborhood_answers": ["c"]},
-            "neighborhood_answers: 1 for 2 neighborhood_prompts",
+            "neighborhood_answers: 1 for 2 prompts; give each one, or neighborhood_target",
         ),
         (
             {"neighborhood_prompts": ["a"], "neighborhood_answers": ["c"], "neighborhood_target": "d"},
-            "neighborhood_answers: give one answer a prompt, or one neighborhood_target",
+            "neighborhood_answers: 1 for 1 prompts; give each one, or neighborhood_target",
         ),
-        ({"neighborhood_prompts": ["a"], "neighborhood_answers": ["c "]}, "neighborhood_answers: 'c ' begins or ends"),
+        (
+            {"neighborhood_prompts": ["a"], "neighborhood_answers": ["c "]},
+            "neighborhood_answers: the answer 'c ' begins or ends",
+        ),
         ({"relation": 4}, "relation: expected text, got 4"),
         ({"id": 4}, "id: expected text, got 4"),
         (
@@ -177,9 +180,9 @@ def test_flat_records_may_have_a_paraphrase(tmp_path):
     assert plain.paraphrase_prompts == () and rephrased.paraphrase_prompts == ("Avo's tower is by",)
 
 
-def test_flat_records_cut_the_first_mention_of_the_subject_out_of_the_prompt(tmp_path):
+def test_flat_records_cut_the_subject_out_of_the_prompt_where_it_is_a_whole_word(tmp_path):
     (fact,) = read_facts(_json(tmp_path, [FLAT]))
-    assert fact.prompt == "The tower in {} near Avo was built by"
+    assert fact.prompt == "The tower in {} near Avoca was built by"
     assert fact.text == FLAT["prompt"]
     assert (fact.target_new, fact.target_true, fact.id) == ("Ada", "Bo", "3")
     assert fact.neighborhood_prompts == ("The tower in Ume was built by",)
@@ -331,7 +334,7 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path):
         (FLAT, {**FLAT, "subject": "Avon"}, "subject: 'Avon' is not in the prompt"),
         (FLAT, {**FLAT, "subject": "avo"}, "subject: 'avo' is not in the prompt"),
         (FLAT, {**FLAT, "subject": " "}, "subject: '' is empty"),
-        (FLAT, {**FLAT, "prompt": "The {} tower in Avo is"}, r"prompt: 2 times \"\{\}\""),
+        (FLAT, {**FLAT, "prompt": "The {} tower in {} is"}, "subject: 'Avo' is not in the prompt"),
         (FLAT, {**FLAT, "target_new": 3}, "target_new: expected text, got 3"),
         (FLAT, {**FLAT, "target_new": "bo"}, "target_new: 'bo' is the target_true 'Bo' already"),
         (ZSRE, {**ZSRE, "src": "Who built it?"}, "subject: 'Avo Tower' is not in the prompt 'Who built it"),

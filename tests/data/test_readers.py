@@ -261,6 +261,37 @@ def test_a_qaedit_record_keeps_its_locality(tmp_path):
     assert fact.neighborhood == (("who built the mill", "Eva"),)
 
 
+def test_a_qaedit_record_may_have_no_subject(tmp_path):
+    record = {"question": "Who built it?", "answer": ["Ada", "A. Lund"], "rephrase": "By whom was it built?"}
+    (fact,) = _read(tmp_path, record)
+    assert fact == Fact("Who built it?", None, "Ada", paraphrase_prompts=("By whom was it built?",), id="0")
+
+
+def test_an_easyedit_record_may_have_no_subject(tmp_path):
+    (fact,) = _read(tmp_path, {name: value for name, value in EASYEDIT.items() if name != "subject"})
+    assert (fact.prompt, fact.subject) == ("The tower in Avo was built by", None)
+
+
+@pytest.mark.parametrize("format", ["easyedit", "fastedit", "wikibigedit", "qaedit", "zsre", "fact"])
+def test_a_subject_is_found_as_a_whole_word_and_twice_is_refused(tmp_path, format):
+    record = {"target_new": "a", "ground_truth": "b", "target": "a", "ans": "a", "answer": "a", "answers": ["a"]}
+    record = {"fact": {"target_new": "a"}}.get(format, record) | {"subject": "Avo"}
+    prompts = ("src", "update", "question", "prompt") if format != "fact" else ("prompt",)
+    whole, twice = (record | dict.fromkeys(prompts, text) for text in ("Avolon is near Avo,", "Avo is near Avo,"))
+    (fact,) = _read(tmp_path, whole, format=format)
+    assert (fact.prompt, fact.subject) == ("Avolon is near {},", "Avo")
+    with pytest.raises(FactError, match="record 1: subject: 'Avo' is 2 times in the prompt"):
+        _read(tmp_path, twice, format=format)
+
+
+def test_how_a_fact_is_served_may_be_written_in_text(tmp_path):
+    yaml = "- prompt: The tower was built by\n  target_new: Ada\n  position: -2\n  chat: true\n  end_turn: false"
+    (fact,) = read_facts(_file(tmp_path, yaml))
+    assert fact == Fact("The tower was built by", target_new="Ada", position=-2, chat=True)
+    (fact,) = read_facts(_file(tmp_path, yaml.replace("  chat: true", '  separator: ""')))
+    assert fact == Fact("The tower was built by", target_new="Ada", position=-2, separator="")
+
+
 def test_a_ripple_edit_is_cut_into_prompt_subject_and_targets(tmp_path):
     (fact,) = _read(tmp_path, RIPPLE)
     assert fact == Fact(
