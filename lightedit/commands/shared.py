@@ -14,6 +14,7 @@ def remove_runs(run: Path) -> None:
         if folder.is_dir():
             with locked(folder):  # another process may use it
                 remove_run(folder)
+            remove_run(folder)  # and the folder, where a lock kept it
 
 
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance | None:

@@ -19,6 +19,7 @@ from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
+from lightedit.lm.storage import check_storage
 from lightedit.lm.text import TextModel
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
@@ -48,6 +49,7 @@ class LanguageModel(TextModel):
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+        check_storage(model)
         self.anatomy = Anatomy(model)
         self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         if not tokenizer.is_fast:
@@ -99,11 +101,14 @@ class LanguageModel(TextModel):
 
     @property
     def d_model(self) -> int:
-        return self.weight(Place(0)).shape[0]
+        return self.anatomy.shape(Place(0))[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight(Place(0)).dtype
+        weight = self.module(Place(0)).weight  # which may be offloaded
+        return (
+            weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.weight(Place(0)).dtype
+        )
 
     @property
     def head(self) -> Head:
