@@ -105,10 +105,10 @@ class LanguageModel(TextModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        weight = self.module(Place(0)).weight  # which may be offloaded
-        return (
-            weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.weight(Place(0)).dtype
-        )
+        weight = self.module(Place(0)).weight
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight.dtype  # of an offloaded matrix too
+        return self.weight(Place(0)).dtype
 
     @property
     def head(self) -> Head:
