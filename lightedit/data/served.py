@@ -16,7 +16,7 @@ class Encoded:
 
     Attributes:
         ids: token ids of both.
-        offsets: (start, end) of the characters of each token in the prompt as served; later tokens lie behind it.
+        offsets: (start, end) of the characters of each token in the prompt as served; later tokens may have none.
         count: number of target tokens, at the end of `ids`.
         start: where the prompt's own text begins, in characters of the prompt as served.
     """
@@ -66,14 +66,20 @@ def encode_served(
         wholes = tokens_of(tokenizer, [text + answer for text, answer in zip(texts, answers, strict=True)], chat)
         # one space before an answer parts the tokens of both in every tokenizer
         apart = [i for i, index in enumerate(chosen) if chat or servings[index].separator != " "]
-        for i, prompt in zip(apart, tokens_of(tokenizer, [texts[i] for i in apart], chat), strict=True):
-            wholes[i] = _after_prompt(tokenizer, texts[i], prompt, answers[i], wholes[i])
+        alone = dict(zip(apart, tokens_of(tokenizer, [texts[i] for i in apart], chat), strict=True))
         end = _end_of_turn(tokenizer, chat) if any(servings[index].end_turn for index in chosen) else []
-        for index, text, tokens in zip(chosen, texts, wholes, strict=True):
-            ids, offsets, count = _with_target(tokenizer, text, targets[index], tokens, start)
+        for i, index in enumerate(chosen):
+            if i in alone:
+                tokens, count = _after_prompt(tokenizer, texts[i], alone[i], answers[i], wholes[i])
+            else:
+                tokens, count = _by_offsets(texts[i], wholes[i])
+            if count in (0, len(tokens.ids)) or tokenizer.unk_token_id in tokens.ids[-count:]:
+                raise FactError(
+                    f"target {targets[index]!r} after {prompts[index]!r}: the tokenizer cannot spell it; use other "
+                    "words"
+                )
             ending = end if servings[index].end_turn else []
-            behind = [(len(text), len(text))] * len(ending)
-            rows[index] = Encoded([*ids, *ending], [*offsets, *behind], count + len(ending), start)
+            rows[index] = Encoded([*tokens.ids, *ending], tokens.offsets, count + len(ending), start)
     return [rows[index] for index in range(len(prompts))]
 
 
@@ -105,38 +111,36 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bo
         raise FactError(str(error)) from error
 
 
-def _after_prompt(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Tokens, answer: str, whole: Tokens) -> Tokens:
-    """The tokens of a prompt followed by those of its answer, as in generation: no token holds parts of both.
+def _by_offsets(text: str, whole: Tokens) -> tuple[Tokens, int]:
+    """The tokens of a prompt and its answer, and the number of those behind the prompt's last character."""
+    ids, offsets = whole
+    first = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
+    last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1) + 1
+    return Tokens(ids[:last], offsets[:last]), max(0, last - first)
+
+
+def _after_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt: Tokens, answer: str, whole: Tokens
+) -> tuple[Tokens, int]:
+    """The tokens of a prompt followed by those of its answer, and the number of the latter; as in generation.
 
     A tokenizer may join the last characters of a prompt with the first ones of its answer to one token. The model never
     meets that token after this prompt.
     """
-    if whole.ids[: len(prompt.ids)] == prompt.ids:
-        return whole
-    # after a line break, which tokenizers join with no letter, the answer has the tokens of the middle of a text
-    (alone,) = tokens_of(tokenizer, ["\n" + answer], chat=True)
-    rest = [token for token, (_, end) in zip(*alone, strict=True) if end > 1]
-    ids = [*prompt.ids, *rest]
-    before, joined = (str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in (prompt.ids, ids))
-    if joined[len(before) :] != answer:
-        raise FactError(
-            f"target {answer!r} directly after {text!r}: the tokenizer joins both, so the model cannot say it there; "
-            "end the prompt elsewhere, or set another separator"
+    rest = whole.ids[len(prompt.ids) :]
+    if whole.ids[: len(prompt.ids)] != prompt.ids:
+        # after a line break, which tokenizers join with no letter, the answer has the tokens of the middle of a text
+        (behind_break,) = tokens_of(tokenizer, ["\n" + answer], chat=True)
+        rest = [token for token, (_, end) in zip(*behind_break, strict=True) if end > 1]
+        before, joined = (
+            str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (prompt.ids, [*prompt.ids, *rest])
         )
-    return Tokens(ids, [*prompt.offsets, *[(len(text), len(text) + len(answer))] * len(rest)])
-
-
-def _with_target(
-    tokenizer: PreTrainedTokenizerBase, text: str, target: str, tokens: Tokens, start: int
-) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Ids and offsets up to the target's last token, and the number of its tokens."""
-    ids, offsets = tokens
-    first = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(ids))
-    last = max((i for i, (begin, end) in enumerate(offsets) if end > begin), default=-1) + 1
-    spelled = ids[first:last]
-    if not spelled or first == 0 or tokenizer.unk_token_id in spelled:
-        raise FactError(f"target {target!r} after {text[start:]!r}: the tokenizer cannot spell it; use other words")
-    return ids[:last], offsets[:last], len(spelled)
+        if joined[len(before) :] != answer:
+            raise FactError(
+                f"target {answer!r} directly after {text!r}: the tokenizer joins both, so the model cannot say it "
+                "there; end the prompt elsewhere, or set another separator"
+            )
+    return Tokens([*prompt.ids, *rest], prompt.offsets), len(rest)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:
