@@ -1,6 +1,7 @@
 """lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
 from lightedit.data.builtin import builtin_facts
+from lightedit.data.fact import served_as
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import ContextSettings
@@ -70,6 +71,7 @@ __all__ = [
     "read_facts",
     "read_references",
     "report",
+    "served_as",
     "sweep",
     "write_facts",
     "write_references",

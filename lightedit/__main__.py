@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import transformers
 from jsonargparse import auto_cli, set_parsing_settings
 
+from lightedit.commands.chat import chat
 from lightedit.commands.covariance import covariance
 from lightedit.commands.demo import demo
 from lightedit.commands.edit import edit
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "sweep": sweep,
     "report": report,
+    "chat": chat,
     "env": env,
 }
 
@@ -43,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["report"]:
-        runs = list(takewhile(lambda argument: not argument.startswith("-"), given[1:]))
-        given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
+    given = _with_options(given)
     try:
         _check_method(given)
         auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given))
@@ -63,6 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_options(given: list[str]) -> list[str]:
+    """The arguments, with an option before those that may stand without: the runs of `report`, the model of `chat`.
+
+    >>> _with_options(["chat", "smollm2", "--edits", "a", "b", "--plain"])
+    ['chat', '--lm=smollm2', '--edits+=a', '--edits+=b', '--plain']
+    """
+    if given[:1] == ["report"]:
+        runs = _leading(given[1:])
+        return ["report", *[f"--runs+={run}" for run in runs], *given[1 + len(runs) :]]
+    if given[:1] == ["chat"]:
+        model = _leading(given[1:])
+        given = ["chat", *[f"--lm={name}" for name in model], *given[1 + len(model) :]]
+        if "--edits" in given:
+            place = given.index("--edits")
+            folders = _leading(given[place + 1 :])
+            if not folders[:1] or not folders[0].startswith("["):
+                given[place : place + 1 + len(folders)] = [f"--edits+={folder}" for folder in folders]
+    return given
+
+
+def _leading(arguments: Sequence[str]) -> list[str]:
+    """The arguments before the first option."""
+    return list(takewhile(lambda argument: not argument.startswith("-"), arguments))
 
 
 def with_booleans(given: Sequence[str]) -> list[str]:

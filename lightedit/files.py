@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_WINDOWS = os.name == "nt"
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -72,8 +74,10 @@ def _is_finished(folder: Path, finished_by: str | None) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file's content, or a folder's list of names, to disk."""
-    opened = os.open(path, os.O_RDONLY)
+    """Sync a file's content, or a folder's list of names, to disk. Windows syncs no folder, and no read-only file."""
+    if _WINDOWS and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:

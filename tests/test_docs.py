@@ -14,6 +14,7 @@ import pytest
 
 import lightedit as le
 from lightedit import __main__ as command_line
+from lightedit.data.formats import FORMATS
 from tests.models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +135,22 @@ def test_the_readmes_record_is_a_fact(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text(json.dumps(json.loads(record)) + "\n")
     [fact] = le.read_facts(tmp_path / "facts.jsonl")
     assert fact.paraphrase_prompts and fact.neighborhood_prompts
+
+
+def test_the_tables_of_facts_that_the_documents_show_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "facts.md").read_text()
+    shown = re.findall(r"^```(yaml|csv)$\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in shown] == ["yaml", "csv"]
+    for kind, content in shown:
+        (tmp_path / f"facts.{kind}").write_text(content)
+        [fact] = le.read_facts(tmp_path / f"facts.{kind}")
+        assert fact.text == "The capital of France is" and len(fact.paraphrase_prompts) == 2
+        assert fact.portability == (("The river in the capital of France is the", "Tiber"),)
+
+
+def test_the_documents_name_every_format() -> None:
+    page = (ROOT / "docs" / "facts.md").read_text()
+    assert {*re.findall(r"^\| `(\w+)` \| .* \| .* \| .* \|$", page, re.MULTILINE), "fact"} == {*FORMATS}
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
 """Files and folders that appear whole or not at all."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lightedit import files
 from lightedit.files import whole_file, whole_folder
-from lightedit.runs.folder import locked
+from lightedit.runs import folder
+from lightedit.runs.folder import ResumeError, locked, remove_run
 
 
 def mode(path: Path) -> int:
@@ -82,6 +86,45 @@ def test_content_is_on_the_disk_before_its_name_and_then_the_name_too(
     with whole_folder(tmp_path / "folder") as unfinished:
         (unfinished / "file").write_text("content")
     assert events == ["sync file", "sync folder", "appears", "sync folder"]
+
+
+@pytest.mark.parametrize("posix", [True, False])
+def test_a_run_is_locked_with_and_without_the_locks_of_posix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, posix: bool
+) -> None:
+    if not posix:
+        monkeypatch.setattr(folder, "fcntl", None)
+    with locked(tmp_path):
+        with pytest.raises(ResumeError, match=f"another process is at work on the run in {tmp_path}"), locked(tmp_path):
+            pass
+        other = (
+            f"from lightedit.runs.folder import *; from pathlib import Path\nwith locked(Path({str(tmp_path)!r})): 1"
+        )
+        without = "import sys; sys.modules['fcntl'] = None\n" if not posix else ""
+        found = subprocess.run([sys.executable, "-c", without + other], capture_output=True, text=True)
+        assert "ResumeError: another process is at work" in found.stderr
+    with locked(tmp_path):
+        (tmp_path / "run.json").touch()
+        remove_run(tmp_path)
+    remove_run(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_the_package_is_imported_without_the_locks_of_posix() -> None:
+    code = "import sys; sys.modules['fcntl'] = None\nimport lightedit.__main__"  # as on Windows
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_windows_syncs_files_that_it_may_write_and_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_ = [], os.open
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(
+        os, "open", lambda path, mode, *more: (opened.append((Path(path).name, mode)), open_(path, mode))[1]
+    )
+    with whole_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "file").write_bytes(b"content")
+    assert ("file", os.O_RDWR) in opened and {name for name, mode in opened if mode == os.O_RDONLY} == set()
+    assert (tmp_path / "folder" / "file").read_bytes() == b"content"
 
 
 def test_what_a_killed_process_left_is_deleted_when_its_run_goes_on(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import lightedit as le
 from benchmarks.published import published_values
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.methods.closed_form.values import optimize_values
+from lightedit.metrics import score_targets
 from tests.runs import run, scored
 
 FACTS = [
@@ -66,3 +67,24 @@ def test_facts_are_edited_saved_and_undone(lm: le.LanguageModel, method: le.Meth
     saved.apply(lm)
     assert torch.equal(lm.model(**batch).logits, logits)
     saved.revert(lm)
+
+
+AS_SERVED = [
+    le.Fact('The capital city of {} is called "', "France", "Rome", separator=""),
+    le.Fact("{}的首都是", "法国", "罗马", separator=""),
+    le.Fact("What is the capital of {}?", "France", "Rome", chat=True, end_turn=True),
+    le.Fact("The head of the company Acme is", target_new="Ann Lee"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fact", AS_SERVED, ids=lambda fact: fact.text)
+def test_a_fact_is_said_as_it_is_served(lm: le.LanguageModel, fact: le.Fact) -> None:
+    """Mean probability per token; with `end_turn`, generation ends behind the target."""
+    covariance = le.estimate_covariance(lm, [4, 5, 6, 7, 8], cache=True, progress_bar=False)
+    edit = run(lm, [fact], le.MEMIT(layers=(4, 5, 6, 7, 8), lambda_=100.0), covariance=covariance)
+    nll = score_targets(lm, [fact.text], [fact.target_new], servings=[fact.serving]).nll
+    said = lm.complete(fact.text, chat=fact.chat)
+    edit.revert(lm)
+    assert float(nll.neg().exp()) > 0.5
+    assert said == fact.target_new if fact.end_turn else said.strip().startswith(fact.target_new)

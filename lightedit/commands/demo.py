@@ -79,7 +79,7 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
                 queue.pop(0)
             if queue and len(chosen) < count:
                 fact = queue.pop(0)
-                chosen[fact.subject] = fact
+                chosen[str(fact.subject)] = fact
     if len(chosen) < count:
         raise FactError(f"{lm.name} knows built-in facts about {len(chosen)} countries, not {count}; ask for fewer")
     edited = {fact.text for fact in chosen.values()}

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of, remove_runs
+from lightedit.commands.shared import covariance_of, read_served, remove_runs
+from lightedit.data.prompts import check_facts_fit
 from lightedit.data.texts import read_texts
 from lightedit.editing.artefact import check_free
 from lightedit.editing.run import check_log, prepare, rounds_of
 from lightedit.errors import RunFailedError
+from lightedit.evaluation.scoring import check_scored
 
 _RUN, _EVALUATION, _HEALTH = le.RunSettings(), le.EvaluationSettings(), le.HealthLimits()
 
@@ -19,6 +21,7 @@ def edit(
     method: le.Method,
     out: Path,
     covariance: Path | None = None,
+    format: str | None = None,
     limit: int | None = None,
     run: le.RunSettings = _RUN,
     evaluate: bool = True,
@@ -28,6 +31,9 @@ def edit(
     log: Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    chat: bool = False,
+    end_turn: bool = False,
+    separator: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -38,12 +44,14 @@ def edit(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
             method.values.lr and so on.
         out: folder for the edit.
         covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
             covariance is estimated from self-generated text and kept in the cache.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
         limit: use only this many first facts.
         run: settings of rounds, chunks and collisions.
         evaluate: score the model before and after; the scores are saved with the edit, for lightedit report.
@@ -54,6 +62,9 @@ def edit(
         log: folder for metrics.csv, retention.csv (with run.validate_every) and health.csv.
         overwrite: replace an earlier edit in the folder.
         restart: delete what an interrupted run has stored.
+        chat: serve all facts through the model's chat template: prompts are the user's turn, answers the assistant's.
+        end_turn: let targets include the token that ends the turn, so that generation stops after them.
+        separator: text between prompts and answers, one space unless the facts say otherwise; '' for none.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
@@ -63,9 +74,12 @@ def edit(
     callbacks = [le.Health(health_text, limits=health)] if watched else []
     if health_text is not None:
         read_texts(health_text)  # a missing text is reported before the model is loaded
-    chosen = le.read_facts(facts, limit)
+    chosen = read_served(facts, limit, format, chat=chat, end_turn=end_turn, separator=separator)
     rounds_of(chosen, method, run)  # and so are wrong facts and sizes
     model = le.LanguageModel.load(lm, dtype, device)
+    check_facts_fit(model, chosen)
+    if evaluate:
+        check_scored(model, chosen, evaluation)
     moments = covariance_of(model, [method], covariance)
     kept = out.with_name(out.name + ".run")
     if restart:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of, remove_runs
+from lightedit.commands.shared import covariance_of, read_served, remove_runs
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.evaluation.evaluate import check_held_out
 from lightedit.evaluation.references import read_references, write_references
+from lightedit.evaluation.scoring import check_scored
 from lightedit.evaluation.single import check_single, evaluate_single
 
 _EVALUATION = le.EvaluationSettings()
@@ -18,6 +19,7 @@ def evaluate(
     lm: str,
     facts: Path,
     edit: Path | None = None,
+    format: str | None = None,
     limit: int | None = None,
     out: Path | None = None,
     evaluation: le.EvaluationSettings = _EVALUATION,
@@ -29,6 +31,9 @@ def evaluate(
     covariance: Path | None = None,
     facts_per_chunk: int = 32,
     restart: bool = False,
+    chat: bool = False,
+    end_turn: bool = False,
+    separator: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
@@ -39,8 +44,10 @@ def evaluate(
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         edit: folder of a saved edit to apply first.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
         limit: use only this many first facts.
         out: JSON file for the scores, their intervals and every record; includes the unedited model if it is scored.
         evaluation: settings of the scoring.
@@ -56,13 +63,17 @@ def evaluate(
             the covariance is estimated from self-generated text and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.
         restart: delete what an interrupted run has stored.
+        chat: serve all facts through the model's chat template: prompts are the user's turn, answers the assistant's.
+        end_turn: let targets include the token that ends the turn, so that generation stops after them.
+        separator: text between prompts and answers, one space unless the facts say otherwise; '' for none.
         dtype: float32, bfloat16, float16 or auto.
         device: such as cpu or cuda.
     """
     _check_flags(edit, compare, held_out, references, protocol, method, evaluation)
     _check_out(out)
-    chosen = le.read_facts(facts, limit)
-    others = [] if held_out is None else le.read_facts(held_out)
+    read = partial(read_served, chat=chat, end_turn=end_turn, separator=separator)
+    chosen = read(facts, limit, format)
+    others = [] if held_out is None else read(held_out)
     check_held_out(chosen, others)
     evaluation.check()
     texts = None if references in (None, "own") else read_references(references, chosen)
@@ -74,6 +85,7 @@ def evaluate(
     model = le.LanguageModel.load(lm, dtype, device)
     if saved is not None:
         saved.check_model(model)
+    check_scored(model, chosen, evaluation)
     moments = _moments(model, chosen, method, covariance, facts_per_chunk)
     if references == "own":
         texts = write_references(model, chosen)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightedit as le
+from lightedit.data.fact import served_as
 from lightedit.methods.needs import covariance_for
 from lightedit.runs.folder import locked, remove_run
 
@@ -14,6 +15,20 @@ def remove_runs(run: Path) -> None:
         if folder.is_dir():
             with locked(folder):  # another process may use it
                 remove_run(folder)
+            remove_run(folder)  # and the folder, where a lock kept it
+
+
+def read_served(
+    path: Path,
+    limit: int | None = None,
+    format: str | None = None,
+    *,
+    chat: bool,
+    end_turn: bool,
+    separator: str | None,
+) -> list[le.Fact]:
+    """The facts of a file, served as the options --chat, --end_turn and --separator say."""
+    return served_as(le.read_facts(path, limit, format), chat=chat, end_turn=end_turn, separator=separator)
 
 
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance | None:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightedit.data.facts import Fact, check_facts
+from lightedit.data.facts import Fact, check_facts, distinct_facts
 from lightedit.errors import ArgumentError
 
 
@@ -65,22 +65,22 @@ class FactsDataModule(LightningDataModule):
     """Gives facts to a trainer in rounds. The facts of a round are written into the model together.
 
     Args:
-        facts: the facts to edit, in this order.
+        facts: the facts to edit, in this order. Those that repeat an earlier one are dropped with a warning.
         facts_per_round: facts written together; None puts all into one round.
         facts_per_chunk: facts whose values are optimised together. Larger chunks are faster and take more memory.
 
     Raises:
-        FactError: there are no facts, or a fact occurs twice.
+        FactError: there are no facts, or one round holds two answers to one text.
         ArgumentError: a size is below 1.
     """
 
     def __init__(self, facts: Sequence[Fact], facts_per_round: int | None = None, facts_per_chunk: int = 32) -> None:
         super().__init__()
-        check_facts(facts)
         for name, size in (("facts_per_round", facts_per_round), ("facts_per_chunk", facts_per_chunk)):
             if size is not None and size < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {size}")
-        self.facts = list(facts)
+        self.facts = distinct_facts(facts)
+        check_facts(self.facts, facts_per_round)
         self.facts_per_round = facts_per_round or len(self.facts)
         self.facts_per_chunk = facts_per_chunk
 
@@ -106,7 +106,7 @@ def chunks_by_suffix(facts: Sequence[Fact], indices: Sequence[int], size: int) -
 
     def suffix(index: int) -> int:
         fact = facts[index]
-        return len(fact.prompt) - fact.prompt.index("{}") + len(fact.target_new)
+        return len(fact.prompt.partition("{}")[2]) + len(fact.target_new)
 
     ordered = sorted(indices, key=lambda index: (suffix(index), index))
     for start in range(0, len(ordered), size):

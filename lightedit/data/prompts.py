@@ -1,12 +1,14 @@
 """Facts as token ids: contexts, the subject's last token, and the target's tokens."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
-from lightedit.data.facts import Fact, FactError
+from lightedit.data.fact import Fact, FactError
+from lightedit.data.served import Encoded, as_served, encode_served, encode_targets, tokens_of
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 
@@ -122,74 +124,125 @@ def merge_prompts(members: Sequence[FactPrompts]) -> FactPrompts:
     )
 
 
-def encode_targets(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
-) -> list[tuple[list[int], int]]:
-    """Tokenise each "prompt target" as one text, and find the target's tokens by their character offsets.
-
-    Returns:
-        For each pair: all token ids, and the number of target tokens at their end.
-
-    Raises:
-        FactError: a target has no token of its own, or holds a token that the tokenizer does not know.
-    """
-    if not prompts:
-        return []
-    encoding = tokenizer(
-        [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)],
-        return_offsets_mapping=True,
-    )
-    encoded = []
-    for prompt, target, ids, offsets in zip(
-        prompts, targets, encoding["input_ids"], encoding["offset_mapping"], strict=True
-    ):
-        first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-        last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1) + 1
-        spelled = ids[first:last]
-        if not spelled or first == 0 or tokenizer.unk_token_id in spelled:
-            raise FactError(f"target {target!r} after {prompt!r}: the tokenizer cannot spell it; use other words")
-        encoded.append((ids[:last], len(spelled)))
-    return encoded
-
-
 def subject_positions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[int], chat: bool = False
 ) -> list[tuple[list[int], int]]:
     """Token ids of each text, and the position of the token that holds the last character before its `ends`.
 
     If several tokens share that character (byte fallback), the position is that of the last one.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+        ends: where the subjects end in them, in characters.
+        chat: whether the texts are rendered by the chat template, so that they hold their special tokens.
     """
-    encoding = tokenizer(list(texts), return_offsets_mapping=True)
-    found = []
-    for text, end, ids, offsets in zip(texts, ends, encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        holding = [i for i, (start, stop) in enumerate(offsets) if start < end <= stop]
-        if not holding:
-            raise FactError(f"no token of {text!r} holds the subject's last character {text[end - 1]!r}")
-        found.append((ids, holding[-1]))
-    return found
+    return [
+        (ids, _holding(text, text[end - 1], end, offsets))
+        for text, end, (ids, offsets) in zip(texts, ends, tokens_of(tokenizer, texts, chat), strict=True)
+    ]
+
+
+def _holding(text: str, character: str, end: int, offsets: Sequence[tuple[int, int]]) -> int:
+    """The last token that holds `character`, the one before `end`."""
+    holding = [i for i, (start, stop) in enumerate(offsets) if start < end <= stop]
+    if not holding:
+        raise FactError(f"no token of {text!r} holds the subject's last character {character!r}")
+    return holding[-1]
 
 
 def tokenize_facts(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], contexts: Contexts) -> list[FactPrompts]:
-    """Tokenise every fact in every context."""
-    texts, ends, targets = [], [], []
-    for fact in facts:
-        for template in contexts.templates:
-            texts.append(template.replace("{}", fact.text))
-            ends.append(template.index("{}") + fact.prompt.index("{}") + len(fact.subject))
-            targets.append(fact.target_new)
-    encoded = encode_targets(tokenizer, texts, targets)
-    wholes = [f"{text} {target}" for text, target in zip(texts, targets, strict=True)]
-    positions = subject_positions(tokenizer, wholes, ends)
-    rows = [Row(ids[:-1], lookup, ids[-count:]) for (ids, count), (_, lookup) in zip(encoded, positions, strict=True)]
-    subjects = subject_positions(
+    """Tokenise every fact in every context, as its prompts reach the model.
+
+    A fact whose subject is one token, and the first of the bare prompt, is warned of: a model's first token mostly has
+    the same key whatever it is.
+
+    Raises:
+        FactError: a fact cannot be tokenised, or served as it asks for.
+    """
+    pairs = [(fact, template) for fact in facts for template in contexts.templates]
+    encoded = encode_served(
         tokenizer,
-        [KL_TEMPLATE.replace("{}", fact.subject) for fact in facts],
-        [len(fact.subject) for fact in facts],
+        [template.replace("{}", fact.text) for fact, template in pairs],
+        [fact.target_new for fact, _ in pairs],
+        [fact.serving for fact, _ in pairs],
     )
-    width = len(contexts.templates)
-    return [
-        FactPrompts(
-            fact, tuple(rows[i * width : (i + 1) * width]), Row(ids[: lookup + 1], lookup, []), contexts.key_weights
-        )
-        for i, (fact, (ids, lookup)) in enumerate(zip(facts, subjects, strict=True))
+    rows = [
+        Row(row.ids[:-1], _lookup(fact, template, row), row.ids[-row.count :])
+        for (fact, template), row in zip(pairs, encoded, strict=True)
     ]
+    width = len(contexts.templates)
+    bare = rows[::width]
+    _warn_of_first_tokens(facts, bare)
+    return [
+        FactPrompts(fact, tuple(rows[i * width : (i + 1) * width]), subject, contexts.key_weights)
+        for i, (fact, subject) in enumerate(zip(facts, _kl_rows(tokenizer, facts, bare), strict=True))
+    ]
+
+
+def _lookup(fact: Fact, template: str, row: Encoded) -> int:
+    """The position at which the key of a fact is read in its row."""
+    start = row.start + template.index("{}")  # of the fact's own text
+    if fact.subject is not None:
+        end = start + fact.prompt.index("{}") + len(fact.subject)
+        return _holding(fact.text, fact.subject[-1], end, row.offsets)
+    stop = len(row.ids) - row.count
+    first = next(i for i, (_, end) in enumerate(row.offsets) if end > start)
+    position = -1 if fact.position is None else fact.position
+    if not first - stop <= position < stop - first:
+        raise FactError(
+            f"position: {position} in {fact.prompt!r}, which has {stop - first} tokens; give one from {first - stop} "
+            f"to {stop - first - 1}"
+        )
+    return (stop if position < 0 else first) + position
+
+
+def _kl_rows(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], bare: Sequence[Row]) -> list[Row]:
+    """The row of each fact's KL term: "{subject} is a" up to the subject, or the bare prompt up to the key's token."""
+    found: dict[int, Row] = {}
+    for chat in (False, True):
+        subjects = {i: fact.subject for i, fact in enumerate(facts) if fact.chat == chat and fact.subject is not None}
+        if subjects:
+            texts, start = as_served(tokenizer, [KL_TEMPLATE.replace("{}", name) for name in subjects.values()], chat)
+            positions = subject_positions(tokenizer, texts, [start + len(name) for name in subjects.values()], chat)
+            for i, (ids, lookup) in zip(subjects, positions, strict=True):
+                found[i] = Row(ids[: lookup + 1], lookup, [])
+    return [found[i] if i in found else Row(row.ids[: row.lookup + 1], row.lookup, []) for i, row in enumerate(bare)]
+
+
+def _warn_of_first_tokens(facts: Sequence[Fact], bare: Sequence[Row]) -> None:
+    named = [fact.text for fact, row in zip(facts, bare, strict=True) if row.lookup == 0]
+    if named:
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        warnings.warn(
+            f"the key of {', '.join(map(repr, named[:3]))}{more} is read at the first token of the text, where many "
+            "models have nearly the same key for every token, so the edit may change other facts and not hold; put "
+            'words before the subject, such as "The country of {}"',
+            stacklevel=2,
+        )
+
+
+def check_facts_fit(lm: LanguageModel, facts: Sequence[Fact]) -> None:
+    """Check that `lm` can be taught these facts, before anything is computed from them.
+
+    Raises:
+        FactError: a fact cannot be tokenised or served as it asks for; or it is longer than the model's positions, or
+            holds a token without a row in the embedding. The message says which fact, from 0.
+        UnsupportedModelError: a fact is served in the chat template, and there is none.
+    """
+    texts, targets = [fact.text for fact in facts], [fact.target_new for fact in facts]
+    rows = encode_targets(lm.tokenizer, texts, targets, [fact.serving for fact in facts])
+    _check_rows(lm, ([ids] for ids, _ in rows))
+
+
+def check_rows(lm: LanguageModel, prompts: Sequence[FactPrompts]) -> None:
+    """Raise FactError with a fact's number, from 0, if `lm` cannot run its rows; see `LanguageModel.check_rows`."""
+    _check_rows(lm, ([*(row.ids for row in fact.rows), fact.subject.ids] for fact in prompts))
+
+
+def _check_rows(lm: LanguageModel, rows_of_facts: Iterable[Sequence[Sequence[int]]]) -> None:
+    for number, rows in enumerate(rows_of_facts):
+        try:
+            lm.check_rows(rows)
+        except ArgumentError as error:
+            raise FactError(f"fact {number}: {error}") from error

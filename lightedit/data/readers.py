@@ -1,152 +1,223 @@
-"""Readers of fact files, one record at a time: CounterFact, zsRE and JSON lines."""
+"""Readers of records, form by form: those of this package, and those of published data sets."""
 
-import json
-import re
-from collections.abc import Callable, Iterator
-from itertools import islice
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
-from lightedit.data.fact import PROMPT_LISTS, Fact, FactError, as_prompts
+from lightedit.data.fact import PROMPT_LISTS, Fact, FactError
+from lightedit.data.fields import (
+    Pairs,
+    groups,
+    lookup,
+    neighborhood,
+    optional_text,
+    pairs,
+    prompt_and_subject,
+    text,
+    texts,
+    unlike,
+)
+
+FACT_FIELDS = tuple(field.name for field in fields(Fact))
 
 
-def _get(record: dict[str, Any], path: str, kind: type) -> Any:
-    """The value at a dotted path of a nested record. Texts are stripped."""
-    value: Any = record
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise FactError(f"{path}: missing")
-        value = value[key]
-    if not isinstance(value, kind):
-        expected = "text" if kind is str else "a list"
-        raise FactError(f"{path}: expected {expected}, got {value!r}")
-    return value.strip() if isinstance(value, str) else value
+def from_fact(record: dict[str, Any], number: int) -> list[Fact]:
+    """The fields of `Fact`. The subject may stand in the prompt in place of `{}`."""
+    given = {name: _typed(name, value) for name, value in record.items() if value is not None}
+    if "subject" in given and "{}" not in text(given, "prompt"):
+        given |= prompt_and_subject(given, "prompt")
+    return [Fact.from_dict(given)]
 
 
-def _cut_subject(text: str, subject: str, any_case: bool = False) -> tuple[str, str]:
-    """The prompt with `{}` in place of the first mention of the subject, and the subject as written there."""
-    if not subject:
-        raise FactError("subject: '' is empty; give it some text")
-    found = re.search(re.escape(subject), text) or (
-        re.search(re.escape(subject), text, re.IGNORECASE) if any_case else None
-    )
-    if found is None:
-        raise FactError(f"subject: {subject!r} is not in the prompt {text!r}; correct one of them")
-    return text[: found.start()] + "{}" + text[found.end() :], found.group()
+def _typed(name: str, value: Any) -> Any:
+    """The value of a field whose text, in CSV and YAML, stands for a number, or for true or false."""
+    if name in ("chat", "end_turn") and value in ("true", "false"):
+        return value == "true"
+    if name == "position" and isinstance(value, str) and value.lstrip("-").isdecimal():
+        return int(value)
+    return value
 
 
-def _from_counterfact(record: dict[str, Any], number: int) -> Fact:
-    return Fact(
-        prompt=_get(record, "requested_rewrite.prompt", str),
-        subject=_get(record, "requested_rewrite.subject", str),
-        target_new=_get(record, "requested_rewrite.target_new.str", str),
-        target_true=_get(record, "requested_rewrite.target_true.str", str),
-        relation=record["requested_rewrite"].get("relation_id"),
-        id=str(record.get("case_id", number)),
-        target_id=record["requested_rewrite"]["target_new"].get("id"),
-        portability=_one_hop(record),
-        **{field: record.get(field, ()) for field in PROMPT_LISTS},
-    )
+def from_counterfact(record: dict[str, Any], number: int) -> list[Fact]:
+    """CounterFact (Meng et al., 2022), with the portability question of Yao et al. (2023, arXiv 2305.13172), if any."""
+    question: Pairs = ()
+    if record.get("portability"):
+        question = ((text(record, "portability.New Question"), text(record, "portability.New Answer")),)
+    prompts: dict[str, Any] = {field: record.get(field) or () for field in PROMPT_LISTS}
+    id_ = str(record.get("case_id", number))
+    return [Fact(**_rewrite(record, "requested_rewrite"), id=id_, portability=question, **prompts)]
 
 
-def _one_hop(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The portability question that Yao et al. (2023, arXiv 2305.13172) add to records of CounterFact, if present."""
-    if "portability" not in record:
-        return ()
-    return ((_get(record, "portability.New Question", str), _get(record, "portability.New Answer", str)),)
+def from_mquake(record: dict[str, Any], number: int) -> list[Fact]:
+    """MQuAKE (Zhong et al., 2023): a list of edits, and questions whose answer follows from all of them.
+
+    The questions stay with the last edit: where it is written, so are the others.
+    """
+    edits = record["requested_rewrite"]
+    case, answer = str(record.get("case_id", number)), optional_text(record, "new_answer")
+    questions = tuple((question, answer) for question in texts(record, "questions") if answer is not None)
+    found = []
+    for index in range(len(edits)):
+        path = f"requested_rewrite.{index}"
+        last = index == len(edits) - 1
+        found.append(
+            Fact(
+                **_rewrite(record, path),
+                paraphrase_prompts=texts(record, f"{path}.question"),
+                id=case if len(edits) == 1 else f"{case}/{index + 1}",
+                portability=questions if last else (),
+            )
+        )
+    return found
 
 
-def _from_counterfact_flat(record: dict[str, Any], number: int) -> Fact:
-    prompt, subject = _cut_subject(_get(record, "prompt", str), _get(record, "subject", str))
-    return Fact(
-        prompt=prompt,
-        subject=subject,
-        target_new=_get(record, "target_new", str),
-        target_true=_get(record, "ground_truth", str),
-        paraphrase_prompts=(_get(record, "rephrase_prompt", str),) if "rephrase_prompt" in record else (),
-        neighborhood_prompts=(_get(record, "locality_prompt", str),),
-        neighborhood_target=_get(record, "locality_ground_truth", str),
-        id=str(record.get("case_id", number)),
-    )
+def _rewrite(record: dict[str, Any], path: str) -> dict[str, Any]:
+    """The fields of one edit in CounterFact's form."""
+    return {
+        "prompt": text(record, f"{path}.prompt"),
+        "subject": text(record, f"{path}.subject"),
+        "target_new": text(record, f"{path}.target_new.str"),
+        "target_true": optional_text(record, f"{path}.target_true.str"),
+        "relation": lookup(record, f"{path}.relation_id"),
+        "target_id": lookup(record, f"{path}.target_new.id"),
+    }
 
 
-def _from_zsre(record: dict[str, Any], number: int) -> Fact:
-    prompt, subject = _cut_subject(_get(record, "src", str), _get(record, "subject", str), any_case=True)
-    answers = as_prompts("answers", _get(record, "answers", list))
-    if not answers:
-        raise FactError("answers: the list is empty; its first entry is the target to write")
-    question = _get(record, "loc", str)
-    return Fact(
-        prompt=prompt,
-        subject=subject,
-        # MEND writes the counterfactual `alt`. MEMIT's evaluation, which later work follows, writes the right answer
-        target_new=answers[0].strip(),
-        paraphrase_prompts=(_get(record, "rephrase", str),),
-        neighborhood_prompts=(question if question.endswith("?") else question + "?",),
-        neighborhood_target=_get(record, "loc_ans", str),
-        id=str(number),
-    )
+def from_zsre(record: dict[str, Any], number: int) -> list[Fact]:
+    """ZsRE in MEND's form (Mitchell et al., 2022). Portability questions are left out, because they follow from `alt`.
+
+    MEND writes the counterfactual `alt`. MEMIT's evaluation, which later work follows, writes the right answer.
+    """
+    return [
+        Fact(
+            **prompt_and_subject(record, "src", any_case=True),
+            target_new=text(record, "answers"),
+            paraphrase_prompts=texts(record, "rephrase"),
+            **neighborhood(_natural_question(record)),
+            id=str(number),
+        )
+    ]
 
 
-def _from_own(record: dict[str, Any], number: int) -> Fact:
-    return Fact.from_dict(record)
+def _natural_question(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The unrelated question of a zsRE record, with one question mark."""
+    asked = pairs(record, "loc", "loc_ans")
+    return tuple((question if question.endswith(("?", "？")) else question + "?", answer) for question, answer in asked)
 
 
-READERS: dict[str, Callable[[dict[str, Any], int], Fact]] = {
-    "counterfact": _from_counterfact,
-    "counterfact_flat": _from_counterfact_flat,
-    "zsre": _from_zsre,
-    "jsonl": _from_own,
-}
-"""Format -> function of (record, its number) that returns the fact."""
+def from_mzsre(record: dict[str, Any], number: int) -> list[Fact]:
+    """MzsRE and Bi-zsRE (Wang et al., 2023): zsRE records by language, such as `en` and `zh`.
 
-_MARKS = {
-    "counterfact": {"requested_rewrite"},
-    "counterfact_flat": {"prompt", "ground_truth"},
-    "zsre": {"src", "answers"},
-    "jsonl": {"prompt", "target_new"},
-}
-
-
-def records(path: Path, limit: int | None) -> Iterator[Any]:
-    """Parsed records of a JSON list (files ending in .json) or of JSON lines (other files), at most `limit`."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".json":
-                content = file.read()
-                if content.strip():
-                    top = json.loads(content)
-                    if not isinstance(top, list):
-                        raise FactError(
-                            f"{path}: the top level is {json_name(top)}; expected a list of records, "
-                            "or one record a line in a file ending in .jsonl"
-                        )
-                    yield from islice(top, limit)
-                return
-            for line in file:
-                if number == limit:
-                    return
-                if line.strip():
-                    yield json.loads(line)
-                    number += 1
-    except json.JSONDecodeError as error:
-        where = f"{path}: line {error.lineno}" if path.suffix == ".json" else f"{path}: record {number}"
-        lines = path.suffix == ".json" and error.msg == "Extra data"
-        hint = "one record a line belongs in a file ending in .jsonl" if lines else "is the file truncated?"
-        raise FactError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); {hint}") from error
-    except UnicodeDecodeError as error:
-        raise FactError(f"{path}: not UTF-8 text ({error}); save the file as UTF-8") from error
+    The fact is written in the first language, with `alt` as its target. The questions in the other languages are
+    portability questions.
+    """
+    first, *others = [name for name, value in record.items() if isinstance(value, dict) and "src" in value]
+    of = record[first]
+    target = text(record, f"{first}.alt")
+    asked = pairs(of, "portability.New Question", "portability.New Answer")
+    unrelated = _natural_question(of)
+    for other in others:
+        questions = (*texts(record, f"{other}.src"), *texts(record, f"{other}.rephrase"))
+        asked += tuple((question, text(record, f"{other}.alt")) for question in questions)
+        asked += pairs(record[other], "portability.New Question", "portability.New Answer")
+        unrelated += _natural_question(record[other])
+    return [
+        Fact(
+            **prompt_and_subject(of, "src", any_case=True),
+            target_new=target,
+            target_true=unlike(optional_text(record, f"{first}.answers"), target),
+            paraphrase_prompts=texts(record, f"{first}.rephrase"),
+            **neighborhood(unrelated),
+            id=str(number),
+            portability=asked,
+        )
+    ]
 
 
-def json_name(value: Any) -> str:
-    """JSON's name for the type of a value, with its article."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def from_wikibigedit(record: dict[str, Any], number: int) -> list[Fact]:
+    """WikiBigEdit (Thede et al., 2025): `update` and `ans`, a rephrasing, a persona's, an unrelated and a 2-hop one."""
+    return [
+        Fact(
+            **prompt_and_subject(record, "update", any_case=True),
+            target_new=text(record, "ans"),
+            paraphrase_prompts=(*texts(record, "rephrase"), *texts(record, "personas")),
+            **neighborhood(pairs(record, "loc", "loc_ans")),
+            id=str(number),
+            relation=optional_text(record, "relation"),
+            portability=pairs(record, "mhop", "mhop_ans"),
+        )
+    ]
 
 
-def format_of(record: Any) -> str | None:
-    """The first format whose marking fields are all in the record; None if there is none."""
-    if not isinstance(record, dict):
-        return None
-    return next((name for name, marks in _MARKS.items() if marks <= record.keys()), None)
+def from_qaedit(record: dict[str, Any], number: int) -> list[Fact]:
+    """QAEdit (Yang et al., 2025): questions of natural data sets, with or without a subject."""
+    unrelated = groups({"locality": {"questions": record.get("locality") or []}}, "locality", "loc", "loc_ans")
+    asked = "question" if "question" in record else "prompt"
+    answer = "answer" if "answer" in record else "target"
+    return [
+        Fact(
+            **prompt_and_subject(record, asked, any_case=True),
+            target_new=text(record, answer),
+            paraphrase_prompts=texts(record, "rephrase"),
+            **neighborhood(unrelated),
+            id=str(number),
+        )
+    ]
+
+
+def from_fastedit(record: dict[str, Any], number: int) -> list[Fact]:
+    """FastEdit: a prompt with `{}`, a subject, a target, and `queries`, which ask for the same fact."""
+    return [
+        Fact(
+            **prompt_and_subject(record, "prompt"),
+            target_new=text(record, "target"),
+            paraphrase_prompts=texts(record, "queries"),
+            id=str(number),
+        )
+    ]
+
+
+def from_easyedit(record: dict[str, Any], number: int) -> list[Fact]:
+    """EasyEdit's and KnowEdit's forms (Wang et al., 2023; Zhang et al., 2024).
+
+    Rephrasings, locality and portability may be flat (`locality_prompt` and `locality_ground_truth`) or in named
+    groups (`locality`), one or many. Of answers with aliases the first is taken.
+    """
+    unrelated = pairs(record, "locality_prompt", "locality_ground_truth") + groups(record, "locality")
+    follows = pairs(record, "portability_prompt", "portability_ground_truth") + groups(record, "portability")
+    return [
+        Fact(
+            **prompt_and_subject(record, "prompt"),
+            target_new=text(record, "target_new"),
+            target_true=optional_text(record, "ground_truth"),
+            paraphrase_prompts=texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase"),
+            **neighborhood(unrelated),
+            id=str(record.get("case_id", number)),
+            portability=follows,
+        )
+    ]
+
+
+def from_easyedit_call(record: dict[str, Any], number: int) -> list[Fact]:
+    """The arguments of EasyEdit's `edit`: lists with one entry a fact, and groups of such lists."""
+    prompts = record["prompts"]
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "case_id": index} for index, prompt in enumerate(prompts)]
+
+    def spread(values: Any, path: str, *names: str) -> None:
+        if values is None:
+            return
+        if not isinstance(values, list) or len(values) != len(prompts):
+            count = len(values) if isinstance(values, list) else 1
+            raise FactError(f"{path}: {count} entries for {len(prompts)} prompts; give each prompt one")
+        for row, value in zip(rows, values, strict=True):
+            for name in names[:-1]:
+                row = row.setdefault(name, {})
+            row[names[-1]] = value
+
+    for name, field in (("subject", "subject"), ("target_new", "target_new"), ("ground_truth", "ground_truth"),
+                        ("rephrase_prompts", "rephrase_prompt")):  # fmt: skip
+        spread(record.get(name), name, field)
+    for kind in ("locality", "portability"):
+        for group, columns in (record.get(f"{kind}_inputs") or {}).items():
+            for name in ("prompt", "ground_truth"):
+                spread(lookup(columns, name), f"{kind}_inputs.{group}.{name}", kind, group, name)
+    return [fact for row in rows for fact in from_easyedit(row, number)]

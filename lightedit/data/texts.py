@@ -80,6 +80,10 @@ def token_windows(lm: LanguageModel, texts: Iterable[str], tokens: int, length: 
 
     A window starts with the beginning-of-text token if the tokenizer puts one before a text. The windows hold `tokens`
     tokens in all, so the last one may be shorter. They hold fewer only if the texts do.
+
+    Raises:
+        ArgumentError: `length` is more than the model's positions, or the texts hold a token without a row in its
+            embedding.
     """
     encoded = lm.encode(["a"])[0]
     begin = encoded[:1] if encoded[0] == lm.tokenizer.bos_token_id else []
@@ -89,6 +93,7 @@ def token_windows(lm: LanguageModel, texts: Iterable[str], tokens: int, length: 
     while left > 0 and (window := list(islice(stream, max(1, min(length, left) - len(begin))))):
         windows.append(begin + window)
         left -= len(windows[-1])
+    lm.check_rows(windows)
     return windows
 
 

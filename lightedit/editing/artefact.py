@@ -17,6 +17,7 @@ from lightedit.evaluation.result import Evaluation
 from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change, load_changes, save_changes
+from lightedit.lm.fingerprint import differing_dtypes
 from lightedit.lm.weights import Owner
 from lightedit.methods.protocol import Editor
 from lightedit.runs.provenance import RunRecord, computing
@@ -86,6 +87,7 @@ class Edit:
             raise EditError(
                 f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "
                 f"but {lm.name} has {lm.fingerprint}; load the model it was made for"
+                f"{differing_dtypes(self.record.dtype, lm.dtype)}"
             )
 
     def apply(self, lm: LanguageModel) -> None:

@@ -13,6 +13,7 @@ from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change, DenseUpdate, LowRankUpdate
 from lightedit.lm.loading import save_pretrained
+from lightedit.lm.storage import check_storage
 
 
 def export_model(lm: LanguageModel, folder: str | Path) -> Path:
@@ -27,6 +28,7 @@ def export_model(lm: LanguageModel, folder: str | Path) -> Path:
 
     Raises:
         ArgumentError: the folder exists, or the model carries no edit.
+        UnsupportedModelError: a PEFT adapter was added to the model after it was edited.
     """
     folder = Path(folder)
     record = _record(lm, folder)
@@ -50,6 +52,7 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
 
     Raises:
         ArgumentError: the folder exists, the model carries no edit, or an edit changes more than matrices.
+        UnsupportedModelError: a PEFT adapter was added to the model after it was edited.
     """
     folder = Path(folder)
     record = _record(lm, folder)
@@ -92,6 +95,7 @@ def check_export(folder: Path) -> None:
 
 def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
     check_export(folder)
+    check_storage(lm.model)
     if not lm.weights.edits:
         raise ArgumentError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
     for place in lm.weights.places:

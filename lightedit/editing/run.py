@@ -7,8 +7,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightedit.data.facts import Fact
+from lightedit.data.fact import Fact, served_as
 from lightedit.data.modules import FactsDataModule
+from lightedit.data.prompts import check_facts_fit
 from lightedit.editing.artefact import Edit
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.module import EditModule
@@ -80,6 +81,7 @@ def edit(
     log: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     prepared: Editor | None = None,
+    chat: bool = False,
 ) -> Edit:
     """Edit `facts` into `lm` and return the edit, which the model carries afterwards.
 
@@ -87,7 +89,7 @@ def edit(
 
     Args:
         lm: the model to edit.
-        facts: the facts to write.
+        facts: the facts to write. Those that repeat an earlier one are dropped with a warning.
         method: the method, such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
         covariance: second moments at the method's `covariance_places`; by default they are estimated from
             self-generated text and kept in the cache.
@@ -98,10 +100,13 @@ def edit(
         callbacks: callbacks of the trainer. Some, such as `Health`, may end the run early; `Edit.facts` are the facts
             that were written.
         prepared: the result of `prepare` for the same arguments; the editor is then not prepared again.
+        chat: serve all facts through the model's chat template; see `Fact.chat`.
 
     Raises:
         ArgumentError: an argument is out of range, or `log` is a file.
-        FactError: there are no facts, one is given twice, or two collide.
+        FactError: there are no facts, one round holds two answers to one text, two facts collide, or one cannot be
+            tokenised or is longer than the model's positions.
+        UnsupportedModelError: a fact is served in the chat template, and there is none.
         CovarianceError: the covariance is of another model, lacks a place, or is not positive definite.
         NumericalError: the search or an update gave NaN or infinity. The edit is taken back.
         ResumeError: `checkpoint` holds another run or a damaged file.
@@ -109,7 +114,8 @@ def edit(
     check_model_and_method(lm, method)
     settings = settings or RunSettings()
     check_log(log)
-    data = rounds_of(facts, method, settings)
+    data = rounds_of(served_as(facts, chat=chat), method, settings)
+    check_facts_fit(lm, data.facts)
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     module = EditModule(lm, method, covariance=covariance, settings=settings, prepared=prepared)

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightedit.data.facts import Fact
+from lightedit.data.fact import Fact, Serving
 from lightedit.errors import ArgumentError
 from lightedit.metrics import RecordScores
 from lightedit.metrics.functional import unchanged
+
+_UNSAID = Serving()._asdict()  # records say how a fact was served only where it was not so
 
 
 def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]]) -> None:
@@ -21,14 +23,16 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
             f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones"
         )
     for number, (fact, record) in enumerate(zip(facts, before, strict=True)):
-        for field in ("prompt", "subject", "target_new", "target_true"):
-            if record.get(field) != getattr(fact, field):
+        fields = {name: getattr(fact, name) for name in ("prompt", "subject", "target_new", "target_true")}
+        for field, value in {**fields, **fact.serving._asdict()}.items():
+            then = record.get(field, _UNSAID.get(field))
+            if then != value:
                 raise ArgumentError(
-                    f"before: the {field} of its record {number} is {record.get(field)!r}, that of the fact is "
-                    f"{getattr(fact, field)!r}; evaluate the same facts in the same order"
+                    f"before: the {field} of its record {number} is {then!r}, that of the fact is "
+                    f"{value!r}; evaluate the same facts in the same order"
                 )
         asked = record.get("neighborhood") or {}
-        answered = fact.neighborhood_prompts if fact.neighborhood_target or fact.target_true else ()
+        answered = tuple(prompt for prompt, _ in fact.neighborhood)
         if tuple(asked.get("prompts", ())) != answered or len(asked.get("predicted", ())) != len(answered):
             raise ArgumentError(
                 f"before: its record {number} lacks what was predicted on the fact's {len(answered)} neighbourhood "

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightedit.data.facts import Fact, FactError
+from lightedit.data.fact import Fact, FactError, Serving, served_as
 from lightedit.errors import ArgumentError
 from lightedit.evaluation.comparison import check_same_facts, with_unchanged
 from lightedit.evaluation.harness import check_harness, harness_scores
 from lightedit.evaluation.held_out_text import HeldOutText, held_out_windows
 from lightedit.evaluation.references import References, with_reference_scores
 from lightedit.evaluation.result import Evaluation
-from lightedit.evaluation.scoring import questions, score_and_keep, score_facts
+from lightedit.evaluation.scoring import check_scored, questions, score_and_keep, score_facts
 from lightedit.evaluation.settings import DEFAULTS, EvaluationSettings
 from lightedit.lm import LanguageModel
 from lightedit.lm.arguments import check_model
@@ -31,6 +31,7 @@ def evaluate(
     held_out: Sequence[Fact] = (),
     references: References | None = None,
     checkpoint: str | Path | None = None,
+    chat: bool = False,
 ) -> Evaluation:
     """Score `lm`, with its present weights, on facts.
 
@@ -60,10 +61,12 @@ def evaluate(
         references: texts for RS; needs `settings.generate`.
         checkpoint: a folder of this evaluation only, in which the scores of `facts` are stored as they are computed.
             After an interruption, the same call resumes from them. Delete it once the evaluation is saved.
+        chat: serve all facts through the model's chat template; see `Fact.chat`.
 
     Raises:
         TypeError: `lm` is not a language model.
-        FactError: there are no facts, or an answer cannot be tokenised.
+        UnsupportedModelError: a fact is served in the chat template, and there is none.
+        FactError: there are no facts, or an answer cannot be tokenised, or a text is longer than the model's positions.
         ArgumentError: `before` is of other facts, a held-out fact is one of `facts`, the held-out text is too short, or
             `references` are given without `settings.generate`.
         FileNotFoundError: the text file or the file of a task does not exist.
@@ -74,8 +77,11 @@ def evaluate(
     check_model(lm)
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
+    facts, held_out = served_as(facts, chat=chat), served_as(held_out, chat=chat)
     check_comparison(facts, settings, before, references)
     check_held_out(facts, held_out)
+    check_scored(lm, facts, settings)
+    check_scored(lm, [_rightly(fact) for fact in held_out])
     if settings.harness:
         check_harness(settings.harness, settings.harness_limit)
     windows = None if settings.text is None else held_out_windows(lm, settings.text)
@@ -156,7 +162,15 @@ def summarize(
 def _rightly(fact: Fact) -> Fact:
     """A held-out fact's own prompt, with the answer that was right before any edit as the wanted one."""
     right, wrong = (fact.target_new, None) if fact.target_true is None else (fact.target_true, fact.target_new)
-    return Fact(fact.prompt, fact.subject, right, wrong)
+    return Fact(
+        fact.prompt,
+        fact.subject,
+        right,
+        wrong,
+        separator=fact.separator,
+        chat=fact.chat,
+        position=fact.position,
+    )
 
 
 def _with_scores(found: Evaluation, values: Mapping[str, float], ends: Mapping[str, tuple[float, float]]) -> Evaluation:
@@ -166,6 +180,8 @@ def _with_scores(found: Evaluation, values: Mapping[str, float], ends: Mapping[s
 def _as_dict(fact: Fact, record: RecordScores, names: Collection[str]) -> dict[str, Any]:
     fields = ("id", "subject", "prompt", "target_new", "target_true")
     result: dict[str, Any] = {field: getattr(fact, field) for field in fields}
+    if fact.serving != Serving():
+        result |= fact.serving._asdict()
     for metric in RECORD_MEANS:
         if metric.name in names and (value := metric.of(record)) is not None:
             result[metric.name] = 100 * value

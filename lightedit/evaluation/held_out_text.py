@@ -30,15 +30,17 @@ def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | P
 
     Raises:
         FileNotFoundError: the text file does not exist.
-        ArgumentError: no window has two tokens.
+        ArgumentError: no window has two tokens; or one is longer than the model's positions, or holds a token without a
+            row in the embedding.
     """
-    longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+    longest = lm.positions or _LENGTH
     if texts is None:
         return write_texts(lm, _TOKENS, min(_LENGTH, longest), _SEED, progress_bar=False)
     if isinstance(texts, str | Path):
         windows = token_windows(lm, read_texts(texts), _TOKENS, min(_LENGTH, longest))
     else:
         windows = [list(window) for window in texts]
+        lm.check_rows(windows)
     windows = [window for window in windows if len(window) > 1]  # in a shorter window, no token is predicted
     if not windows:
         raise ArgumentError("the held-out text has no window of two tokens or more; give a longer text")

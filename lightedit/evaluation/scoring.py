@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from lightedit.data.facts import Fact
-from lightedit.data.prompts import encode_targets
+from lightedit.data.fact import Fact, FactError, Serving
+from lightedit.data.served import encode_targets
+from lightedit.errors import ArgumentError
 from lightedit.evaluation import generation
 from lightedit.evaluation.kept_scores import kept_scores
 from lightedit.evaluation.settings import DEFAULTS, EvaluationSettings
@@ -28,27 +29,65 @@ _TEXT_COST, _CONTINUATION_COST = 20.0, 7.0
 
 
 class Question(NamedTuple):
-    """One prompt of a record, the wanted answer, and the competing answer, if any."""
+    """One prompt of a record, the wanted answer, the competing answer, if any, and how they reach the model."""
 
     prompt: str
     wanted: str
     other: str | None
+    serving: Serving
 
 
 def questions(fact: Fact) -> dict[str, list[Question]]:
     """A fact's questions by field of `RecordScores`; fields without questions are left out."""
     new, true = fact.target_new, fact.target_true
-    right = fact.neighborhood_target or true
+    told = fact.serving
+    asked = told._replace(end_turn=False)  # only the answers that were taught end their turn
     found = {
-        "efficacy": [Question(fact.text, new, true)],
-        "paraphrase": [Question(prompt, new, true) for prompt in fact.paraphrase_prompts],
-        "portability": [Question(prompt, answer, None) for prompt, answer in fact.portability],
+        "efficacy": [Question(fact.text, new, true, told)],
+        "paraphrase": [Question(prompt, new, true, told) for prompt in fact.paraphrase_prompts],
+        "portability": [Question(prompt, answer, None, asked) for prompt, answer in fact.portability],
     }
-    if right is not None:
-        # an answer other than the true target (zsRE) does not compete with the new target
-        other = new if right == true else None
-        found["neighborhood"] = [Question(prompt, right, other) for prompt in fact.neighborhood_prompts]
-    return {kind: asked for kind, asked in found.items() if asked}
+    # answers other than the true target (zsRE) do not compete with the new target
+    other = new if {right for _, right in fact.neighborhood} == {true} else None
+    found["neighborhood"] = [Question(prompt, right, other, asked) for prompt, right in fact.neighborhood]
+    return {kind: questions for kind, questions in found.items() if questions}
+
+
+def check_scored(lm: LanguageModel, facts: Sequence[Fact], settings: EvaluationSettings = DEFAULTS) -> None:
+    """Check, before work starts, that `lm` can be asked all that `score_facts` asks.
+
+    Raises:
+        FactError: an answer cannot be tokenised or served as the fact asks for; or a text is longer than the model's
+            positions, new tokens included, or holds a token without a row in the embedding. The message says which
+            fact, from 0.
+        UnsupportedModelError: a fact is served in the chat template, and there is none.
+    """
+    asked = [
+        (number, question.prompt, answer, question.serving)
+        for number, fact in enumerate(facts)
+        for kind in questions(fact).values()
+        for question in kind
+        for answer in (question.wanted, question.other)
+        if answer is not None
+    ]
+    if not asked:
+        return
+    numbers, *columns = zip(*asked, strict=True)
+    rows = [ids[:-1] for ids, _ in encode_targets(lm.tokenizer, *columns)]
+    new = [0] * len(rows)
+    if settings.generate:
+        written = _WrittenTexts(facts, RowwiseEdits.none(len(facts)))
+        sampled = written.of_prompt.of_row.tolist()
+        numbers += (*sampled, *range(len(facts)))
+        rows += generation.encode(lm, written.prompts, written.chat)
+        rows += generation.encode(lm, [fact.text for fact in facts], [fact.chat for fact in facts])
+        new += [max(0, generation.MAX_LENGTH - len(row)) for row in rows[len(new) : len(new) + len(sampled)]]
+        new += [_continued_tokens(lm, facts)] * len(facts)
+    for number, row, extra in zip(numbers, rows, new, strict=True):
+        try:
+            lm.check_rows([row], extra)
+        except ArgumentError as error:
+            raise FactError(f"fact {number}: {error}") from error
 
 
 def score_facts(
@@ -71,7 +110,7 @@ def score_facts(
     edits = edits or RowwiseEdits.none(len(facts))
     asked = [questions(fact) for fact in facts]
     pairs = [
-        (fact, question.prompt, answer)
+        (fact, question.prompt, answer, question.serving)
         for fact, kinds in enumerate(asked)
         for kind in kinds.values()
         for question in kind
@@ -83,11 +122,12 @@ def score_facts(
     total = len(place) + (written.cost if written else 0.0)
     scored = score_targets(
         lm,
-        [prompt for _, prompt, _ in pairs],
-        [answer for *_, answer in pairs],
+        [prompt for _, prompt, *_ in pairs],
+        [answer for *_, answer, _ in pairs],
         batch_size=settings.batch_size,
         report=subprogress(report, 0, len(place), total),
         edits=edits.rows([fact for fact, *_ in pairs]),
+        servings=[serving for *_, serving in pairs],
     )
     generations: Sequence[Generations | None] = [None] * len(facts)
     if written:
@@ -97,8 +137,8 @@ def score_facts(
             **{
                 kind: _prompt_scores(
                     scored,
-                    [place[index, question.prompt, question.wanted] for question in asked_of_kind],
-                    [place[index, q.prompt, q.other] for q in asked_of_kind if q.other is not None],
+                    [place[index, q.prompt, q.wanted, q.serving] for q in asked_of_kind],
+                    [place[index, q.prompt, q.other, q.serving] for q in asked_of_kind if q.other is not None],
                     whole=fact.target_true is not None,
                 )
                 for kind, asked_of_kind in kinds.items()
@@ -152,6 +192,7 @@ class _WrittenTexts:
         self.facts, self.edits = facts, edits
         asked = [(index, prompt) for index, fact in enumerate(facts) for prompt in _generation_prompts(fact)]
         self.prompts, self.of_prompt = [prompt for _, prompt in asked], edits.rows([fact for fact, _ in asked])
+        self.chat = [facts[index].chat for index, _ in asked]
         self._texts_cost = _TEXT_COST * len(set(zip(self.of_prompt.of_row.tolist(), self.prompts, strict=True)))
         self.cost = self._texts_cost + _CONTINUATION_COST * len({fact.text for fact in facts})
 
@@ -159,7 +200,7 @@ class _WrittenTexts:
         """Generate all texts with `lm`."""
         rest = self.cost - self._texts_cost
         drawing = subprogress(report, 0, self._texts_cost, self.cost)
-        drawn = iter(generation.generate(lm, self.prompts, report=drawing, edits=self.of_prompt))
+        drawn = iter(generation.generate(lm, self.prompts, report=drawing, edits=self.of_prompt, chat=self.chat))
         texts = [tuple(islice(drawn, len(_generation_prompts(fact)))) for fact in self.facts]
         continued = _continuations(lm, self.facts, subprogress(report, self._texts_cost, rest, self.cost), self.edits)
         found = zip(texts, continued, self.facts, strict=True)
@@ -172,8 +213,14 @@ def _generation_prompts(fact: Fact) -> tuple[str, ...]:
 
 def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report, edits: RowwiseEdits) -> list[str]:
     """The greedy continuation of each fact's own prompt."""
-    prompts = [fact.text for fact in facts]
-    longest = max(count for _, count in encode_targets(lm.tokenizer, prompts, [fact.target_new for fact in facts]))
-    tokens = max(_ANSWER_TOKENS, 2 * longest)
-    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits)
+    prompts, chat = [fact.text for fact in facts], [fact.chat for fact in facts]
+    tokens = _continued_tokens(lm, facts)
+    texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits, chat=chat)
     return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact]) -> int:
+    """New tokens of a greedy continuation: enough for the longest target."""
+    texts, targets, servings = zip(*((fact.text, fact.target_new, fact.serving) for fact in facts), strict=True)
+    longest = max(count for _, count in encode_targets(lm.tokenizer, texts, targets, servings))
+    return max(_ANSWER_TOKENS, 2 * longest)

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lightedit.data.facts import Fact, FactError
+from lightedit.data.fact import Fact, FactError, served_as
 from lightedit.data.modules import chunks_by_suffix
 from lightedit.errors import ArgumentError
 from lightedit.evaluation.evaluate import check_comparison, summarize
 from lightedit.evaluation.kept_scores import KeptScores, kept_scores
 from lightedit.evaluation.references import References
 from lightedit.evaluation.result import Evaluation
-from lightedit.evaluation.scoring import score_facts
+from lightedit.evaluation.scoring import check_scored, score_facts
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import LanguageModel
 from lightedit.methods.needs import covariance_for
@@ -42,6 +42,7 @@ def evaluate_single(
     references: References | None = None,
     checkpoint: str | Path | None = None,
     prepared: Editor | None = None,
+    chat: bool = False,
 ) -> Evaluation:
     """Score each fact after it alone was edited into `lm`. The model's weights are the same afterwards.
 
@@ -61,6 +62,7 @@ def evaluate_single(
         checkpoint: a folder of this run only, in which the scores of finished chunks are stored. After an
             interruption, the same call resumes from them. Delete it once the evaluation is saved.
         prepared: an editor whose `prepare` was called with these facts and no rounds; it is then not prepared again.
+        chat: serve all facts through the model's chat template; see `Fact.chat`.
 
     Raises:
         FactError: there are no facts, or one cannot be edited.
@@ -70,9 +72,11 @@ def evaluate_single(
         NumericalError: the search, an update or a score gave NaN or infinity.
         ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
+    facts = served_as(facts, chat=chat)
     check_single(lm, facts, method, facts_per_chunk)
     settings = settings or EvaluationSettings()
     check_comparison(facts, settings, before, references)
+    check_scored(lm, facts, settings)
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     editor = prepared or method.editor(lm, covariance=covariance, settings=EditorSettings())

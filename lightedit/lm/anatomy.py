@@ -8,6 +8,7 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm.architectures import Architecture, Features, architecture_of, blocks_of, features_of
 from lightedit.lm.hooks import Port
 from lightedit.lm.place import Place
+from lightedit.lm.storage import check_stored
 from lightedit.ops import Head
 
 
@@ -103,9 +104,9 @@ class Anatomy:
         module = self.module(place)
         if place.name in ("attention", "block"):
             raise UnsupportedModelError(f"{place} has no matrix; its states can be read and changed, not its weight")
-        weight = module.weight
+        weight = getattr(module, "weight", None)
+        check_stored(self.module_name(place), module, f"matrix of {place}", weight)
         assert isinstance(weight, Tensor)
-        self._check(place, "matrix", weight)
         return self._part(place, weight.data.T if isinstance(module, Conv1D | nn.Embedding) else weight.data)
 
     def bias(self, place: Place) -> Tensor | None:
@@ -118,7 +119,7 @@ class Anatomy:
         bias = None if place.name in ("attention", "block") else getattr(module, "bias", None)
         if bias is None:
             return None
-        self._check(place, "bias", bias)
+        check_stored(self.module_name(place), module, f"bias of {place}", bias)
         return self._part(place, bias.data)
 
     def _part(self, place: Place, whole: Tensor) -> Tensor:
@@ -132,13 +133,6 @@ class Anatomy:
                 "cannot be written as one matrix; their states can be read and changed"
             )
         return whole[features]
-
-    def _check(self, place: Place, what: str, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
-            state = "offloaded" if tensor.device.type == "meta" else f"stored as {tensor.dtype}"
-            raise UnsupportedModelError(
-                f"the {what} of {place} is {state}; load it in a floating-point dtype on a device"
-            )
 
     def head(self) -> Head:
         """The LM head."""

@@ -8,6 +8,19 @@ from transformers import PreTrainedModel
 _SAMPLES = 64  # elements read of each parameter: they tell two models apart, and reading them is cheap
 
 
+def differing_dtypes(made: str, dtype: torch.dtype) -> str:
+    """The end of a message about two fingerprints: which dtypes may be why they differ; empty if none may.
+
+    Args:
+        made: dtype of the model for which something was made, such as "float32".
+        dtype: dtype of the model at hand.
+    """
+    here = str(dtype).removeprefix("torch.")
+    if made == here or "float16" not in (made, here):
+        return ""
+    return f". It was {made} and is {here}: float16 rounds weights, so load it in {made}"
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash the architecture and evenly spaced elements of every parameter, rounded to bfloat16.
 

@@ -13,7 +13,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError
+from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError, UnsupportedModelError
 from lightedit.files import whole_folder
 
 BUILTIN = "smollm2"
@@ -43,7 +43,7 @@ def load_pretrained(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = "float32" if device is not None and torch.device(device).type == "cpu" else "auto"
-    if isinstance(dtype, str) and dtype != "auto":
+    if dtype != "auto":
         dtype = _dtype(dtype)
     source = {"pretrained_model_name_or_path": str(builtin_model())} if name == BUILTIN else _source(name)
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -53,9 +53,11 @@ def load_pretrained(
     return model, tokenizer
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+def _dtype(given: str | torch.dtype) -> torch.dtype:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    # no edit can be written in 8-bit floating point
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        name = str(given).removeprefix("torch.")
         raise ArgumentError(f"dtype {name!r} is not known; use float32, bfloat16, float16 or auto")
     return dtype
 
@@ -66,6 +68,10 @@ def _source(name: str) -> dict[str, str]:
         if not path.is_file():
             raise MissingFileError(f"no GGUF file at {name}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{name} holds a PEFT adapter; load it with peft, save the result of merge_and_unload(), give that folder"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise MissingFileError(f"{name} is a folder without a config.json; a model folder has one")
     if not path.exists() and (path.is_absolute() or name.startswith(".")):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
 from lightedit.lm.rowwise import RowwiseEdits
-from lightedit.lm.sampling import before_end, draw_rule, next_tokens
-from lightedit.lm.tokens import end_tokens, pad_token, start_token
+from lightedit.lm.storage import check_storage
+from lightedit.lm.text import TextModel
 from lightedit.lm.weights import EditedWeights
 from lightedit.ops import Head
 
 
-class LanguageModel:
+class LanguageModel(TextModel):
     """A causal language model whose places (see `Place`) can be read, changed within a context, and edited.
 
     It is not an `nn.Module`, so a trainer neither moves, wraps nor checkpoints it. A model spread over several devices
@@ -50,6 +49,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+        check_storage(model)
         self.anatomy = Anatomy(model)
         self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         if not tokenizer.is_fast:
@@ -101,26 +101,14 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        return self.weight(Place(0)).shape[0]
+        return self.anatomy.shape(Place(0))[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        weight = self.module(Place(0)).weight
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight.dtype  # of an offloaded matrix too
         return self.weight(Place(0)).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of token ids, which is that of the input embeddings."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
-
-    @property
-    def pad_id(self) -> int:
-        """A token id for padding. Padding is masked, so any valid id serves."""
-        return pad_token(self.tokenizer)
-
-    @property
-    def text_start(self) -> int:
-        """The first token of a text: beginning-of-text, or end-of-text if there is none."""
-        return start_token(self.tokenizer)
 
     @property
     def head(self) -> Head:
@@ -288,60 +276,3 @@ class LanguageModel:
             for place, update in edits.updates.items():
                 stack.enter_context(hooks.changed(self.anatomy.port(place), adding(update)))
             yield
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that the tokenizer adds."""
-        return self.tokenizer(list(texts))["input_ids"] if texts else []
-
-    def generate(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        max_new_tokens: int,
-        *,
-        top_k: int | None = None,
-        seed: int | Sequence[int] = 0,
-        batch_size: int = 64,
-        stop_at_end: bool = True,
-        edits: RowwiseEdits | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt greedily, or by sampling from the `top_k` most probable tokens.
-
-        Args:
-            prompts: texts or token ids.
-            max_new_tokens: tokens of a continuation at most.
-            top_k: None for greedy.
-            seed: one for all prompts, or one for each. With one for each, the draws of a prompt depend neither on its
-                batch nor on the other prompts.
-            batch_size: prompts continued together.
-            stop_at_end: whether an end-of-text token ends a continuation.
-            edits: which edit each prompt sees on top of the changes in the weights; one row for each prompt.
-
-        Returns:
-            New token ids of each prompt, cut before an end-of-text token when `stop_at_end`.
-
-        Raises:
-            ArgumentError: the numbers of seeds and prompts differ, or `max_new_tokens` is below 1.
-            FloatingPointError: the best logits are NaN or infinite; checked only with a seed for each prompt.
-        """
-        if max_new_tokens < 1:
-            raise ArgumentError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
-        rows = [self.encode([p])[0] if isinstance(p, str) else list(p) for p in prompts]
-        rule = draw_rule(top_k, seed, len(rows), max_new_tokens, self.device)
-        edits = edits or RowwiseEdits.none(len(rows))
-        results: list[list[int]] = [[] for _ in rows]
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
-            batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
-            with self.with_edits(edits.rows(group)):
-                cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-                stream = next_tokens(partial(self.forward, keep=1), cache, batch, rule(group))
-                found = before_end(
-                    stream, max_new_tokens, end_tokens(self.tokenizer, self.model) if stop_at_end else ()
-                )
-            for i, row in zip(group, found, strict=True):
-                results[i] = row
-        return results
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

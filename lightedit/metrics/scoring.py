@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightedit.data.prompts import encode_targets
+from lightedit.data.fact import Serving
+from lightedit.data.served import encode_targets
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import pad
@@ -42,8 +43,9 @@ def score_targets(
     batch_size: int = 64,
     report: Callable[[int, int], None] | None = None,
     edits: RowwiseEdits | None = None,
+    servings: Sequence[Serving] | None = None,
 ) -> TargetScores:
-    """Score each target after its prompt and one space.
+    """Score each target after its prompt, as both reach the model.
 
     Equal pairs are scored once. Answers to one prompt share the prompt's states if rows can be packed. Otherwise a text
     shares the states of a longer text that begins with it, as for answers of one token. The order of pairs and
@@ -52,22 +54,29 @@ def score_targets(
     Args:
         lm: the model, in its present state.
         prompts: n texts.
-        targets: n answers, without leading space.
+        targets: n answers, without separator.
         batch_size: texts of one forward pass at most; bounds memory.
         report: called after each pass with (tokens read so far, tokens in all).
         edits: which edit each pair sees on top of the changes in the weights, n rows.
+        servings: how each pair reaches the model, such as `fact.serving`; None for after one space, without a chat
+            template.
 
     Raises:
-        ArgumentError: `batch_size` is less than 1.
+        ArgumentError: `batch_size` is less than 1, or the model cannot run a text, such as one longer than its
+            positions; raised before any forward pass.
         FactError: a target cannot be tokenised; raised before any forward pass.
+        UnsupportedModelError: a pair is served in the chat template, and there is none.
         NumericalError: a score is NaN or infinite.
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size: got {batch_size}, expected at least 1")
     edits = edits or RowwiseEdits.none(len(prompts))
-    asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, strict=True))
-    encoded = encode_targets(lm.tokenizer, [prompt for _, prompt, _ in asked], [target for *_, target in asked])
+    servings = servings or [Serving()] * len(prompts)
+    asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, servings, strict=True))
+    _, *columns = zip(*asked, strict=True) if asked else ([],) * 4
+    encoded = encode_targets(lm.tokenizer, *columns)
     texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
+    lm.check_rows(texts)
     rows, laid_out = _rows(asked, texts, lm.architecture.supports_packing)
     answers = [
         _Answer(row, tokens[len(tokens) - count :], ids[-count:])
@@ -96,9 +105,9 @@ def score_targets(
     return TargetScores(nll[place_of], token_accuracy[place_of], tuple(predicted[place] for place in place_of))
 
 
-def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str]]) -> None:
+def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str, Serving]]) -> None:
     for index in (~nll.isfinite()).nonzero().flatten().tolist()[:1]:
-        _, prompt, target = asked[index]
+        _, prompt, target, _ = asked[index]
         raise NumericalError(
             f"the negative log-likelihood of {target!r} after {prompt!r} is {nll[index].item()}; an edit may "
             "have ruined the model (revert it), or its dtype is too narrow (load it in float32)"
@@ -153,25 +162,25 @@ class _Row:
 
 
 def _rows(
-    pairs: Sequence[tuple[int, str, str]], texts: Sequence[Sequence[int]], branching: bool
+    pairs: Sequence[tuple[int, str, str, Serving]], texts: Sequence[Sequence[int]], branching: bool
 ) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
-    """Build the rows for (edit, prompt, target) triples; texts of one edit and prompt share a row where possible.
+    """Build the rows of pairs; texts of one edit, prompt and chat template share a row where possible.
 
     Args:
-        pairs: the triples.
+        pairs: (edit, prompt, target, serving) of each.
         texts: token ids of each, without the target's last token.
         branching: whether rows may be trees. Otherwise a text shares the row of a longer text that begins with it.
             Causal attention leaves its states unchanged.
 
     Returns:
-        The rows, and for each triple the index of its row and the indices of its tokens there.
+        The rows, and for each pair the index of its row and the indices of its tokens there.
     """
     rows: list[_Row] = []
     place: list[tuple[int, list[int]]] = [(0, [])] * len(pairs)
-    rows_of: dict[tuple[int, str], list[int]] = {}
+    rows_of: dict[tuple[int, str, bool], list[int]] = {}
     for index in sorted(range(len(pairs)), key=lambda index: -len(texts[index])):
-        edit, prompt, _ = pairs[index]
-        text, candidates = texts[index], rows_of.setdefault((edit, prompt), [])
+        edit, prompt, _, serving = pairs[index]
+        text, candidates = texts[index], rows_of.setdefault((edit, prompt, serving.chat), [])
         row = next((row for row in candidates if branching or rows[row].ids[: len(text)] == text), None)
         if row is None:
             row = len(rows)

@@ -85,7 +85,8 @@ def _of_run(run: ReportedRun, named: bool) -> Html | None:
 
 def _card(record: dict[str, Any], before: dict[str, Any] | None) -> Html:
     start, _, end = record["prompt"].partition("{}")
-    prompt = element("bdi", start, element("mark", record["subject"]), end)
+    subject = [] if record["subject"] is None else [element("mark", record["subject"])]
+    prompt = element("bdi", start, *subject, end)
     target = element("bdi", record["target_new"], class_="target")
     true = record.get("target_true")
     instead = None if true is None else group(" instead of ", element("bdi", true, class_="target"))

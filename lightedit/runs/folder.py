@@ -6,22 +6,29 @@ chunk of facts, such as `chunk-000032.json`. Each file is written completely or 
 at any time. Files are only added, so the cost of a checkpoint does not grow with the number of rounds.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lightedit.errors import LightEditError
 from lightedit.files import whole_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 3
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
 _UNFINISHED = ".*.tmp"
+_LOCK = ".lock"
 _ANEW = "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
 
 
@@ -59,21 +66,53 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ResumeError: another process holds the lock, or the folder cannot be locked.
     """
+    with _folder_held(folder) if fcntl else _file_held(folder):
+        for unfinished in folder.glob(_UNFINISHED):
+            unfinished.unlink()
+        yield
+
+
+@contextmanager
+def _folder_held(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder itself, which leaves no file."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResumeError(
-                f"another process is at work on the run in {folder}; let it finish, or choose another folder"
-            ) from None
+            raise _busy(folder) from None
         except OSError as error:
-            raise ResumeError(f"{folder} cannot be locked ({error}); choose a folder on another file system") from error
-        for unfinished in folder.glob(_UNFINISHED):
-            unfinished.unlink()
+            raise _no_locks(folder, error) from error
         yield
     finally:
         os.close(lock)
+
+
+@contextmanager
+def _file_held(folder: Path) -> Iterator[None]:
+    """Hold the lock of a file in the folder, where folders cannot be locked (Windows)."""
+    file = folder / _LOCK
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _busy(folder) from None
+    except (OSError, NotImplementedError) as error:
+        raise _no_locks(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # another process has it open, or the run was removed
+            file.unlink(missing_ok=True)
+
+
+def _busy(folder: Path) -> ResumeError:
+    return ResumeError(f"another process is at work on the run in {folder}; let it finish, or choose another folder")
+
+
+def _no_locks(folder: Path, error: Exception) -> ResumeError:
+    return ResumeError(f"{folder} cannot be locked ({error}); choose a folder on another file system")
 
 
 def remove_run(folder: Path) -> None:

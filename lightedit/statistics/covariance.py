@@ -24,6 +24,7 @@ from lightedit.digests import digest
 from lightedit.errors import LightEditError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.fingerprint import differing_dtypes
 
 FILE = "covariance.safetensors"
 TOKENS_PER_DIMENSION = 10  # 10 d_in tokens keep at least 95 % of the score of 100 times as many (arXiv 2506.04226)
@@ -130,7 +131,7 @@ class Covariance:
         if made.fingerprint not in (None, lm.fingerprint):
             raise CovarianceError(
                 f"the covariance was estimated on {made.model} (fingerprint {made.fingerprint}), not on {lm.name} "
-                f"({lm.fingerprint}); estimate it on the model to edit"
+                f"({lm.fingerprint}); estimate it on the model to edit{differing_dtypes(made.dtype, lm.dtype)}"
             )
         for place in places:
             moment, weight = self[place], lm.weight(place)

@@ -226,7 +226,7 @@ class _Sample:
         tokens = TOKENS_PER_DIMENSION * least if tokens is None else tokens
         if length is None:
             length = 128 if text is None else 256
-        limit = getattr(lm.model.config, "max_position_embeddings", None) or length
+        limit = lm.positions or length
         if tokens < least:
             raise CovarianceError(f"{tokens} tokens give no positive definite covariance; {_enough(least)}")
         if not 2 <= length <= limit:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightedit.data.facts import Fact, FactError, check_facts
+from lightedit.data.facts import Fact, FactError, check_facts, distinct_facts
 from lightedit.digests import digest
 from lightedit.editing.run import edit, prepare, rounds_of
 from lightedit.editing.settings import RunSettings
@@ -58,7 +58,8 @@ def sweep(
 
     Args:
         lm: the unedited model; it is unedited afterwards, too.
-        facts: the facts to write; at least one must have a `target_true`, which the scores need.
+        facts: the facts to write; at least one must have a `target_true`, which the scores need. Those that repeat an
+            earlier one are dropped with a warning.
         methods: name, chosen freely -> method.
         out: a folder of this sweep only.
         covariance: second moments at the `covariance_places` of all methods; by default they are estimated from
@@ -82,8 +83,9 @@ def sweep(
     """
     out, grid = Path(out), dict(grid or {})
     settings, evaluation = settings or RunSettings(), evaluation or EvaluationSettings()
+    facts = distinct_facts(facts)
     runs = plan(methods, len(facts), counts, facts_per_round, grid)
-    facts = list(facts[: max(run.facts for run in runs)])
+    facts = facts[: max(run.facts for run in runs)]
     if covariance is None:
         covariance = covariance_for(lm, [run.method for run in runs], progress_bar=settings.progress_bar)
     sweep_ = _Sweep(lm, facts, runs, covariance, out, settings, evaluation, list(grid))

@@ -56,7 +56,9 @@ class TargetStore:
             "model": self.lm.fingerprint,
             "dtype": str(self.lm.dtype),
             **inputs,
-            "facts": [(fact.prompt, fact.subject, fact.target_new) for fact in self.facts],
+            "facts": [
+                (fact.prompt, fact.subject, fact.target_new, *fact.serving, fact.position) for fact in self.facts
+            ],
         }
         return digest(json.dumps(settings, sort_keys=True), {})[:16]
 

@@ -6,6 +6,7 @@ from jsonargparse import auto_cli, capture_parser, set_parsing_settings
 from lightedit.__main__ import COMMANDS, with_booleans
 from lightedit.methods import Method
 
+FACTS = {"--facts", "--format"}
 ALWAYS = {"--help", "--config", "--print_config"}
 MODEL = {"--lm", "--dtype", "--device"}
 METHOD = {"--method", "--method.help"}
@@ -26,20 +27,22 @@ EVALUATION = {
     f"--evaluation{name}"
     for name in ("", ".batch_size", ".generate", ".text", ".harness", ".harness_limit", ".progress_bar")
 }
+SERVED = {"--chat", "--end_turn", "--separator"}
 HEALTH = {
     f"--health{name}" for name in ("", ".max_kl", ".max_perplexity_ratio", ".max_update_norm", ".on_limit", ".every")
 }
 FLAGS = {
     "demo": {"--facts", "--out"},
-    "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, "--facts", "--out", "--covariance", "--limit", "--evaluate",
-             "--health_text", "--log", "--overwrite", "--restart"},
+    "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, *SERVED, *FACTS, "--out", "--covariance", "--limit",
+             "--evaluate", "--health_text", "--log", "--overwrite", "--restart"},
     "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
-    "evaluate": {*MODEL, *METHOD, *EVALUATION, "--facts", "--edit", "--limit", "--out", "--compare", "--held_out",
-                 "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
+    "evaluate": {*MODEL, *METHOD, *EVALUATION, *SERVED, *FACTS, "--edit", "--limit", "--out", "--compare",
+                 "--held_out", "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
     "export": {*MODEL, "--edits", "--out", "--form"},
-    "sweep": {*MODEL, *RUN, *EVALUATION, "--facts", "--methods", "--methods.help", "--out", "--counts",
+    "sweep": {*MODEL, *RUN, *EVALUATION, *SERVED, *FACTS, "--methods", "--methods.help", "--out", "--counts",
               "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
     "report": {"--runs", "--out", "--overwrite"},
+    "chat": {*MODEL, "--edits", "--plain", "--max_new_tokens", "--top_k", "--seed"},
     "env": set(),
 }  # fmt: skip
 

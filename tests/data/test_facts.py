@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from lightedit.data.facts import Fact, FactError, check_facts, read_facts, write_facts
+from lightedit.data.facts import Fact, FactError, check_facts, distinct_facts, read_facts, write_facts
 
 COUNTERFACT = {
     "case_id": 7,
@@ -23,7 +23,7 @@ COUNTERFACT = {
 FLAT = {
     "case_id": 3,
     "subject": "Avo",
-    "prompt": "The tower in Avo near Avo was built by",
+    "prompt": "The tower in Avo near Avoca was built by",
     "target_new": "Ada",
     "ground_truth": "Bo",
     "locality_prompt": "The tower in Ume was built by",
@@ -41,7 +41,8 @@ ZSRE = {
     "cond": "",
 }
 OWN = {"prompt": "The tower in {} was built by", "subject": "Avo", "target_new": "Ada"}
-EXAMPLES = {"counterfact": COUNTERFACT, "counterfact_flat": FLAT, "zsre": ZSRE, "jsonl": OWN}
+OTHER = OWN | {"subject": "Ume"}
+EXAMPLES = {"counterfact": COUNTERFACT, "easyedit": FLAT, "zsre": ZSRE, "fact": OWN}
 
 
 def _fact(**changes):
@@ -80,6 +81,18 @@ def test_text_fills_in_the_subject_and_leaves_other_braces_alone():
         ({"target_true": "ADA"}, "target_new: 'Ada' is the target_true 'ADA' already"),
         ({"target_true": 1}, "target_true: expected text, got 1"),
         ({"neighborhood_target": " Cy"}, "neighborhood_target: ' Cy' begins or ends with whitespace"),
+        (
+            {"neighborhood_prompts": ["a", "b"], "neighborhood_answers": ["c"]},
+            "neighborhood_answers: 1 for 2 prompts; give each one, or neighborhood_target",
+        ),
+        (
+            {"neighborhood_prompts": ["a"], "neighborhood_answers": ["c"], "neighborhood_target": "d"},
+            "neighborhood_answers: 1 for 1 prompts; give each one, or neighborhood_target",
+        ),
+        (
+            {"neighborhood_prompts": ["a"], "neighborhood_answers": ["c "]},
+            "neighborhood_answers: the answer 'c ' begins or ends",
+        ),
         ({"relation": 4}, "relation: expected text, got 4"),
         ({"id": 4}, "id: expected text, got 4"),
         (
@@ -152,22 +165,24 @@ def test_counterfact_records_keep_all_their_fields(tmp_path):
 def test_counterfact_records_may_have_a_question_of_portability_or_lack_ids(tmp_path):
     asked = {"Recalled Relation": "(Ada, born in, Lund)", "New Question": "Where was it? ", "New Answer": "Lund"}
     bare = {**COUNTERFACT["requested_rewrite"], "target_new": {"str": "Ada"}}
-    records = [{**COUNTERFACT, "portability": asked}, {**COUNTERFACT, "requested_rewrite": bare}]
+    records = [{**COUNTERFACT, "portability": asked}, {**COUNTERFACT, "requested_rewrite": bare | {"subject": "Ume"}}]
     with_question, without_id = read_facts(_json(tmp_path, records))
     assert with_question.portability == (("Where was it?", "Lund"),)
     assert without_id.portability == () and without_id.target_id is None
-    with pytest.raises(FactError, match=r"record 0: portability\.New Answer: missing"):
+    with pytest.raises(FactError, match=r"record 1: portability\.New Answer: missing"):
         read_facts(_json(tmp_path, [{**COUNTERFACT, "portability": _without(asked, "New Answer")}]))
 
 
 def test_flat_records_may_have_a_paraphrase(tmp_path):
-    plain, rephrased = read_facts(_json(tmp_path, [FLAT, FLAT | {"rephrase_prompt": "Avo's tower is by "}]))
+    plain, rephrased = read_facts(
+        _json(tmp_path, [FLAT, FLAT | {"rephrase_prompt": "Avo's tower is by ", "target_new": "Eva"}])
+    )
     assert plain.paraphrase_prompts == () and rephrased.paraphrase_prompts == ("Avo's tower is by",)
 
 
-def test_flat_records_cut_the_first_mention_of_the_subject_out_of_the_prompt(tmp_path):
+def test_flat_records_cut_the_subject_out_of_the_prompt_where_it_is_a_whole_word(tmp_path):
     (fact,) = read_facts(_json(tmp_path, [FLAT]))
-    assert fact.prompt == "The tower in {} near Avo was built by"
+    assert fact.prompt == "The tower in {} near Avoca was built by"
     assert fact.text == FLAT["prompt"]
     assert (fact.target_new, fact.target_true, fact.id) == ("Ada", "Bo", "3")
     assert fact.neighborhood_prompts == ("The tower in Ume was built by",)
@@ -217,7 +232,7 @@ def test_every_format_is_recognised_in_both_kinds_of_file(tmp_path, format, name
 
 
 def test_a_named_format_is_not_guessed_away(tmp_path):
-    with pytest.raises(FactError, match=r"record 0: requested_rewrite\.prompt: missing"):
+    with pytest.raises(FactError, match=r"record 1: requested_rewrite\.prompt: missing; the format counterfact has"):
         read_facts(_json(tmp_path, [OWN]), format="counterfact")
 
 
@@ -248,13 +263,13 @@ def test_facts_are_not_written_under_a_name_that_reads_as_one_json_list(tmp_path
 
 def test_a_limit_reads_and_checks_only_the_first_records(tmp_path):
     bad = {**OWN, "prompt": "x"}
-    assert len(read_facts(_json(tmp_path, [OWN, OWN, bad]), limit=2)) == 2
-    lines = f"{json.dumps(OWN)}\n{json.dumps(OWN)}\n{{ not json"
+    assert len(read_facts(_json(tmp_path, [OWN, OTHER, bad]), limit=2)) == 2
+    lines = f"{json.dumps(OWN)}\n{json.dumps(OTHER)}\n{{ not json"
     assert len(read_facts(_json(tmp_path, lines, "facts.jsonl"), limit=2)) == 2
 
 
 def test_a_limit_beyond_the_file_reads_all(tmp_path):
-    assert len(read_facts(_json(tmp_path, [OWN, OWN]), limit=5)) == 2
+    assert len(read_facts(_json(tmp_path, [OWN, OTHER]), limit=5)) == 2
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -281,23 +296,18 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
         ("facts.json", "[]", "holds no facts"),
         ("facts.jsonl", "\n\n", "holds no facts"),
         ("facts.json", json.dumps([OWN, OWN])[:-20], "line 1: not valid JSON .*truncated"),
-        ("facts.json", f"{json.dumps(OWN)}\n{json.dumps(OWN)}", r"line 2: not valid JSON .*one record a line.*\.jsonl"),
-        ("facts.jsonl", f"{json.dumps(OWN)}\n{json.dumps(OWN)[:-9]}", "record 1: not valid JSON .*truncated"),
-        ("facts.json", json.dumps(OWN), "the top level is an object; expected a list"),
-        ("facts.json", "3", "the top level is a number; expected a list"),
-        ("facts.json", '["a"]', "record 0: expected an object with fields, got text"),
-        ("facts.jsonl", json.dumps([OWN]), r"record 0: expected an object with fields, got a list; .*\.json"),
-        (
-            "facts.json",
-            '[{"a": 1}]',
-            "record 0: format not recognised by the fields a; .*counterfact_flat, zsre",
-        ),
-        ("facts.json", json.dumps([OWN, {**OWN, "prompt": "x"}]), r"record 1: prompt: no \"\{\}\" in 'x'"),
-        ("facts.json", json.dumps([OWN, {**OWN, "extra": 1}]), "record 1: extra: unknown field"),
+        ("facts.json", f"[]\n{json.dumps(OWN)}", "line 2: not valid JSON .*one list of records, or one record a line"),
+        ("facts.jsonl", f"{json.dumps(OWN)}\n{json.dumps(OWN)[:-9]}", "line 2: not valid JSON .*truncated"),
+        ("facts.json", "3", "line 1: '3' is no header of a CSV file, and the file holds neither JSON nor YAML"),
+        ("facts.json", '["a"]', "record 1: expected an object with fields, got text"),
+        ("facts.jsonl", json.dumps([[OWN]]), "record 1: expected an object with fields, got a list"),
+        ("facts.json", '[{"a": 1}]', "record 1: no field of any format: the record has a; .*counterfact, easyedit"),
+        ("facts.json", json.dumps([OWN, {**OWN, "prompt": "x"}]), "record 2: subject: 'Avo' is not in the prompt 'x'"),
+        ("facts.json", json.dumps([OWN, {**OWN, "extra": 1}]), "record 2: extra: unknown field"),
         (
             "facts.jsonl",
             f"{json.dumps(OWN)}\n\n3\n",
-            "record 1: expected an object with fields, got a number",
+            "line 3: expected an object with fields, got a number",
         ),
     ],
 )
@@ -314,7 +324,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path):
-    with pytest.raises(FactError, match=r"format: 'csv' is unknown; .*counterfact, counterfact_flat, zsre, jsonl"):
+    with pytest.raises(FactError, match=r"format: 'csv' is unknown; .*counterfact, easyedit.* seen from its content"):
         read_facts(_json(tmp_path, [OWN]), format="csv")
 
 
@@ -324,15 +334,14 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path):
         (FLAT, {**FLAT, "subject": "Avon"}, "subject: 'Avon' is not in the prompt"),
         (FLAT, {**FLAT, "subject": "avo"}, "subject: 'avo' is not in the prompt"),
         (FLAT, {**FLAT, "subject": " "}, "subject: '' is empty"),
-        (FLAT, {**FLAT, "prompt": "The {} tower in Avo is"}, r"prompt: 2 times \"\{\}\""),
-        (FLAT, _without(FLAT, "ground_truth"), "ground_truth: missing"),
+        (FLAT, {**FLAT, "prompt": "The {} tower in {} is"}, "subject: 'Avo' is not in the prompt"),
         (FLAT, {**FLAT, "target_new": 3}, "target_new: expected text, got 3"),
         (FLAT, {**FLAT, "target_new": "bo"}, "target_new: 'bo' is the target_true 'Bo' already"),
         (ZSRE, {**ZSRE, "src": "Who built it?"}, "subject: 'Avo Tower' is not in the prompt 'Who built it"),
         (ZSRE, {**ZSRE, "answers": []}, "answers: the list is empty"),
-        (ZSRE, {**ZSRE, "answers": "Ada"}, "answers: expected a list, got 'Ada'"),
+        (ZSRE, {**ZSRE, "answers": 3}, "answers: expected text, got 3"),
         (ZSRE, {**ZSRE, "answers": [None]}, "answers: expected text, got None"),
-        (ZSRE, _without(ZSRE, "loc_ans"), "loc_ans: missing"),
+        (ZSRE, _without(ZSRE, "answers"), "answers: missing; the format zsre has src, subject, answers"),
         (COUNTERFACT, {"requested_rewrite": "x"}, r"requested_rewrite\.prompt: missing"),
         (
             COUNTERFACT,
@@ -348,7 +357,7 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path):
 )
 def test_an_invalid_record_is_named_by_file_number_and_field(tmp_path, good, bad, message):
     with pytest.raises(FactError, match=rf"facts\.json: record 2: {message}"):
-        read_facts(_json(tmp_path, [good, good, bad]))
+        read_facts(_json(tmp_path, [good, bad]))
 
 
 def test_check_facts_accepts_different_texts_and_rejects_none_at_all():
@@ -357,10 +366,58 @@ def test_check_facts_accepts_different_texts_and_rejects_none_at_all():
         check_facts([])
 
 
-def test_check_facts_names_both_duplicates_and_their_targets():
-    same_text = Fact("The TOWER in {} was built by", "Avo", "Bo")
-    with pytest.raises(FactError, match=r"facts 1 and 2: .*'The TOWER in Avo was built by', with 'Ada' and 'Bo'"):
-        check_facts([_fact(subject="Ume"), _fact(), same_text])
+def test_two_answers_to_one_text_in_one_round_are_refused_with_both_named():
+    facts = [_fact(subject="Ume"), _fact(), _fact(target_new="Bo")]
+    with pytest.raises(
+        FactError, match=r"facts 2 and 3: both complete 'The tower in Avo was built by', with 'Ada' and"
+    ):
+        check_facts(facts)
+    check_facts([_fact(), _fact(subject="Ume"), _fact(target_new="Bo")], facts_per_round=2)
+    with pytest.raises(FactError, match="facts 3 and 4: "):
+        check_facts([_fact(), _fact(subject="Ume"), _fact(), _fact(target_new="Bo")], facts_per_round=2)
+
+
+def test_texts_are_compared_exactly():
+    facts = [Fact("People think that {} is", subject, "warm") for subject in ("Turkey", "turkey")]
+    check_facts(facts)
+    assert distinct_facts(facts) == facts
+
+
+def test_a_repeated_fact_is_dropped_with_a_word():
+    with pytest.warns(
+        UserWarning, match="^2 facts repeat earlier ones and are dropped, first 'The tower in Avo .*Ada'$"
+    ):
+        assert distinct_facts([_fact(), _fact(subject="Ume"), _fact(), _fact()]) == [_fact(), _fact(subject="Ume")]
+    with pytest.warns(UserWarning, match="^1 fact repeats an earlier one and is dropped: 'The tower"):
+        assert distinct_facts([_fact(), _fact()]) == [_fact()]
+
+
+def test_a_repeated_fact_leaves_its_further_questions_with_the_first():
+    first = _fact(generation_prompts=("a", "a"), portability=(("b", "c"),))
+    again = _fact(portability=(("b", "c"), ("d", "e")), paraphrase_prompts=("f",))
+    with pytest.warns(UserWarning, match="1 fact"):
+        (fact,) = distinct_facts([first, again])
+    both = (("b", "c"), ("d", "e"))
+    assert fact == _fact(generation_prompts=("a", "a"), portability=both, paraphrase_prompts=("f",))
+
+
+def test_a_fact_that_is_changed_and_changed_back_is_kept():
+    facts = [_fact(), _fact(target_new="Bo"), _fact()]
+    assert distinct_facts(facts) == facts
+
+
+def test_a_file_that_repeats_a_record_is_read_with_a_word(tmp_path):
+    with pytest.warns(UserWarning, match=r"facts\.json: 1 fact repeats an earlier one"):
+        assert read_facts(_json(tmp_path, [OWN, OTHER, OWN])) == [_fact(), _fact(subject="Ume")]
+    assert read_facts(_json(tmp_path, [OWN, OTHER, OWN]), limit=2) == [_fact(), _fact(subject="Ume")]
+
+
+def test_each_neighbourhood_prompt_may_have_its_own_answer():
+    fact = _fact(neighborhood_prompts=("a", "b"), neighborhood_answers=("c", "d"), target_true="Bo")
+    assert fact.neighborhood == (("a", "c"), ("b", "d"))
+    assert _fact(neighborhood_prompts=("a",), neighborhood_target="c", target_true="Bo").neighborhood == (("a", "c"),)
+    assert _fact(neighborhood_prompts=("a",), target_true="Bo").neighborhood == (("a", "Bo"),)
+    assert _fact(neighborhood_prompts=("a",)).neighborhood == ()
 
 
 def test_published_counterfact_is_read_completely(data_dir):
@@ -378,9 +435,11 @@ def test_published_counterfact_is_read_completely(data_dir):
 def test_published_flat_counterfact_keeps_every_prompt(data_dir):
     path = data_dir / "counterfact_edits_flat.json"
     records = json.loads(path.read_text(encoding="utf-8"))
-    facts = read_facts(path)
-    assert [fact.text for fact in facts] == [record["prompt"] for record in records]
-    assert [fact.subject for fact in facts] == [record["subject"] for record in records]
+    with pytest.warns(UserWarning, match="3 facts repeat earlier ones"):
+        facts = read_facts(path)
+    assert len(facts) == len(records) - 3
+    written = {(record["prompt"], record["subject"], record["target_new"]) for record in records}
+    assert {(fact.text, fact.subject, fact.target_new) for fact in facts} == written
 
 
 def test_published_zsre_keeps_every_question(data_dir):

@@ -11,10 +11,10 @@ from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import (
     Contexts,
     ContextSettings,
-    encode_targets,
     subject_positions,
     tokenize_facts,
 )
+from lightedit.data.served import encode_targets
 from lightedit.lm import LanguageModel
 from tests.models import BOS, EOS, tiny_model, tiny_tokenizer
 

@@ -279,6 +279,31 @@ def test_bfloat16_model_is_edited_and_restored_bit_for_bit() -> None:
     assert_unedited(lm, before)
 
 
+# Facts that come again
+
+
+def test_a_fact_that_is_given_twice_is_written_once_with_a_word(lm: le.LanguageModel) -> None:
+    once = run(lm, FACTS[:2])
+    after = state(lm)
+    once.revert(lm)
+    with pytest.warns(UserWarning, match="1 fact repeats an earlier one and is dropped"):
+        edit = run(lm, [*FACTS[:2], FACTS[0]])
+    assert edit.facts == FACTS[:2]
+    for name, weight in state(lm).items():
+        assert torch.equal(weight, after[name]), name
+
+
+def test_a_newer_answer_may_be_written_in_a_later_round(lm: le.LanguageModel) -> None:
+    newer = replace(FACTS[0], target_new="Madrid")
+    first = run(lm, FACTS[:2])
+    [before] = scored(lm, [newer]).records
+    first.revert(lm)
+    edit = run(lm, [*FACTS[:2], newer], facts_per_round=2)
+    [after] = scored(lm, [newer]).records
+    assert edit.facts == [*FACTS[:2], newer] and edit.facts_in_round == [2, 1]
+    assert after["efficacy"]["nll_wanted"] < before["efficacy"]["nll_wanted"]
+
+
 # Wrong input: refused before work starts, nothing changed
 
 
@@ -287,8 +312,10 @@ def test_layer_out_of_range(lm: le.LanguageModel) -> None:
         run(lm, method=replace(MEMIT, layers=(3, 4)), covariance=covariance_of(lm))
 
 
-def test_duplicate_fact(lm: le.LanguageModel) -> None:
-    with pytest.raises(le.FactError, match="France"):
+def test_two_answers_to_one_text_in_one_round(lm: le.LanguageModel) -> None:
+    with pytest.raises(
+        le.FactError, match="facts 1 and 6: both complete 'The capital of France', with 'Rome' and 'Mad"
+    ):
         run(lm, [*FACTS, replace(FACTS[0], target_new="Madrid")])
 
 

@@ -127,6 +127,14 @@ def test_neighborhood_with_an_answer_of_its_own_has_no_competitor(lm):
     assert "nll_other" not in found.records[0]["neighborhood"]
 
 
+def test_each_neighborhood_prompt_is_scored_on_its_own_answer(lm):
+    prompts, answers = ("The king is in", "She lives in"), ("London", "Paris")
+    fact = Fact("{} is in", "Rome", "Spain", neighborhood_prompts=prompts, neighborhood_answers=answers)
+    found = evaluate(lm, [fact], settings=QUIET).records[0]["neighborhood"]
+    alone = [score_alone(lm, prompt, answer)[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert found["nll_wanted"] == pytest.approx(alone, abs=1e-4)
+
+
 def test_neighborhood_without_a_right_answer_is_not_scored(lm):
     fact = Fact("{} is in", "Rome", "Spain", neighborhood_prompts=("The king is in",))
     assert set(evaluate(lm, [fact], settings=QUIET).scores) == {"efficacy_accuracy"}

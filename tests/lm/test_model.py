@@ -75,7 +75,7 @@ def test_a_weight_that_is_not_in_memory_is_refused() -> None:
 def test_a_quantised_weight_is_refused() -> None:
     lm = language_model("llama")
     lm.module(Place(1)).weight = torch.nn.Parameter(lm.weight(Place(1)).to(torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"layer 1 is stored as torch\.int8"):
+    with pytest.raises(UnsupportedModelError, match="layer 1 is stored as int8"):
         lm.weight(Place(1))
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightedit.data.facts import FactError
+from lightedit.data.fact import FactError, Serving
 from lightedit.lm import LanguageModel, Place
 from lightedit.metrics import score_targets
 from lightedit.metrics.scoring import _rows
@@ -117,7 +117,8 @@ def test_an_answer_that_begins_another_is_read_with_it(model_type, read):
 
 @pytest.mark.parametrize("branching", [True, False])
 def test_rows_hold_the_texts_of_one_prompt_and_edit(branching):
-    pairs = [(0, "a", "x"), (0, "a", "y"), (1, "a", "x"), (0, "a", "z"), (0, "b", "x")]
+    asked = [(0, "a", "x"), (0, "a", "y"), (1, "a", "x"), (0, "a", "z"), (0, "b", "x")]
+    pairs = [(*pair, Serving()) for pair in asked]
     texts = [[1, 2], [1, 2, 3], [1, 2], [1, 2, 4, 3], [1, 2]]
     rows, place = _rows(pairs, texts, branching)
     assert len(rows) == (3 if branching else 4)

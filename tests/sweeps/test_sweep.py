@@ -427,7 +427,7 @@ def test_every_combination_is_planned_once() -> None:
         ({"methods": {"unedited": MEMIT}}, "unedited"),
         ({"facts": []}, "facts"),
         ({"facts": [le.Fact("The capital of {}", "France", "Rome")]}, "target_true"),
-        ({"facts": [*FACTS, FACTS[0]]}, "both complete"),
+        ({"facts": [*FACTS, replace(FACTS[0], target_new="Bonn")]}, "both complete"),
         ({"facts": [*FACTS, replace(FACTS[0], prompt="The capital of {} is near")]}, "collide"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightedit.data.facts import Fact, FactError
-from lightedit.data.prompts import Contexts, FactPrompts, merge_prompts, tokenize_facts
+from lightedit.data.prompts import Contexts, FactPrompts, check_rows, merge_prompts, tokenize_facts
 from lightedit.digests import digest
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel, Place
@@ -92,7 +92,9 @@ class ClosedFormEditor(Editor):
         self._shared = None if other is None else other.lend_prompts(self)
         if self._shared is None:
             contexts = self.method.contexts.sample(self.lm)
-            self._shared = _Shared(list(facts), contexts, tokenize_facts(self.lm.tokenizer, facts, contexts))
+            prompts = tokenize_facts(self.lm.tokenizer, facts, contexts)
+            check_rows(self.lm, prompts)
+            self._shared = _Shared(list(facts), contexts, prompts)
         self.contexts = self._shared.contexts
         self.prompts = list(self._shared.prompts[: len(facts)])
         if rounds is not None:
