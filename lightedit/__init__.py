@@ -9,6 +9,8 @@ from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.export import export_lora, export_model
 from lightedit.editing.health import Health, HealthLimits
 from lightedit.editing.module import EditModule
+from lightedit.editing.observing import Outcomes
+from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.run import edit
 from lightedit.editing.settings import RunSettings
 from lightedit.errors import LightEditError, UnsupportedModelError
@@ -39,6 +41,7 @@ __all__ = [
     "ContextSettings",
     "Covariance",
     "CovarianceError",
+    "Damage",
     "Edit",
     "EditError",
     "EditModule",
@@ -54,6 +57,8 @@ __all__ = [
     "LightEditError",
     "Method",
     "MostProbable",
+    "Outcome",
+    "Outcomes",
     "References",
     "ResumeError",
     "RoundCheckpoint",

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
@@ -21,7 +22,7 @@ from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
-from lightedit.errors import ArgumentError, LightEditError
+from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.methods import METHODS, Method
 
 COMMANDS: dict[str, Any] = {
@@ -36,8 +37,16 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+EXIT_CODES = (
+    "Exit status: 0 if all that was asked is done; 2 for wrong input, or a file that cannot be read or written; 3 if "
+    "less was done than asked, such as an edit that is saved, but has a fact that does not hold or was ended by a "
+    "limit, or a sweep of which a run failed; 130 after an interruption. Another status, with a traceback, is a bug."
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Wrong input ends it with a message and exit status 2, a bug with its traceback."""
+    """Run the command line; `EXIT_CODES` says how it ends. A warning is one line on standard error."""
+    warnings.formatwarning = lambda message, *_, **__: f"lightedit: warning: {message}\n"
     set_parsing_settings(subclasses_enabled=[Method])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -48,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given[1 : 1 + len(runs)] = [f"--runs+={run}" for run in runs]
     try:
         _check_method(given)
-        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given))
+        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given), epilog=EXIT_CODES)
+    except RunFailedError as error:
+        print(f"lightedit: {error}", file=sys.stderr)
+        sys.exit(3)
     except (LightEditError, OSError) as error:  # OSError: such as a full disk, which is not a bug
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise

@@ -19,6 +19,7 @@ RUN = {
         ".facts_per_round",
         ".facts_per_chunk",
         ".validate_every",
+        ".outcomes",
         ".progress_bar",
     )
 }
