@@ -7,6 +7,7 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.export import export_lora, export_model
+from lightedit.editing.fact_base import FactBase
 from lightedit.editing.health import Health, HealthLimits
 from lightedit.editing.module import EditModule
 from lightedit.editing.observing import Outcomes
@@ -48,6 +49,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "Fact",
+    "FactBase",
     "FactError",
     "FactsDataModule",
     "Health",

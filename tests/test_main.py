@@ -334,6 +334,37 @@ def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> N
     assert torch.__version__ in printed and "ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE" in printed
 
 
+def test_a_fact_base_is_filled_changed_listed_and_applied(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apply = ["facts", "apply", "--base", "base", "--lm", "model"]
+    main(["facts", "add", "--base", "base", "--facts", "facts.jsonl"])
+    main(["facts", "list", "--base", "base"])
+    printed = capsys.readouterr().out
+    assert "added 3 facts, 3 now" in printed and "not applied  The capital of France -> Rome" in printed
+    assert "has no method yet" in fails(capsys, apply)
+    edits([*apply, *QUICK])
+    main(["facts", "replace", "--base", "base", "--fact", FACTS[0].text, "--target", "Madrid"])
+    le.write_facts("one.jsonl", [replace(FACTS[1], target_new="Peru")])
+    main(["facts", "replace", "--base", "base", "--fact", FACTS[1].text, "--by", "one.jsonl"])
+    main(["facts", "remove", "--base", "base", "--fact", FACTS[2].text])
+    capsys.readouterr()
+    main(["facts", "list", "--base", "base"])
+    printed = capsys.readouterr().out
+    assert "not applied  The capital of France -> Madrid" in printed and "2 facts; the edit is in base/edit" in printed
+    assert "removed      The river Rhine flows through -> Paris (still in the edit)" in printed
+    edits(apply)
+    assert "of 2 facts hold" in capsys.readouterr().out
+    saved = le.Edit.load("base/edit")
+    assert [fact.target_new for fact in saved.facts] == ["Madrid", "Peru"] and saved.record.method["lambda_"] == 10
+    for arguments, message in (
+        (["remove", "--fact", "The capital of Frence"], "the closest are 'The capital of France'"),
+        (["replace", "--fact", FACTS[0].text], "either --target or --by"),
+        (["replace", "--fact", FACTS[0].text, "--by", "facts.jsonl"], "facts.jsonl holds 3 facts"),
+        (["list", "--base", "model"], "model exists and is no fact base"),
+        (["apply", "--lm", "nowhere", "--base", "nothing"], "nothing holds no facts"),
+    ):
+        assert message in fails(capsys, ["facts", arguments[0], "--base", "base", *arguments[1:]])
+
+
 # How a run ends
 
 

@@ -4,15 +4,17 @@ import hashlib
 import json
 import uuid
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lightedit.data.facts import Fact
+from lightedit.data.lookup import place_of, with_target
 from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.summary import count_held, lines_of
 from lightedit.errors import LightEditError, MissingFileError
@@ -69,11 +71,16 @@ class Edit:
     values: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict, compare=False)
 
+    solver: ClassVar[Callable[..., "Edit"]]
+    """(edit, lm, facts, **arguments) -> a new edit of these facts; `again` sets it, which knows how runs are made."""
+
     @classmethod
     def begin(cls, editor: Editor) -> Self:
         """The edit of a run that has written nothing yet."""
         lm = editor.lm
         method, inputs = json.loads(json.dumps([editor.method.to_dict(), editor.record()]))  # as `load` returns them
+        collisions = {name: getattr(editor.settings, name) for name in ("on_collision", "collision_similarity")}
+        inputs |= {"collisions": collisions}
         record = RunRecord(method, inputs, **computing(lm), on_top_of=tuple(lm.weights.edits))
         return cls(lm.name, lm.fingerprint, record)
 
@@ -148,6 +155,31 @@ class Edit:
                 "of it; its values and scores are those of both together, so revert that one too",
                 stacklevel=2,
             )
+
+    def without(self, lm: LanguageModel, fact: Fact | str, **arguments: Any) -> "Edit":
+        """A new edit of all other facts. `lm` carries it afterwards, instead of this one.
+
+        All facts are solved together again, from the unedited weights. Values that this edit found are reused.
+
+        Args:
+            lm: the model. It may carry this edit, but no other.
+            fact: one of `facts`, or its text (prompt with subject).
+            arguments: `method` and `settings` (by default those of this edit), and `covariance` (by default one of
+                self-generated text, as for `lightedit.edit`).
+
+        Raises:
+            FactError: the fact is not in the edit; names the closest ones.
+            EditError: `lm` carries other edits, or the covariance is not that of this edit.
+            ArgumentError: the method writes one fact at a time.
+        """
+        index = place_of(self.facts, fact)
+        return Edit.solver(self, lm, [*self.facts[:index], *self.facts[index + 1 :]], **arguments)
+
+    def replace(self, lm: LanguageModel, old: Fact | str, new: Fact | str, **arguments: Any) -> "Edit":
+        """A new edit with `new`, a fact or another target of the same fact, in place of `old`; see `without`."""
+        index = place_of(self.facts, old)
+        facts = [*self.facts[:index], with_target(self.facts[index], new), *self.facts[index + 1 :]]
+        return Edit.solver(self, lm, facts, **arguments)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `edit.safetensors` and `edit.json` into a new folder, atomically.

@@ -191,7 +191,7 @@ class EditModule(LightningModule):
         except BaseException:
             self.lm.weights.remove([owner])
             raise
-        self.edit.values |= {index: _compact(value) for index, value in values.items()}
+        self.edit.values |= {index: compact(value) for index, value in values.items()}
         self.losses += [_finite(self.editor.losses.get(index)) for index in indices]
         self.lm.weights.made_on[self.edit.id] = self.edit.record.on_top_of
         self.edit.rounds.append(changes)
@@ -317,7 +317,7 @@ class EditModule(LightningModule):
             write_table(folder / FILE, self.retention)
 
 
-def _compact(value: Tensor) -> Tensor:
+def compact(value: Tensor) -> Tensor:
     """A result on the CPU, in float32 if that holds it exactly."""
     narrow = value.float()
     return (narrow if torch.equal(narrow.to(value), value) else value).cpu()

@@ -108,7 +108,9 @@ def _is_set(method: Mapping[str, Any], name: str) -> bool:
 
 
 def _present(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _named(outcomes: Sequence[Outcome]) -> str:

@@ -26,7 +26,7 @@ def build(model_type="llama", kind="bytelevel-bos", **kwargs):
 
 
 def one_full_forward(lm, prompt, target):
-    """Mean NLL, share of argmax tokens, those tokens, and the worst rank, from all logits of the bare model on one unpadded row."""
+    """Mean NLL, share of argmax tokens, those tokens and the worst rank, from all logits of one unpadded row."""
     encoding = lm.tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
     ids = encoding["input_ids"]
     positions = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]

@@ -109,7 +109,7 @@ def test_outcomes_come_first_with_every_fact_and_those_that_fail_on_top(tmp_path
     edit.save(folder, overwrite=True)
     reader = _Reader(page(read_runs([folder])))
     headings = [
-        reader.text.index(title) for title in ("19 of 20 facts hold", "Elsewhere, the largest", "before and aft")
+        reader.text.index(title) for title in ("19 of 20 facts hold", "Elsewhere, the largest", "How these are chosen")
     ]
     assert headings == sorted(headings)
     assert all(f"before {number}" in reader.text and f"after {number}" in reader.text for number in range(20))
