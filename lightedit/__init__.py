@@ -8,8 +8,11 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.export import export_lora, export_model
+from lightedit.editing.fact_base import FactBase
 from lightedit.editing.health import Health, HealthLimits
 from lightedit.editing.module import EditModule
+from lightedit.editing.observing import Outcomes
+from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.run import edit
 from lightedit.editing.settings import RunSettings
 from lightedit.errors import LightEditError, UnsupportedModelError
@@ -42,12 +45,14 @@ __all__ = [
     "ContextSettings",
     "Covariance",
     "CovarianceError",
+    "Damage",
     "Edit",
     "EditError",
     "EditModule",
     "Evaluation",
     "EvaluationSettings",
     "Fact",
+    "FactBase",
     "FactError",
     "FactsDataModule",
     "Health",
@@ -57,6 +62,8 @@ __all__ = [
     "LightEditError",
     "Method",
     "MostProbable",
+    "Outcome",
+    "Outcomes",
     "References",
     "ResumeError",
     "RoundCheckpoint",

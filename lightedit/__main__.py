@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
@@ -20,14 +21,25 @@ from lightedit.commands.edit import edit
 from lightedit.commands.env import env
 from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
+from lightedit.commands.facts import add, apply, remove, replace, show
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
-from lightedit.errors import ArgumentError, LightEditError
+from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.methods import METHODS, Method
+
+_HELP = "_help"  # what jsonargparse calls the help of a group
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
     "edit": edit,
+    "facts": {
+        _HELP: "Keep facts that change over time in a folder, and write all of them into a model.",
+        "add": add,
+        "replace": replace,
+        "remove": remove,
+        "list": show,
+        "apply": apply,
+    },
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -37,9 +49,16 @@ COMMANDS: dict[str, Any] = {
     "env": env,
 }
 
+EXIT_CODES = (
+    "Exit status: 0 if all that was asked is done; 2 for wrong input, or a file that cannot be read or written; 3 if "
+    "less was done than asked, such as an edit that is saved, but has a fact that does not hold or was ended by a "
+    "limit, or a sweep of which a run failed; 130 after an interruption. Another status, with a traceback, is a bug."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Wrong input ends it with a message and exit status 2, a bug with its traceback."""
+    """Run the command line; `EXIT_CODES` says how it ends. A warning is one line on standard error."""
+    warnings.formatwarning = lambda message, *_, **__: f"lightedit: warning: {message}\n"
     set_parsing_settings(subclasses_enabled=[Method])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -48,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_options(given)
     try:
         _check_method(given)
-        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given))
+        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given), epilog=EXIT_CODES)
+    except RunFailedError as error:
+        print(f"lightedit: {error}", file=sys.stderr)
+        sys.exit(3)
     except (LightEditError, OSError) as error:  # OSError: such as a full disk, which is not a bug
         if os.environ.get("LIGHTEDIT_TRACEBACK"):
             raise
@@ -57,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         kept = {
             "edit": "the same command goes on after the rounds and scores that are finished",
+            "facts": "the base is kept; facts apply goes on after the values that are found",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }
@@ -90,15 +113,28 @@ def _leading(arguments: Sequence[str]) -> list[str]:
     return list(takewhile(lambda argument: not argument.startswith("-"), arguments))
 
 
+def commands() -> dict[str, Any]:
+    """Every command by its words, such as "edit" and "facts add"."""
+    found: dict[str, Any] = {}
+    for name, command in COMMANDS.items():
+        if isinstance(command, dict):
+            found |= {f"{name} {word}": one for word, one in command.items() if word != _HELP}
+        else:
+            found[name] = command
+    return found
+
+
 def with_booleans(given: Sequence[str]) -> list[str]:
     """The arguments, with =true appended to each boolean flag without a value, such as --compare.
 
     >>> with_booleans(["evaluate", "--compare", "--facts", "f.jsonl"])
     ['evaluate', '--compare=true', '--facts', 'f.jsonl']
     """
-    if not given or given[0] not in COMMANDS:
+    known = commands()
+    function = known.get(" ".join(given[:1])) or known.get(" ".join(given[:2]))
+    if function is None:
         return list(given)
-    flags = set(_flags(COMMANDS[given[0]]))
+    flags = set(_flags(function))
     return [
         f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
         for argument, following in pairwise([*given, ""])

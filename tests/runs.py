@@ -48,11 +48,11 @@ def assert_unedited(lm: le.LanguageModel, before: dict[str, torch.Tensor]) -> No
 
 
 def run(lm: le.LanguageModel, facts=FACTS, method=MEMIT, *, covariance=None, **arguments) -> le.Edit:
-    """Edit quietly; settings of a run stand beside the other arguments."""
+    """Edit quietly, without outcomes; settings of a run stand beside the other arguments."""
     names = {field.name for field in fields(le.RunSettings)}
     settings = {name: arguments.pop(name) for name in names & arguments.keys()}
     covariance = covariance or covariance_of(lm, method.covariance_places)
-    settings = le.RunSettings(**{"progress_bar": False, **settings})
+    settings = le.RunSettings(**{"progress_bar": False, "outcomes": False, **settings})
     if (targets := arguments.pop("targets", None)) is not None:
         arguments["prepared"] = prepare(lm, facts, method, covariance=covariance, settings=settings)
         arguments["prepared"].give(targets)

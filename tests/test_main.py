@@ -1,6 +1,8 @@
 """The command line, end to end on a tiny model in a folder."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 import yaml
 
 import lightedit as le
-from lightedit.__main__ import main
+from lightedit.__main__ import EXIT_CODES, main
 from lightedit.evaluation import evaluate as evaluating
 from lightedit.evaluation import scoring, single
 from lightedit.lm import Place
@@ -37,17 +39,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2
+    assert stop.value.code == status
     return capsys.readouterr().err
+
+
+def edits(arguments: list[str]) -> None:
+    """Run an edit that is saved, though facts do not hold: the model is random, and the search short."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 3
 
 
 def test_covariance_edit_and_evaluate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
           "--sequence_length", "32", "--out", "stats"])  # fmt: skip
-    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--out", "edits/first"])
+    edits(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--out", "edits/first"])
     main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "edits/first", "--out", "scores.json"])
     main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--limit", "2"])
     printed = capsys.readouterr().out
@@ -72,7 +81,7 @@ def test_an_unknown_method_is_named_beside_those_that_are_known(
 def test_export_ships_the_edited_model_or_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["covariance", "--lm", "model", "--layers", "[1,2]", "--text", "text.txt", "--tokens", "900",
           "--sequence_length", "32", "--out", "stats"])  # fmt: skip
-    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--evaluate", "false",
+    edits(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--evaluate", "false",
           "--out", "edits/first"])  # fmt: skip
     export = ["export", "--lm", "model", "--edits", "[edits/first]", "--out"]
     main([*export, "shipped"])
@@ -149,7 +158,7 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
     covariance_of(le.LanguageModel.load("model")).save("stats")
     edit = ["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--covariance", "stats", "--out"]
     evaluate = ["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--compare", "true", "--edit", "whole", "--out"]
-    main([*edit, "whole"])
+    edits([*edit, "whole"])
     main([*evaluate, "whole.json"])
     score, budget = scoring.score_facts, [0]
 
@@ -168,7 +177,7 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
                 main([*arguments, out])
             assert not Path(out).exists()
         budget[:] = [1]
-        main([*arguments, out])
+        edits([*arguments, out]) if arguments is edit else main([*arguments, out])
         assert not Path(f"{out}.run").exists()
     for name in ("{}/before.json", "{}/after.json", "{}.json"):
         whole, parts = (json.loads(Path(name.format(run)).read_text()) for run in ("whole", "parts"))
@@ -225,7 +234,7 @@ def test_an_edit_that_ruins_the_model_is_saved_without_scores_after_it(
         return score(*args, **kwargs)
 
     monkeypatch.setattr(scoring, "score_facts", ruined_at_last)
-    main(edit())
+    edits(edit())
     assert "cannot be scored, so the edit is saved without: the NLL is nan" in capsys.readouterr().err
     saved = le.Edit.load("edits/x")
     assert saved.facts == FACTS and saved.after is None and saved.before is not None
@@ -247,7 +256,7 @@ def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: py
     facts = [replace(fact, attribute_prompts=("Spain is in", "The king is in")) for fact in FACTS]
     le.write_facts("facts.jsonl", facts[:2])
     le.write_facts("others.jsonl", facts[2:])
-    main(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--evaluate", "false", "--out", "edits/first"])
+    edits(["edit", "--lm", "model", "--facts", "facts.jsonl", *QUICK, "--evaluate", "false", "--out", "edits/first"])
     capsys.readouterr()
     main(["evaluate", "--lm", "model", "--facts", "facts.jsonl", "--edit", "edits/first", "--out", "scores.json",
           "--compare", "--held_out", "others.jsonl", "--evaluation.text", "text.txt", "--evaluation.generate",
@@ -270,9 +279,9 @@ def test_evaluate_sets_an_edit_beside_the_unedited_model(place: Path, capsys: py
 def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
     arguments = ["edit", "--lm", "model", "--facts", "facts.jsonl", "--limit", "1", "--method", "ROME",
                  "--method.layers", "[1]", "--method.values.steps", "3", "--evaluate", "false"]  # fmt: skip
-    main([*arguments, "--out", "edits/one"])
+    edits([*arguments, "--out", "edits/one"])
     assert list((place / "cache" / "stats").rglob("covariance.safetensors"))
-    main([*arguments, "--out", "edits/two"])
+    edits([*arguments, "--out", "edits/two"])
     one, two = le.Edit.load("edits/one"), le.Edit.load("edits/two")
     assert torch.equal(one.rounds[0][Place(1)].left, two.rounds[0][Place(1)].left)
 
@@ -294,7 +303,7 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_run_with_rounds_makes_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
+    edits(
         edit(
             "--run.facts_per_round",
             "1",
@@ -323,6 +332,83 @@ def test_env_names_versions_and_methods(capsys: pytest.CaptureFixture[str]) -> N
     main(["env"])
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and "ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE" in printed
+
+
+def test_a_fact_base_is_filled_changed_listed_and_applied(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apply = ["facts", "apply", "--base", "base", "--lm", "model"]
+    main(["facts", "add", "--base", "base", "--facts", "facts.jsonl"])
+    main(["facts", "list", "--base", "base"])
+    printed = capsys.readouterr().out
+    assert "added 3 facts, 3 now" in printed and "not applied  The capital of France -> Rome" in printed
+    assert "has no method yet" in fails(capsys, apply)
+    edits([*apply, *QUICK])
+    main(["facts", "replace", "--base", "base", "--fact", FACTS[0].text, "--target", "Madrid"])
+    le.write_facts("one.jsonl", [replace(FACTS[1], target_new="Peru")])
+    main(["facts", "replace", "--base", "base", "--fact", FACTS[1].text, "--by", "one.jsonl"])
+    main(["facts", "remove", "--base", "base", "--fact", FACTS[2].text])
+    capsys.readouterr()
+    main(["facts", "list", "--base", "base"])
+    printed = capsys.readouterr().out
+    assert "not applied  The capital of France -> Madrid" in printed and "2 facts; the edit is in base/edit" in printed
+    assert "removed      The river Rhine flows through -> Paris (still in the edit)" in printed
+    edits(apply)
+    assert "of 2 facts hold" in capsys.readouterr().out
+    saved = le.Edit.load("base/edit")
+    assert [fact.target_new for fact in saved.facts] == ["Madrid", "Peru"] and saved.record.method["lambda_"] == 10
+    for arguments, message in (
+        (["remove", "--fact", "The capital of Frence"], "the closest are 'The capital of France'"),
+        (["replace", "--fact", FACTS[0].text], "either --target or --by"),
+        (["replace", "--fact", FACTS[0].text, "--by", "facts.jsonl"], "facts.jsonl holds 3 facts"),
+        (["list", "--base", "model"], "model exists and is no fact base"),
+        (["apply", "--lm", "nowhere", "--base", "nothing"], "nothing holds no facts"),
+    ):
+        assert message in fails(capsys, ["facts", arguments[0], "--base", "base", *arguments[1:]])
+
+
+# How a run ends
+
+
+@pytest.mark.filterwarnings("ignore:.*hold \\(the model:UserWarning")
+def test_an_edit_with_a_fact_that_does_not_hold_is_saved_and_ends_with_3(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, edit("--evaluate", "false"), 3)
+    assert "the edit is saved, but it does less than was asked: 0 of 3 facts hold" in said
+    assert not le.Edit.load("edits/x").held and not Path("edits/x.run").exists()
+    main(edit("--evaluate", "false", "--overwrite", "--run.outcomes", "false"))  # nobody asked, so nothing failed
+    assert le.Edit.load("edits/x").outcomes == ()
+
+
+def test_an_edit_whose_facts_hold_ends_with_0_and_prints_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    le.write_facts("facts.jsonl", [le.Fact("The capital of {}", "France", "a")])
+    values = {"steps": "15", "clamp_norm_factor": "20", "kl_factor": "0", "weight_decay": "0"}
+    search = [word for name, value in values.items() for word in (f"--method.values.{name}", value)]
+    main(edit("--evaluate", "false", "--method.lambda_", "1e-3", "--method.contexts.prefixes", "[]", *search))
+    printed = capsys.readouterr().out
+    assert "1 of 1 fact holds" in printed and "The capital of France -> a" in printed and "KL (nats)" in printed
+
+
+def test_a_run_that_a_limit_ended_ends_with_3(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--run.facts_per_round", "2", "--run.outcomes", "false", "--evaluate", "false"]
+    with pytest.warns(UserWarning, match="stopped in round 1"):
+        said = fails(capsys, edit(*short, "--health.max_update_norm", "1e-6"), 3)
+    assert "stopped in round 1" in said and le.Edit.load("edits/x").facts == FACTS[:2]
+
+
+def test_a_warning_is_one_line_of_standard_error(place: Path) -> None:
+    command = [sys.executable, "-m", "lightedit", *edit("--evaluate", "false")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    (line,) = [line for line in ended.stderr.splitlines() if "warning" in line]
+    assert ended.returncode == 3 and line.startswith("lightedit: warning: 0 of 3 facts hold")
+    assert "more values.steps (3)" in line
+
+
+def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and " ".join(EXIT_CODES.split()) in printed
+    assert all(f"{status} " in EXIT_CODES for status in (0, 2, 3, 130))
 
 
 # Wrong input ends with one line and status 2, and leaves nothing behind
@@ -394,7 +480,7 @@ def test_a_bug_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path) -> None:
     with pytest.warns(UserWarning, match="max_update_norm=1e-06"):
-        main(
+        edits(
             edit(
                 "--run.facts_per_round",
                 "2",
@@ -418,16 +504,16 @@ def test_a_run_that_passes_a_limit_saves_and_scores_what_was_written(place: Path
 @pytest.mark.filterwarnings("ignore:stopped in round 1")
 def test_nothing_is_saved_when_the_only_round_is_rolled_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(
-        capsys, edit("--health.max_kl", "1e-9", "--health.on_limit", "roll_back", "--health_text", "text.txt")
+        capsys, edit("--health.max_kl", "1e-9", "--health.on_limit", "roll_back", "--health_text", "text.txt"), 3
     )
     assert "no facts are left to save" in printed and "max_kl" in printed
     assert list(Path("edits").rglob("*")) == []
 
 
 def test_an_existing_edit_is_kept_unless_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(edit("--evaluate", "false"))
+    edits(edit("--evaluate", "false"))
     first = Path("edits/x/edit.json").read_text()
     assert "exists" in fails(capsys, edit("--evaluate", "false"))
     assert Path("edits/x/edit.json").read_text() == first
-    main(edit("--evaluate", "false", "--overwrite"))
+    edits(edit("--evaluate", "false", "--overwrite"))
     assert Path("edits/x/edit.json").read_text() != first

@@ -1,7 +1,6 @@
 """`lightedit demo`: edit facts that the built-in model knows, and show the scores before and after."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +34,6 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
     lm = LanguageModel.load("smollm2")
     chosen = known_facts(lm, facts)
     covariance = estimate_covariance(lm, METHOD, cache=True)
-    shown = _examples(chosen)
-    continuations = [_continue(lm, fact) for fact in shown]
     before = evaluate(lm, chosen)
     result = edit(lm, chosen, METHOD, covariance=covariance)
     result.before, result.after = before, evaluate(lm, chosen)
@@ -44,10 +41,7 @@ def demo(facts: int = 64, out: Path = Path("edits/demo")) -> None:
 
     print(f"\n{lm.name}: {len(chosen)} facts that it knew, edited with MEMIT in layers {list(METHOD.layers)}\n")
     print(result.after.table(before))
-    for fact, old in zip(shown, continuations, strict=True):
-        print(f"\n{fact.text} ... (new target: {fact.target_new})")
-        print(f"  before: {old}\n  after:  {_continue(lm, fact)}")
-    print(f"\nThe edit is in {out}. In Python, with lm = lightedit.LanguageModel.load('smollm2'):")
+    print(f"\n{result}\n\nThe edit is in {out}. In Python, with lm = lightedit.LanguageModel.load('smollm2'):")
     print(f"  edit = lightedit.Edit.load('{out}'); edit.apply(lm); edit.revert(lm)")
     print(f"({time.monotonic() - started:.0f} s)")
 
@@ -87,12 +81,3 @@ def known_facts(lm: LanguageModel, count: int) -> list[Fact]:
         replace(fact, neighborhood_prompts=tuple(p for p in fact.neighborhood_prompts if p not in edited))
         for fact in chosen.values()
     ]
-
-
-def _examples(facts: Sequence[Fact]) -> list[Fact]:
-    """Three facts of different relations."""
-    return list({fact.relation: fact for fact in facts}.values())[:3]
-
-
-def _continue(lm: LanguageModel, fact: Fact) -> str:
-    return " ".join(lm.decode(lm.generate([fact.text], max_new_tokens=12)[0]).split())

@@ -9,6 +9,7 @@ from lightedit.data.prompts import check_facts_fit
 from lightedit.data.texts import read_texts
 from lightedit.editing.artefact import check_free
 from lightedit.editing.run import check_log, prepare, rounds_of
+from lightedit.editing.summary import count_held
 from lightedit.errors import RunFailedError
 from lightedit.evaluation.scoring import check_scored
 
@@ -40,7 +41,8 @@ def edit(
     """Write facts into a language model and save the edit.
 
     Finished rounds and scores are stored beside `out`, in a folder whose name ends in .run, until the edit is saved.
-    After an interruption, the same command resumes from them.
+    After an interruption, the same command resumes from them. The exit status is 3 if the edit is saved, but a fact
+    does not hold, or a limit ended the run early.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
@@ -95,10 +97,14 @@ def edit(
     if before is not None:
         _score(model, result, before, evaluation, kept)
     result.save(out, overwrite=overwrite)
+    remove_runs(kept)
+    print(result)
     if result.before is not None:
         print(result.before.table() if result.after is None else result.after.table(result.before))
-    remove_runs(kept)
     print(f"saved the edit of {len(result.facts)} facts in {out}")
+    if result.record.stopped is not None or not result.held:
+        less = result.record.stopped or count_held(result.outcomes)
+        raise RunFailedError(f"the edit is saved, but it does less than was asked: {less}")
 
 
 def _score(

@@ -113,7 +113,7 @@ def _settings(module: EditModule) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ops": implementations(),
     }
-    for name in ("progress_bar", "validate_every"):  # they do not change what is written
+    for name in ("progress_bar", "validate_every", "outcomes"):  # they do not change what is written
         settings.pop(name, None)
     return cast(dict[str, Any], json.loads(json.dumps(settings)))
 
@@ -143,7 +143,7 @@ class KeptRound:
         round_ = self.round
         tensors = {"random": self.random, **{f"state.{name}": tensor for name, tensor in round_.state.items()}}
         changed, settings = save_changes(round_.changes, "change.")
-        tensors |= changed
+        tensors |= changed | {f"value.{index}": value for index, value in round_.values.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         record = {
             "number": round_.number,
@@ -151,6 +151,7 @@ class KeptRound:
             "seconds": round_.seconds,
             "stopped": round_.stopped,
             "tables": round_.tables,
+            "losses": round_.losses,
             "changes": settings,
             "run": self.run,
             "ended": self.ended,
@@ -187,4 +188,5 @@ class KeptRound:
                 f"{file} is round {record['number']} of run {own['run']}, not round {number} of {run}; {way_out}"
             )
         state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
-        return cls(Round(**record, changes=changes, state=state), **own, random=tensors["random"])
+        values = {int(name.removeprefix("value.")): t for name, t in tensors.items() if name.startswith("value.")}
+        return cls(Round(**record, changes=changes, state=state, values=values), **own, random=tensors["random"])

@@ -22,6 +22,8 @@ class Round:
         seconds: time of the run so far, by step.
         stopped: why the run ended with this round, if a limit ended it.
         tables: this round's rows of the run's tables, by name of the table.
+        losses: the last loss of each fact's search, in order; None for a fact without one.
+        values: fact's index -> result of its search, if this is the first round; see `Edit.values`.
     """
 
     number: int
@@ -31,10 +33,15 @@ class Round:
     seconds: dict[str, float]
     stopped: str | None = None
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    losses: list[float | None] = field(default_factory=list)
+    values: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RoundCallback(Callback):
     """A callback with hooks for the rounds of an `EditModule`, which run at fixed points of a round."""
+
+    def on_prepared(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called once, when the run is prepared and the model does not carry any of its rounds yet."""
 
     def kept_rounds(self, trainer: Trainer, module: LightningModule) -> list[Round]:
         """The rounds that an earlier process finished; called once, after the run is prepared."""

@@ -1,11 +1,13 @@
 """A run as a Lightning fit: an epoch is a round, a batch is a chunk, a training step is a step of the search."""
 
+import math
 import time
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from torch import Tensor
 
 from lightedit.data.modules import Chunk, FactsDataModule
 from lightedit.editing.artefact import Edit, EditError
@@ -43,6 +45,7 @@ class EditModule(LightningModule):
         retention: for each validation in a fit, a row for each round written so far: "round", the number of rounds
             written; "origin", the round in which the scored facts were written, both counted from 1; "facts", their
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
+        losses: the last loss of each written fact's search, in the order of `edit.facts`; None for a fact without one.
         fraction_done: share of all facts that are found or written; a fact in progress counts as the share of its
             steps.
 
@@ -68,6 +71,7 @@ class EditModule(LightningModule):
         self.editor = prepared or method.editor(lm, covariance=covariance, settings=settings)
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
+        self.losses: list[float | None] = []
         self._unscored: FloatingPointError | None = None  # why validation failed after this round
         self._seconds = {"values": 0.0, "update": 0.0}
         self._seconds_before = dict(self._seconds)
@@ -89,6 +93,9 @@ class EditModule(LightningModule):
         self._rounds = data.rounds
         self.edit = Edit.begin(self.editor)
         self.retention = self.edit.tables.setdefault("retention", [])
+        self.losses = []
+        for callback in self._round_callbacks():
+            callback.on_prepared(self.trainer, self)
         try:
             for callback in self._round_callbacks():
                 for round_ in callback.kept_rounds(self.trainer, self):
@@ -119,6 +126,7 @@ class EditModule(LightningModule):
         assert self.edit is not None
         owner = self.edit.owner(len(self.edit.rounds))
         # appended before its changes, so that reverting the edit also undoes a round that fails between two places
+        self.lm.weights.made_on[self.edit.id] = self.edit.record.on_top_of
         self.edit.rounds.append({})
         for place, change in round_.changes.items():
             change = change.to(next(self.lm.module(place).parameters()).device)
@@ -128,6 +136,8 @@ class EditModule(LightningModule):
         self.edit.facts = data.facts[: sum(self.edit.facts_in_round)]
         for name, rows in round_.tables.items():
             self.edit.tables.setdefault(name, []).extend(rows)
+        self.losses += round_.losses
+        self.edit.values |= round_.values
         self.edit.record.stopped = round_.stopped
         self._seconds = dict(round_.seconds)
         self.edit.record.seconds = dict(self._seconds)
@@ -174,11 +184,16 @@ class EditModule(LightningModule):
         assert self.edit is not None
         started = time.perf_counter()
         owner = self.edit.owner(len(self.edit.rounds))
+        # results of later rounds come from edited weights, so no other run can take them
+        values = {} if self.edit.rounds else self.editor.to_give(indices)
         try:
             changes = self.editor.write(indices, owner)
         except BaseException:
             self.lm.weights.remove([owner])
             raise
+        self.edit.values |= {index: compact(value) for index, value in values.items()}
+        self.losses += [_finite(self.editor.losses.get(index)) for index in indices]
+        self.lm.weights.made_on[self.edit.id] = self.edit.record.on_top_of
         self.edit.rounds.append(changes)
         self.edit.facts_in_round.append(len(indices))
         self.edit.facts += [self.editor.facts[index] for index in indices]
@@ -203,6 +218,9 @@ class EditModule(LightningModule):
         self.lm.weights.remove([self.edit.owner(len(self.edit.rounds) - 1)])
         self.edit.rounds.pop()
         del self.edit.facts[-self.edit.facts_in_round.pop() :]
+        del self.losses[len(self.edit.facts) :]
+        if not self.edit.rounds:
+            self.edit.values.clear()
         self.retention[:] = [row for row in self.retention if row["round"] <= len(self.edit.rounds)]
         self._save_retention()
 
@@ -244,6 +262,8 @@ class EditModule(LightningModule):
             dict(self._seconds),
             self.edit.record.stopped,
             tables,
+            self.losses[-self.edit.facts_in_round[-1] :],
+            dict(self.edit.values) if number == 1 else {},
         )
 
     def teardown(self, stage: str) -> None:
@@ -295,3 +315,14 @@ class EditModule(LightningModule):
         folder = log_folder(self.trainer) if self._trainer is not None else None
         if folder is not None and self.retention:
             write_table(folder / FILE, self.retention)
+
+
+def compact(value: Tensor) -> Tensor:
+    """A result on the CPU, in float32 if that holds it exactly."""
+    narrow = value.float()
+    return (narrow if torch.equal(narrow.to(value), value) else value).cpu()
+
+
+def _finite(loss: float | None) -> float | None:
+    """The loss; None if there is none, or if a search of one step has evaluated none."""
+    return loss if loss is not None and math.isfinite(loss) else None

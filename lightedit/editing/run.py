@@ -13,6 +13,7 @@ from lightedit.data.prompts import check_facts_fit
 from lightedit.editing.artefact import Edit
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.module import EditModule
+from lightedit.editing.observing import Outcomes
 from lightedit.editing.settings import RunSettings
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
@@ -87,6 +88,8 @@ def edit(
 
         edit = edit(lm, facts, MEMIT(layers=[4, 5, 6, 7, 8]), covariance=covariance)
 
+    `print(edit)` says what became of each fact. A warning names settings to change if a fact does not hold.
+
     Args:
         lm: the model to edit.
         facts: the facts to write. Those that repeat an earlier one are dropped with a warning.
@@ -120,7 +123,7 @@ def edit(
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     module = EditModule(lm, method, covariance=covariance, settings=settings, prepared=prepared)
     with progress(f"editing {len(data.facts)} facts", settings.progress_bar) as report, quiet_lightning():
-        watching = [_Progress(report), *callbacks]
+        watching = [_Progress(report), *([Outcomes()] if settings.outcomes else []), *callbacks]
         if checkpoint is not None:
             watching.append(RoundCheckpoint(checkpoint))
         trainer = own_trainer(

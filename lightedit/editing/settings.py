@@ -15,6 +15,7 @@ class RunSettings(EditorSettings):
         facts_per_chunk: facts whose values are optimised together; more is faster and takes more memory.
         validate_every: rounds between validations, which score the facts of all rounds so far; the last round is always
             validated. By default there is no validation.
+        outcomes: ask the model about every fact and about other things, before and after; see `Edit.outcomes`.
         progress_bar: show progress and the time left on standard error.
 
     Raises:
@@ -24,6 +25,7 @@ class RunSettings(EditorSettings):
     facts_per_round: int | None = None
     facts_per_chunk: int = 32
     validate_every: int | None = None
+    outcomes: bool = True
     progress_bar: bool = True
 
     def __post_init__(self) -> None:

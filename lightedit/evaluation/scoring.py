@@ -202,7 +202,8 @@ class _WrittenTexts:
         drawing = subprogress(report, 0, self._texts_cost, self.cost)
         drawn = iter(generation.generate(lm, self.prompts, report=drawing, edits=self.of_prompt, chat=self.chat))
         texts = [tuple(islice(drawn, len(_generation_prompts(fact)))) for fact in self.facts]
-        continued = _continuations(lm, self.facts, subprogress(report, self._texts_cost, rest, self.cost), self.edits)
+        following = subprogress(report, self._texts_cost, rest, self.cost)
+        continued = continuations(lm, self.facts, report=following, edits=self.edits)
         found = zip(texts, continued, self.facts, strict=True)
         return [Generations(drawn, continuation, fact.target_new) for drawn, continuation, fact in found]
 
@@ -211,16 +212,31 @@ def _generation_prompts(fact: Fact) -> tuple[str, ...]:
     return fact.generation_prompts or (fact.text, *fact.paraphrase_prompts)
 
 
-def _continuations(lm: LanguageModel, facts: Sequence[Fact], report: Report, edits: RowwiseEdits) -> list[str]:
-    """The greedy continuation of each fact's own prompt."""
+def continuations(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    tokens: int = _ANSWER_TOKENS,
+    report: Report | None = None,
+    edits: RowwiseEdits | None = None,
+) -> list[str]:
+    """The greedy continuation of each fact's own prompt, without that prompt.
+
+    Args:
+        lm: the model, with its present weights.
+        facts: n facts.
+        tokens: new tokens of each; twice the longest target's tokens if that is more.
+        report: called after each batch with (tokens written, tokens in all).
+        edits: the edit with which each prompt runs, in addition to the model's weights; n rows.
+    """
     prompts, chat = [fact.text for fact in facts], [fact.chat for fact in facts]
-    tokens = _continued_tokens(lm, facts)
+    tokens = _continued_tokens(lm, facts, tokens)
     texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits, chat=chat)
     return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact]) -> int:
+def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact], least: int = _ANSWER_TOKENS) -> int:
     """New tokens of a greedy continuation: enough for the longest target."""
     texts, targets, servings = zip(*((fact.text, fact.target_new, fact.serving) for fact in facts), strict=True)
     longest = max(count for _, count in encode_targets(lm.tokenizer, texts, targets, servings))
-    return max(_ANSWER_TOKENS, 2 * longest)
+    return max(least, 2 * longest)

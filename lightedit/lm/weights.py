@@ -56,10 +56,14 @@ class EditedWeights:
 
     Args:
         anatomy: the model's places.
+
+    Attributes:
+        made_on: id of an edit -> ids of the edits that the model carried when it was made, for edits seen so far.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
+        self.made_on: dict[str, tuple[str, ...]] = {}
         self._weights: dict[Place, _Materialised] = {}
         self._biases: dict[Place, _Materialised] = {}
         self._changes: dict[Place, list[tuple[Owner, Change]]] = {}

@@ -110,6 +110,7 @@ class Editor(ABC):
         facts: the facts of the run; set by `prepare`.
         rounds: the indices of each round's facts; set by `prepare`. None if each fact is edited alone and taken back.
         results: fact's index -> the result of its search; removed when the fact's round is written.
+        losses: fact's index -> the last loss of its search. Facts without a search of their own have none.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Editor(ABC):
         self.facts: list[Fact] = []
         self.rounds: list[list[int]] | None = None
         self.results: dict[int, Tensor] = {}
+        self.losses: dict[int, float] = {}
         self.prepared = False
 
     def prepare(
@@ -163,6 +165,10 @@ class Editor(ABC):
         """
         if results:
             raise ArgumentError(f"{type(self.method).__name__} has no search whose results could be given")
+
+    def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """The present results for these facts, as `give` takes them; without those that several facts share."""
+        return {index: self.results[index] for index in indices if index in self.results}
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Begin the search for the facts with these indices."""

@@ -28,11 +28,13 @@ class TargetScores:
         token_accuracy: share of the target's tokens that are the most probable ones given those before them,
             [n] float64.
         predicted: for each pair, the most probable token at the position of each target token, given those before it.
+        rank: the worst rank of the target's tokens given those before it, [n]; 1 for the most probable token.
     """
 
     nll: Tensor
     token_accuracy: Tensor
     predicted: tuple[tuple[int, ...], ...]
+    rank: Tensor
 
 
 @torch.no_grad()
@@ -88,6 +90,7 @@ def score_targets(
 
     nll = torch.zeros(len(asked), dtype=torch.float64)
     token_accuracy = torch.zeros_like(nll)
+    rank = torch.zeros(len(asked), dtype=torch.long)
     predicted: list[tuple[int, ...]] = [()] * len(asked)
     done, total = 0, sum(len(row.ids) for row in rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))  # so the time left is not underestimated
@@ -95,14 +98,15 @@ def score_targets(
         group = order[start : start + batch_size]
         indices = [index for row in group for index in answers_of[row]]
         found = _score(lm, {row: rows[row] for row in group}, [answers[index] for index in indices], edits)
-        nll[indices], token_accuracy[indices] = found.nll, found.token_accuracy
+        nll[indices], token_accuracy[indices], rank[indices] = found.nll, found.token_accuracy, found.rank
         for index, tokens in zip(indices, found.predicted, strict=True):
             predicted[index] = tokens
         done += sum(len(rows[row].ids) for row in group)
         if report is not None:
             report(done, total)
     _check_finite(nll, asked)
-    return TargetScores(nll[place_of], token_accuracy[place_of], tuple(predicted[place] for place in place_of))
+    answers_said = tuple(predicted[place] for place in place_of)
+    return TargetScores(nll[place_of], token_accuracy[place_of], answers_said, rank[place_of])
 
 
 def _check_finite(nll: Tensor, asked: Sequence[tuple[int, str, str, Serving]]) -> None:
@@ -203,6 +207,7 @@ def _score(
     losses = (logits.logsumexp(dim=-1)[read_at] - logits[read_at, wanted]).cpu().double()
     said = logits.argmax(dim=-1)[read_at]
     hits = (said == wanted).cpu().double()
+    ranks = 1 + (logits[read_at] > logits[read_at, wanted][:, None]).sum(-1).cpu()
     counts = torch.tensor([len(answer.ids) for answer in answers])
     answer_of = torch.arange(len(answers)).repeat_interleave(counts)
     zeros = torch.zeros(len(answers), dtype=torch.float64)
@@ -210,6 +215,7 @@ def _score(
         zeros.index_add(0, answer_of, losses) / counts,
         zeros.index_add(0, answer_of, hits) / counts,
         tuple(tuple(tokens.tolist()) for tokens in said.cpu().split(counts.tolist())),
+        torch.stack([of_answer.max() for of_answer in ranks.split(counts.tolist())]),
     )
 
 

@@ -9,12 +9,14 @@ from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import facts_section
 from lightedit.reports.html import Html, element, group
+from lightedit.reports.outcomes import outcomes_section
 from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import scores_section
 from lightedit.reports.settings import settings_section
 
 _MADE = element("meta", name="generator", content="lightedit report")
 _SECTIONS = (
+    ("Outcomes", "outcomes"),
     ("Scores", "scores"),
     ("Over the rounds", "rounds"),
     ("Facts", "facts"),
@@ -31,9 +33,9 @@ def report(
 
         report(["edits/memit", "edits/encore"], "report.html")
 
-    The file holds the scores before and after the edit, with their intervals; curves of retention, norms and drift for
-    runs with rounds; the best, median and worst facts with the model's answers to their prompts; settings and
-    provenance. It is self-contained.
+    The file holds the outcome of every fact, with the model's words before and after; the scores before and after the
+    edit, with their intervals; curves of retention, norms and drift for runs with rounds; the best, median and worst
+    facts with the model's answers to their prompts; settings and provenance. It is self-contained.
 
     Args:
         runs: one folder or file, or several; see `read_runs`.
@@ -71,7 +73,8 @@ def page(runs: Sequence[ReportedRun]) -> Html:
         element("title", title),
         element("style", Html(style)),
     )
-    sections = [section(runs) for section in (scores_section, curves_section, facts_section, settings_section)]
+    parts = (outcomes_section, scores_section, curves_section, facts_section, settings_section)
+    sections = [section(runs) for section in parts]
     links = [
         element("a", name, href=f"#{target}")
         for (name, target), section in zip(_SECTIONS, sections, strict=True)

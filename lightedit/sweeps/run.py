@@ -69,8 +69,8 @@ def sweep(
             each fact alone (see `evaluate_single`).
         grid: field of a method -> values, such as {"lambda_": [100.0, 1000.0], "values.lr": [0.1, 0.5]}. Every
             combination is run; a method that lacks a field is run without it.
-        settings: settings of each run, without facts_per_round and validate_every. Values of merged facts are not
-            shared between runs.
+        settings: settings of each run, without facts_per_round and validate_every. Outcomes are not asked for. Values
+            of merged facts are not shared between runs.
         evaluation: settings of the scoring; with `generate` the table has a column of generation entropy (GE).
 
     Returns:
@@ -206,7 +206,7 @@ class _Sweep:
 
     def _settings(self, run: Run) -> RunSettings:
         limit = run.round_limit
-        return replace(self.settings, facts_per_round=limit if isinstance(limit, int) else None)
+        return replace(self.settings, facts_per_round=limit if isinstance(limit, int) else None, outcomes=False)
 
     def score_unedited(self, table: Table) -> None:
         """Score the unedited model once, and average the first records for every count of facts."""

@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import auto_cli, capture_parser, set_parsing_settings
 
-from lightedit.__main__ import COMMANDS, with_booleans
+from lightedit.__main__ import commands, with_booleans
 from lightedit.methods import Method
 
 FACTS = {"--facts", "--format"}
@@ -20,6 +20,7 @@ RUN = {
         ".facts_per_round",
         ".facts_per_chunk",
         ".validate_every",
+        ".outcomes",
         ".progress_bar",
     )
 }
@@ -35,6 +36,11 @@ FLAGS = {
     "demo": {"--facts", "--out"},
     "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, *SERVED, *FACTS, "--out", "--covariance", "--limit",
              "--evaluate", "--health_text", "--log", "--overwrite", "--restart"},
+    "facts add": {"--base", "--facts"},
+    "facts replace": {"--base", "--fact", "--target", "--by"},
+    "facts remove": {"--base", "--fact"},
+    "facts list": {"--base"},
+    "facts apply": {*MODEL, *METHOD, *RUN, "--base", "--covariance"},
     "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
     "evaluate": {*MODEL, *METHOD, *EVALUATION, *SERVED, *FACTS, "--edit", "--limit", "--out", "--compare",
                  "--held_out", "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},
@@ -48,13 +54,13 @@ FLAGS = {
 
 
 def test_every_command_is_here() -> None:
-    assert FLAGS.keys() == COMMANDS.keys()
+    assert FLAGS.keys() == commands().keys()
 
 
 @pytest.mark.parametrize("command", list(FLAGS))
 def test_a_command_has_these_flags_and_each_has_a_help(command: str) -> None:
     set_parsing_settings(subclasses_enabled=[Method])
-    parser = capture_parser(lambda: auto_cli(COMMANDS[command], as_positional=False))
+    parser = capture_parser(lambda: auto_cli(commands()[command], as_positional=False))
     actions = [action for action in parser._actions if action.option_strings]
     flags = {option for action in actions for option in action.option_strings if option.startswith("--")}
     assert {flag for flag in flags if not flag.endswith("+")} == ALWAYS | FLAGS[command]
@@ -69,4 +75,5 @@ def test_flags_that_are_true_or_false_stand_alone() -> None:
     assert with_booleans(["edit", "--evaluate", "false", "--method.write_attention", "--restart=false"]) == [
         "edit", "--evaluate", "false", "--method.write_attention=true", "--restart=false",
     ]  # fmt: skip
+    assert with_booleans(["facts", "apply", "--run.outcomes", "--base", "x"])[2] == "--run.outcomes=true"
     assert with_booleans(["edit", "--out"]) == ["edit", "--out"]  # what lacks its value is for the parser to refuse

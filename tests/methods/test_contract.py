@@ -18,6 +18,7 @@ from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import FACTS, LAYERS, QUIET, VALUES, assert_unedited, covariance_of, state
 from tests.toy import GradientStep
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*hold \\(the model:UserWarning")
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 4),))
 ALL: dict[str, le.Method] = {
     "ROME": le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS),
@@ -93,8 +94,18 @@ def test_a_saved_edit_is_loaded_to_the_bit(
     loaded = le.Edit.load(tmp_path / "edit")
     loaded.apply(other)
     assert (loaded.record, loaded.facts, loaded.facts_in_round) == (edit.record, edit.facts, edit.facts_in_round)
+    assert (loaded.outcomes, loaded.damage) == (edit.outcomes, edit.damage)
     for name, parameter in other.model.named_parameters():
         assert torch.equal(parameter, edited[name]), name
+
+
+@EVERY
+def test_every_written_fact_has_an_outcome_and_a_search_has_a_loss(method: le.Method) -> None:
+    edit = run(model(), method, FACTS[:3])
+    assert [outcome.fact for outcome in edit.outcomes] == FACTS[:3] and edit.damage
+    searches = method.search_inputs() is not None
+    assert [outcome.loss is not None for outcome in edit.outcomes] == [searches] * 3
+    assert edit.values.keys() == (set(range(edit.facts_in_round[0])) if searches else set())
 
 
 @EVERY
@@ -134,6 +145,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, method: le.Metho
     other = model()
     resumed = run(other, method, FACTS[:4], checkpoint=tmp_path / "run")
     assert resumed.facts_in_round == whole.facts_in_round
+    assert resumed.outcomes == whole.outcomes
     for name, parameter in other.model.named_parameters():
         assert torch.equal(parameter, lm.model.get_parameter(name)), name
 

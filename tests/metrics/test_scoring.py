@@ -26,13 +26,13 @@ def build(model_type="llama", kind="bytelevel-bos", **kwargs):
 
 
 def one_full_forward(lm, prompt, target):
-    """Mean NLL, share of argmax tokens, and those tokens, from all logits of the bare model on one unpadded row."""
+    """Mean NLL, share of argmax tokens, those tokens and the worst rank, from all logits of one unpadded row."""
     encoding = lm.tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
     ids = encoding["input_ids"]
     positions = [i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]
     with torch.no_grad():
         logits = lm.model(torch.tensor([ids])).logits[0].double()
-    losses, hits, said = [], [], []
+    losses, hits, said, ranks = [], [], [], []
     for position in positions:
         scores = logits[position - 1].tolist()
         largest = max(scores)
@@ -40,7 +40,8 @@ def one_full_forward(lm, prompt, target):
         losses.append(log_sum - scores[ids[position]])
         hits.append(scores[ids[position]] == largest)
         said.append(scores.index(largest))
-    return sum(losses) / len(losses), sum(hits) / len(hits), tuple(said)
+        ranks.append(1 + sum(score > scores[ids[position]] for score in scores))
+    return sum(losses) / len(losses), sum(hits) / len(hits), tuple(said), max(ranks)
 
 
 def assert_naive(lm, prompts, targets, **kwargs):
@@ -50,6 +51,7 @@ def assert_naive(lm, prompts, targets, **kwargs):
     torch.testing.assert_close(scores.nll, nll, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores.token_accuracy, token_accuracy)
     assert scores.predicted == tuple(row[2] for row in naive)
+    assert scores.rank.tolist() == [row[3] for row in naive]
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

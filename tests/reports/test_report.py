@@ -19,6 +19,7 @@ from lightedit.reports import html
 from lightedit.reports.charts import Interval, interval_figure, legend, line_figure
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import EACH, chosen, facts_section, ranked
+from lightedit.reports.outcomes import outcomes_section
 from lightedit.reports.page import page, report
 from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import better, explanation, higher_is_better, scores_section
@@ -92,6 +93,37 @@ def test_half_a_surrogate_pair_does_not_stop_a_report(tmp_path):
     text = (tmp_path / "scores.json").read_text().replace("person 5", "person \\ud800")
     (tmp_path / "scores.json").write_text(text)
     assert "person ?" in report(tmp_path / "scores.json", tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+# Outcomes
+
+
+def test_outcomes_come_first_with_every_fact_and_those_that_fail_on_top(tmp_path):
+    folder = save_run(tmp_path / "run")
+    edit = le.Edit.load(folder)
+    edit.outcomes = tuple(
+        le.Outcome(fact, f"before {number}", f"after {number}", number != 17, 0.125, number + 1, 0.25)
+        for number, fact in enumerate(FACTS)
+    )
+    edit.damage = (le.Damage("Dear friend, I", "am", MARKUP, 1.5),)
+    edit.save(folder, overwrite=True)
+    reader = _Reader(page(read_runs([folder])))
+    headings = [
+        reader.text.index(title) for title in ("19 of 20 facts hold", "Elsewhere, the largest", "How these are chosen")
+    ]
+    assert headings == sorted(headings)
+    assert all(f"before {number}" in reader.text and f"after {number}" in reader.text for number in range(20))
+    assert reader.text.index("after 17") < reader.text.index("after 0")
+    assert reader.text.count("does not hold") == 1 and "0.125" in reader.text and "Dear friend, I" in reader.text
+    assert "script" not in reader.tags and MARKUP in reader.text
+
+
+def test_many_facts_that_hold_are_folded():
+    facts = [replace(FACTS[3], subject=f"person {number}") for number in range(50)]
+    outcomes = tuple(le.Outcome(fact, "", "", True, 0.5, 1) for fact in facts)
+    built = outcomes_section([ReportedRun("run", le.Edit("tiny", "0", facts=facts, outcomes=outcomes))])
+    assert "20 more that hold" in built and all(f"person {number}<" in built for number in range(50))
+    assert outcomes_section([ReportedRun("run", le.Edit("tiny", "0"))]) is None
 
 
 # Runs

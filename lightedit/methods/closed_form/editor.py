@@ -123,6 +123,9 @@ class ClosedFormEditor(Editor):
         if self.prepared:
             self._check_given()
 
+    def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        return super().to_give([index for index in indices if index not in self._merged])
+
     def _check_given(self) -> None:
         size = self.lm.d_model * (2 if self.method.site == "attention+mlp" else 1)
         for index, value in self._given.items():
@@ -248,8 +251,9 @@ class ClosedFormEditor(Editor):
     def _collect(self) -> None:
         """Store the values of the present chunk if its search is over."""
         if self._search is not None and self._search.done:
-            targets = self._search.values().targets.double()
-            self.results.update(zip(self._searched, targets, strict=True))
+            found = self._search.values()
+            self.results.update(zip(self._searched, found.targets.double(), strict=True))
+            self.losses.update(zip(self._searched, found.losses.tolist(), strict=True))
             self._search = None
 
     @property

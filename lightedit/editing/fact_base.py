@@ -1,0 +1,283 @@
+"""A fact base: facts that change over time, and the edit that writes all of them."""
+
+import json
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+
+from lightedit.data.facts import Fact, FactError
+from lightedit.data.lookup import place_of, with_target
+from lightedit.data.modules import Chunk
+from lightedit.digests import digest
+from lightedit.editing.again import Known, check_together, instead_of, own_text, solve
+from lightedit.editing.artefact import Edit, EditError
+from lightedit.editing.module import EditModule, compact
+from lightedit.editing.settings import RunSettings
+from lightedit.errors import ArgumentError
+from lightedit.files import whole_file
+from lightedit.lm import LanguageModel
+from lightedit.methods.protocol import Method, check_model_and_method
+from lightedit.methods.recorded import method_of
+from lightedit.runs.folder import locked
+from lightedit.runs.provenance import computing
+from lightedit.statistics.covariance import Covariance
+
+_FORMAT = 1
+_BASE, _VALUES, _EDIT = "base.json", "values", "edit"
+
+
+class FactBase:
+    """Facts in a folder, with the results of their searches and the last edit that wrote them.
+
+    Changing a fact needs a search for that fact alone. All facts are then solved together again, from the unedited
+    weights, so the others stay as they are.
+
+        base = FactBase("facts/acme", MEMIT(layers=[4, 5, 6, 7, 8], lambda_=1000.0))
+        base.add(facts)
+        print(base.apply(lm))
+        base.replace("The chief executive of Acme is", "Ada Park")
+        print(base.apply(lm))  # searches one value, and replaces the earlier edit in lm
+
+    The folder holds `base.json` (facts, method, ids of the edits), `values/` (a file a fact) and `edit/`, which
+    `Edit.load` reads.
+
+    Args:
+        folder: the folder; a new one is created when facts are added.
+        method: the method; by default the one of the last `apply`.
+        covariance: as for `lightedit.edit`.
+        settings: settings of the runs, without `facts_per_round`.
+
+    Raises:
+        EditError: the folder holds something else, or a damaged base.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        method: Method | None = None,
+        *,
+        covariance: Covariance | None = None,
+        settings: RunSettings | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.covariance, self.settings = covariance, settings or RunSettings()
+        self._method = method
+        self._state = _State.read(self.folder)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self._state.facts)
+
+    def __len__(self) -> int:
+        return len(self._state.facts)
+
+    @property
+    def edit(self) -> Edit | None:
+        """The edit of the last `apply`; None if there is none. It may lack later changes of the base."""
+        folder = self.folder / _EDIT
+        return Edit.load(folder) if (folder / "edit.json").is_file() else None
+
+    def add(self, facts: Sequence[Fact]) -> None:
+        """Add facts. A fact that is there already is left out with a warning.
+
+        Raises:
+            FactError: a fact with the same text and another target is there.
+        """
+        found = list(self._state.facts)
+        known = {fact.text: fact for fact in found}
+        for fact in [facts] if isinstance(facts, Fact) else facts:
+            if (there := known.get(fact.text)) is None:
+                found.append(fact)
+                known[fact.text] = fact
+            elif there.target_new == fact.target_new:
+                warnings.warn(f"{fact.text!r} -> {fact.target_new!r} is there already, and left out", stacklevel=2)
+            else:
+                raise FactError(
+                    f"{fact.text!r} is there already with the target {there.target_new!r}, not {fact.target_new!r}; "
+                    "replace it instead"
+                )
+        self._change(found)
+
+    def replace(self, old: Fact | str, new: Fact | str) -> None:
+        """Replace a fact.
+
+        Args:
+            old: the fact, or its text (prompt with subject).
+            new: another fact, or a new target for the same one.
+
+        Raises:
+            FactError: `old` is not there (the closest facts are named), or `new` is there already.
+        """
+        facts = self._state.facts
+        index = place_of(facts, old)
+        changed = with_target(facts[index], new)
+        others = [*facts[:index], *facts[index + 1 :]]
+        if changed.text in {fact.text for fact in others}:
+            raise FactError(f"{changed.text!r} is there already; replace or remove that one")
+        self._change([*facts[:index], changed, *facts[index + 1 :]])
+
+    def remove(self, fact: Fact | str) -> None:
+        """Remove a fact, given itself or its text (prompt with subject).
+
+        Raises:
+            FactError: it is not there; the closest facts are named.
+        """
+        facts = self._state.facts
+        index = place_of(facts, fact)
+        self._change([*facts[:index], *facts[index + 1 :]])
+
+    def _change(self, facts: list[Fact]) -> None:
+        self._state.facts = facts
+        self._state.write(self.folder)
+
+    def apply(self, lm: LanguageModel) -> Edit:
+        """Write all facts into `lm`, in place of an earlier edit of this base, and save the edit in `edit/`.
+
+        Values are searched only where a fact, the method's search or the model has changed. They are stored as they
+        are found, so an interrupted call goes on when it is called again.
+
+        Returns:
+            The edit with its outcomes. `lm` carries it.
+
+        Raises:
+            FactError: there are no facts.
+            ArgumentError: there is no method, or it writes one fact at a time.
+            EditError: `lm` carries an edit that is not of this base. It is unchanged then.
+            The errors of `lightedit.edit`; `lm` then carries the earlier edit, if it did before.
+        """
+        self.check()
+        method = self.method
+        check_model_and_method(lm, method)
+        last = self.edit
+        own = {*self._state.edits, *([last.id] if last else [])}
+        with locked(self.folder), instead_of(lm, own, last, f"fact base {self.folder}"):
+            store = _Values(self.folder / _VALUES, lm, method, self._state.facts)
+            known = store.read()
+            if self.settings.progress_bar and method.search_inputs() is not None:
+                print(f"{len(known)} of {len(self)} values are reused", file=sys.stderr)
+            edit = solve(
+                lm,
+                self._state.facts,
+                method,
+                known,
+                covariance=self.covariance,
+                settings=self.settings,
+                callbacks=[_Keep(store, known)],
+            )
+            self._state.edits.append(edit.id)
+            self._state.method = json.loads(json.dumps(method.to_dict()))
+            self._state.write(self.folder)
+            edit.save(self.folder / _EDIT, overwrite=True)
+            store.tidy()
+        return edit
+
+    def check(self) -> None:
+        """Check what needs no model; raises as `apply` does."""
+        if not self._state.facts:
+            raise FactError(f"{self.folder} holds no facts; add some")
+        check_together(self._state.facts, self.method, self.settings)
+
+    @property
+    def method(self) -> Method:
+        """The method given, or that of the last `apply`.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+        if self._method is None and self._state.method is None:
+            raise ArgumentError(
+                f"{self.folder} has no method yet; give one, such as MEMIT(layers=[4, 5, 6, 7, 8], lambda_=1000.0)"
+            )
+        return self._method or method_of(self._state.method or {})
+
+
+@dataclass
+class _State:
+    """What `base.json` holds: the facts, the settings of the last method, and ids of all edits of the base."""
+
+    facts: list[Fact]
+    method: dict[str, Any] | None
+    edits: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_State":
+        path = folder / _BASE
+        if not path.is_file():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise EditError(f"{folder} exists and is no fact base; choose another folder")
+            return cls([], None, [])
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise EditError(f"{path} has format {content['format']}, this version reads {_FORMAT}")
+            return cls([Fact.from_dict(fact) for fact in content["facts"]], content["method"], content["edits"])
+        except EditError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EditError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format": _FORMAT, **asdict(self), "facts": [fact.to_dict() for fact in self.facts]}
+        with whole_file(folder / _BASE) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _Values:
+    """The stored results of searches, a file each. Its name is a digest of all that determines the result."""
+
+    def __init__(self, folder: Path, lm: LanguageModel, method: Method, facts: Sequence[Fact]) -> None:
+        self.folder = folder
+        inputs = method.search_inputs()
+        shared = {"model": lm.fingerprint, "dtype": computing(lm)["dtype"], "search": inputs}
+        names = [digest(json.dumps([shared, own_text(fact)], sort_keys=True))[:24] for fact in facts]
+        self._files = [folder / f"{name}.safetensors" for name in names]
+
+    def read(self) -> dict[int, Known]:
+        """Fact's index -> its result, for results that are stored; a damaged file counts as missing."""
+        found = {}
+        for index, file in enumerate(self._files):
+            if file.is_file():
+                try:
+                    with safe_open(file, "pt") as opened:
+                        loss = (opened.metadata() or {})["loss"]
+                        found[index] = Known(opened.get_tensor("value").clone(), float(loss) if loss else None)
+                except (SafetensorError, KeyError, ValueError):
+                    file.unlink()
+        return found
+
+    def write(self, index: int, one: Known) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        loss = "" if one.loss is None else repr(one.loss)
+        content = save_tensors({"value": compact(one.value).contiguous()}, {"loss": loss})
+        with whole_file(self._files[index]) as unfinished:
+            unfinished.write_bytes(content)
+
+    def tidy(self) -> None:
+        """Delete results that no present fact has."""
+        for file in set(self.folder.glob("*.safetensors")) - set(self._files):
+            file.unlink()
+
+
+class _Keep(Callback):
+    """Stores the results of a chunk when its search is over."""
+
+    def __init__(self, store: "_Values", known: Collection[int]) -> None:
+        self._store, self._stored = store, set(known)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Chunk, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, EditModule)
+        if not batch.finished:
+            return
+        results = pl_module.editor.to_give(batch.indices)
+        for index in results.keys() - self._stored:
+            self._stored.add(index)
+            self._store.write(index, Known(results[index], pl_module.editor.losses.get(index)))

@@ -1,0 +1,180 @@
+"""What an edit did, fact by fact and elsewhere: what the model said before, and what it says now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lightedit.data.facts import Fact
+from lightedit.evaluation.generation import generate
+from lightedit.evaluation.scoring import continuations
+from lightedit.lm import LanguageModel
+from lightedit.lm.batch import by_length, pad
+from lightedit.metrics import score_targets
+from lightedit.metrics.functional import generation_success
+
+_TOKENS = 12  # new tokens of a continuation; a longer target gets twice its own
+_PASS_TOKENS = 1024  # most tokens of a forward pass
+_SUBJECT_PROMPTS = 24  # most prompts about subjects of the facts
+_ABOUT_SUBJECTS = ("{} is", "{} is known for", "The history of {}")
+GENERIC_PROMPTS = (
+    "The weather today is",
+    "Once upon a time",
+    "The most important thing is",
+    "In the year 2000,",
+    "To make bread, you need",
+    "The capital of a country is",
+    "def main():",
+    "Dear friend, I",
+)
+"""Beginnings that have nothing to do with most facts."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fact.
+
+    Attributes:
+        fact: the fact.
+        before: the unedited model's greedy continuation of the fact's prompt, without the prompt.
+        after: the edited model's. It is empty if that model gives NaN or infinity.
+        held: whether `after` begins with the new target, as `generation_success` counts it.
+        probability: probability per token (geometric mean) of the new target after the prompt, in the edited model;
+            None if that is NaN.
+        rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
+        loss: the last loss of the fact's search, in nats; None without a search of its own.
+    """
+
+    fact: Fact
+    before: str
+    after: str
+    held: bool
+    probability: float | None
+    rank: int | None
+    loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but the fact, ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "fact"}
+
+    @classmethod
+    def from_dict(cls, fact: Fact, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError: a field is unknown or missing.
+        """
+        return cls(fact, **values)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What the edit changed at a prompt that it should leave alone.
+
+    Attributes:
+        prompt: a general beginning of a text, or one about the subject of a fact.
+        before: the unedited model's greedy continuation.
+        after: the edited model's.
+        kl: KL(edited || unedited) of the next token after the prompt, in nats.
+    """
+
+    prompt: str
+    before: str
+    after: str
+    kl: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+class Observed:
+    """What a model says about facts and at prompts that an edit of these facts should leave alone.
+
+    Create it before the edit, and ask it afterwards for what has changed.
+
+    Args:
+        lm: the model, with its weights before the edit.
+        facts: the facts to be edited.
+
+    Raises:
+        NumericalError: the model gives NaN or infinity.
+    """
+
+    def __init__(self, lm: LanguageModel, facts: Sequence[Fact]) -> None:
+        self.lm, self.facts = lm, list(facts)
+        self.prompts = untouched_prompts(facts)
+        self._said = continuations(lm, self.facts, tokens=_TOKENS)
+        self._continued = _continue(lm, self.prompts)
+        self._log_probs = _next_token(lm, self.prompts)
+
+    def outcomes(self, losses: Sequence[float | None]) -> tuple[Outcome, ...]:
+        """The outcomes of the first `len(losses)` facts, whose searches ended with these losses.
+
+        Raises:
+            NumericalError: the edited model gives NaN or infinity.
+        """
+        facts = self.facts[: len(losses)]
+        if not facts:
+            return ()
+        said = continuations(self.lm, facts, tokens=_TOKENS)
+        targets = [fact.target_new for fact in facts]
+        held = generation_success(said, targets).tolist()
+        scores = score_targets(self.lm, [fact.text for fact in facts], targets)
+        probabilities, ranks = scores.nll.neg().exp().tolist(), scores.rank.tolist()
+        return tuple(
+            Outcome(fact, self._said[i], said[i], bool(held[i]), probabilities[i], ranks[i], losses[i])
+            for i, fact in enumerate(facts)
+        )
+
+    def unknown(self, losses: Sequence[float | None]) -> tuple[Outcome, ...]:
+        """The outcomes of these facts in a model that gives NaN or infinity."""
+        rows = zip(self.facts, self._said, losses, strict=False)
+        return tuple(Outcome(fact, said, "", False, None, None, loss) for fact, said, loss in rows)
+
+    def damage(self) -> tuple[Damage, ...]:
+        """What has changed at the other prompts, the largest KL first.
+
+        Raises:
+            NumericalError: the edited model gives NaN or infinity.
+        """
+        said = _continue(self.lm, self.prompts)
+        now, before = _next_token(self.lm, self.prompts).double(), self._log_probs.double()
+        kl = (now.exp() * (now - before)).sum(1).clamp(min=0).tolist()
+        rows = [Damage(*row) for row in zip(self.prompts, self._continued, said, kl, strict=True)]
+        return tuple(sorted(rows, key=lambda row: -row.kl))
+
+
+def untouched_prompts(facts: Sequence[Fact]) -> list[str]:
+    """The generic prompts, and at most 24 about the subjects of the facts; none of them is edited.
+
+    Of many subjects, some are chosen at even distances.
+    """
+    edited = {fact.text for fact in facts}
+    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject))
+    count = min(len(subjects), _SUBJECT_PROMPTS)
+    chosen = [subjects[place * len(subjects) // count] for place in range(count)]
+    about = [template.replace("{}", subject) for template in _ABOUT_SUBJECTS for subject in chosen]
+    about = [prompt for prompt in about if prompt not in edited][:_SUBJECT_PROMPTS]
+    return [*(prompt for prompt in GENERIC_PROMPTS if prompt not in edited), *about]
+
+
+def _continue(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
+    texts = generate(lm, prompts, max_new_tokens=_TOKENS, greedy=True)
+    return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+@torch.no_grad()
+def _next_token(lm: LanguageModel, prompts: Sequence[str]) -> Tensor:
+    """Log-probabilities of the token after each prompt, [prompts, vocabulary], on the CPU."""
+    rows = lm.encode(prompts)
+    found: dict[int, Tensor] = {}
+    for group in by_length([len(row) for row in rows], _PASS_TOKENS):
+        batch = pad([rows[index] for index in group], lm.pad_id)
+        last = torch.tensor([len(rows[index]) - 1 for index in group])
+        with lm.before_head(len(group), (torch.arange(len(group)), last)) as states:
+            lm.forward(batch)
+        found.update(zip(group, lm.head.log_probs(states[0]).cpu(), strict=True))
+    return torch.stack([found[index] for index in range(len(rows))])
