@@ -145,19 +145,26 @@ class ClosedForm(Method):
         return settings
 
 
+_NORM_DAMPING = 0.1  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
+
+
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
     """Map residuals of the residual stream [d, B] to the MLP's output, through the norm that follows it, if any.
 
-    An RMS norm y = g m / rms(m) is inverted at the present rms(m). This is exact except that the update changes rms(m).
+    An RMS norm is y = g u, where u = m / rms(m). The u that comes nearest to y + residual is found by damped least
+    squares: entries with a gain near 0 cannot contribute, so they keep their present u. The result keeps rms(m), which
+    the norm's output does not depend on.
     """
     residuals = residuals / walk.lm.anatomy.mlp_scale(walk.layer)
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals
-    rms = walk.outputs(Place(walk.layer)).square().mean(0).sqrt()
-    residuals = residuals.to(rms.device)  # the value layer may be on another device
-    gain = norm(torch.ones(1, residuals.shape[0], dtype=walk.lm.dtype, device=rms.device)).double().T
-    return torch.where(gain.abs() > 1e-6, residuals * rms / gain, 0.0)
+    outputs = walk.outputs(Place(walk.layer))
+    residuals = residuals.to(outputs.device)  # the value layer may be on another device
+    gain = norm(outputs.new_ones(1, len(outputs), dtype=walk.lm.dtype)).double().T
+    rms = outputs.square().mean(0).sqrt()
+    damping = (_NORM_DAMPING * gain.abs().median()).square()
+    return gain * residuals / (gain.square() + damping) * rms
 
 
 def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:

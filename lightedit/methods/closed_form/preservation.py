@@ -137,7 +137,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
 _DEPENDENT = 1e-12
 
 
-def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float) -> LowRankUpdate:
+def low_rank_update(
+    preservation: Preservation, keys: Tensor, residuals: Tensor, gamma: float, share: float | None = None
+) -> LowRankUpdate:
     """The update that writes `residuals` at `keys`; for batched tensors, a batch of separate updates.
 
     Args:
@@ -145,6 +147,7 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
         keys: K, [..., d_in, B].
         residuals: R, [..., d_out, B].
         gamma: γ >= 0; 0 writes R exactly: ΔW K = R.
+        share: if given, each solve takes the γ of `gamma_for_share` instead of `gamma`.
 
     Returns:
         ΔW as factors R [..., d_out, B] and right [..., d_in, B], float64.
@@ -154,6 +157,8 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
     """
     solved = preservation.solve(keys)
     keys = keys.to(solved)
+    if share is not None:  # X (γ I + Kᵀ X)⁻¹ = (X / γ) (I + Kᵀ X / γ)⁻¹, with a γ of its own for each solve
+        solved, gamma = solved / gamma_for_share(keys.mT @ solved, share)[..., None, None], 1.0
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
     # A pivot is the part of a key that is orthogonal to earlier keys; rounding can leave it slightly above 0
     if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
@@ -162,6 +167,32 @@ def low_rank_update(preservation: Preservation, keys: Tensor, residuals: Tensor,
             "write them in separate rounds"
         )
     return LowRankUpdate(residuals.to(solved), right)
+
+
+def gamma_for_share(gram: Tensor, share: float) -> Tensor:
+    """The γ at which a solve writes `share` of its residuals on average over facts.
+
+    With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The mean of the diagonal of G (γ I + G)⁻¹ is the share:
+    the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and Friedman, 2009, eq. 3.50).
+    For one fact it is q / (γ + q), with q = kᵀ A⁻¹ k the leverage of its key.
+
+    Args:
+        gram: G, [..., B, B], symmetric, float64.
+        share: from 0 to 1, both excluded.
+
+    Returns:
+        γ, [...] float64. Where keys are linearly dependent and the share is out of reach, the smallest γ tried, 1e-9
+        of the largest eigenvalue of G.
+    """
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0.0)
+    odds = (1 - share) / share
+    high = (eigenvalues.amax(-1) * odds).log()
+    low = torch.maximum(eigenvalues.amin(-1) * odds, 1e-9 * eigenvalues.amax(-1)).log().minimum(high)
+    for _ in range(60):  # bisection of log γ; the share falls with γ
+        middle = (low + high) / 2
+        written = (eigenvalues / (eigenvalues + middle.exp()[..., None])).mean(-1)
+        low, high = torch.where(written > share, middle, low), torch.where(written > share, high, middle)
+    return ((low + high) / 2).exp()
 
 
 def key_similarity(preservation: Preservation, keys: Tensor) -> Tensor:

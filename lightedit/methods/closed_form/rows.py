@@ -106,7 +106,7 @@ def first_block(places: Sequence[Place]) -> int:
 @torch.no_grad()
 def capture_rows(
     lm: LanguageModel, prompts: Sequence[FactPrompts], places: Sequence[Place], kl_factor: float, max_tokens: int
-) -> tuple[list[Rows], Tensor]:
+) -> tuple[list[Rows], Tensor, Tensor]:
     """Run once the computations that all later passes share.
 
     Args:
@@ -117,8 +117,9 @@ def capture_rows(
         max_tokens: most suffix tokens of one rectangle.
 
     Returns:
-        The rows of all facts, and h0: each fact's activations at the places, averaged over its bare prompts and
-        concatenated, [B, len(places) * d], float32 or wider.
+        The rows of all facts; h0, each fact's activations at the places, averaged over its bare prompts and
+        concatenated, [B, len(places) * d], float32 or wider; and the block's output there, averaged likewise, [B, d].
+        With several places it is the block's input.
     """
     rows = [
         (index, context, row)
@@ -127,6 +128,7 @@ def capture_rows(
     ]
     captured: list[Rows] = []
     initial: dict[int, Tensor] = {}
+    entered: dict[int, Tensor] = {}
     cache, mask = prefix_cache(lm, [row.ids[: row.lookup] for _, _, row in rows])
     pass_cost = (
         0 if lm.architecture.supports_packing else PASS_COST
@@ -155,11 +157,13 @@ def capture_rows(
                 torch.tensor(weights, dtype=wide, device=device),
             )
         )
-        for (index, context, _), activation in zip(members, activations, strict=True):
+        for (index, context, _), *states in zip(members, activations, hidden[:, 0].to(activations), strict=True):
             if context in prompts[index].bare:
-                share = activation / len(prompts[index].bare)
-                initial[index] = initial[index] + share if index in initial else share
-    return captured, torch.stack([initial[index] for index in range(len(prompts))])
+                for total, state in zip((initial, entered), states, strict=True):
+                    share = state / len(prompts[index].bare)
+                    total[index] = total[index] + share if index in total else share
+    ordered = range(len(prompts))
+    return captured, torch.stack([initial[i] for i in ordered]), torch.stack([entered[i] for i in ordered])
 
 
 def _after_prefix(

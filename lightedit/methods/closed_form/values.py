@@ -30,7 +30,9 @@ class ValueSettings:
     """Settings of the value optimisation.
 
     Attributes:
-        lr: Adam's learning rate.
+        lr: Adam's learning rate: about how far one step moves each coordinate of δ.
+        relative_lr: whether `lr` is a share of h0's root mean square, so that it carries over between models and
+            layers; False takes it in the model's own scale, as published.
         steps: most evaluations of the loss; no step follows the last one, as in the published code.
         clamp_norm_factor: bound of ||δ|| / ||h0|| after each step, where h0 is the unedited activation.
         kl_factor: weight of KL(edited || unedited) at the subject's last token of "{subject} is a".
@@ -46,6 +48,7 @@ class ValueSettings:
     weight_decay: float = 0.5
     loss_threshold: float = 0.05
     stopping: MostProbable | KLBelow | None = None
+    relative_lr: bool = False
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.steps >= 1 and self.clamp_norm_factor > 0):  # which NaN fails, too
@@ -129,11 +132,17 @@ class ValueOptimization:
         self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
         self.tokens = TokenCount()
         self._max_tokens = max_tokens
-        self._places = tuple(Place(layer, name) for name in _NAMES[site])
-        self._rows, self.initial = capture_rows(lm, prompts, self._places, settings.kl_factor, max_tokens)
+        names = _NAMES["mlp" if site == "block" and lm.mlp_norm(layer) is not None else site]
+        self._places = tuple(Place(layer, name) for name in names)
+        self._rows, self.initial, self._output = capture_rows(
+            lm, prompts, self._places, settings.kl_factor, max_tokens
+        )
         device = self.initial.device
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self._before_step: Tensor | None = None  # δ before the optimizer's step, if lr is relative
+        width = lm.d_model
+        self._rms = (self._norms(self.initial) / width**0.5).repeat_interleave(width, dim=1)
         self._final = torch.zeros_like(self.initial)
         self._steps = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self._losses = torch.full((len(prompts),), torch.nan, device=device, dtype=self.initial.dtype)
@@ -178,6 +187,7 @@ class ValueOptimization:
         losses = self._weight_decay()
         losses[self.active].sum().backward()
         losses = losses.detach()
+        self._before_step = self.delta.detach().clone() if self.settings.relative_lr else None
         kl, most_probable = torch.zeros_like(losses), torch.zeros_like(self._tokens)
         for together in passes(self.lm, self._rows, self._max_tokens):
             nll_of_pass, kl_of_pass = self._loss(together, most_probable)
@@ -204,7 +214,10 @@ class ValueOptimization:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Clamp the norm of δ after an optimizer step, and finish facts that have no step left."""
+        """Scale and clamp δ after an optimizer step, and finish facts that have no step left."""
+        if self._before_step is not None:
+            # Adam's step does not depend on the scale of the gradient, so scaling the step is scaling lr
+            self.delta.copy_(self._before_step + (self.delta - self._before_step) * self._rms)
         norm, initial = self._norms(self.delta), self._norms(self.initial)
         bound = self.settings.clamp_norm_factor * initial
         shrink = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
@@ -215,7 +228,11 @@ class ValueOptimization:
     def values(self) -> Values:
         """The targets found so far."""
         delta = torch.where(self.active[:, None], self.delta.detach(), self._final)
-        return Values(self.initial + delta, self.initial, self._steps.clone(), self._losses.clone())
+        targets = self.initial + delta
+        if self.site == "block" and (norm := self.lm.mlp_norm(self.layer)) is not None:
+            shift = self.lm.anatomy.mlp_scale(self.layer) * _through(norm, self.initial, delta, self.lm.dtype)
+            targets = self._output + shift
+        return Values(targets, self.initial, self._steps.clone(), self._losses.clone())
 
     @torch.no_grad()
     def _finish(self, facts: Tensor) -> None:
@@ -273,9 +290,8 @@ class ValueOptimization:
         if rows.mlp is not None:
             norm = self.lm.mlp_norm(self.layer)
             assert norm is not None
-            shifted = norm((rows.mlp + delta).to(rows.hidden.dtype)) - norm(rows.mlp.to(rows.hidden.dtype))
-            delta = shifted.to(delta.dtype)
-        if self.site == "mlp":
+            delta = _through(norm, rows.mlp, delta, rows.hidden.dtype)
+        if self._places[0].name == "mlp":
             delta = self.lm.anatomy.mlp_scale(self.layer) * delta
         first = (rows.hidden[:, 0].to(delta.dtype) + delta).to(rows.hidden.dtype)
         return torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
@@ -289,6 +305,11 @@ class ValueOptimization:
         if index[0] not in self._reference:
             self._reference.update(zip(index, self.lm.head.log_probs(hidden), strict=True))
         return torch.stack([self._reference[fact] for fact in index])
+
+
+def _through(norm: nn.Module, states: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """The change of the output of `norm` that δ causes at its input `states`, each [n, d]; computed in `dtype`."""
+    return (norm((states + delta).to(dtype)) - norm(states.to(dtype))).to(delta.dtype)
 
 
 def optimize_values(

@@ -1,0 +1,319 @@
+"""Settings of MEMIT for a model that nobody has tuned, found by a short search on facts that the model knows."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from lightedit.data.builtin import builtin_facts
+from lightedit.data.facts import Fact
+from lightedit.digests import digest
+from lightedit.editing.settings import RunSettings
+from lightedit.errors import ArgumentError
+from lightedit.evaluation.evaluate import evaluate
+from lightedit.evaluation.settings import EvaluationSettings
+from lightedit.files import whole_file
+from lightedit.lm import LanguageModel
+from lightedit.lm.arguments import check_model
+from lightedit.lm.loading import cache_folder
+from lightedit.methods.closed_form.memit import MEMIT
+from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.protocol import Editor, search
+from lightedit.metrics.scoring import score_targets
+from lightedit.progress import Report, progress, subprogress
+from lightedit.statistics.covariance import Covariance
+from lightedit.statistics.estimation import estimate_covariance
+
+_FORMAT = 1
+_QUIET = EvaluationSettings(progress_bar=False)
+_FIGURES = ("held", "PS", "NS")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """Settings of the search for a method's settings.
+
+    Attributes:
+        facts: facts that each trial edits.
+        depths: depths at which values are searched, as shares of the model's blocks.
+        lr: learning rate, as a share of h0's root mean square.
+        clamps: bounds of ||δ|| / ||h0||; the first is tried at every depth, the others at the best one.
+        shares: shares of the residuals that a solve writes, all tried at every depth.
+        seed: seed of the self-generated text on which the covariance is estimated.
+    """
+
+    facts: int = 8
+    depths: tuple[float, ...] = (0.18, 0.29, 0.4, 0.53)
+    lr: float = 0.3
+    clamps: tuple[float, ...] = (1.0, 0.5, 2.0)
+    shares: tuple[float, ...] = (0.6, 0.8, 0.95)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.facts < 1:
+            raise ArgumentError(f"facts must be at least 1, got {self.facts}")
+        if not (self.lr > 0 and self.depths and self.clamps and self.shares):
+            raise ArgumentError(f"lr must be positive, and depths, clamps and shares must not be empty, got {self}")
+        if not all(0 <= depth < 1 for depth in self.depths) or not all(0 < share < 1 for share in self.shares):
+            raise ArgumentError(f"depths are from 0 to 1, and shares between 0 and 1, got {self}")
+        if not all(clamp > 0 for clamp in self.clamps):
+            raise ArgumentError(f"clamps must be positive, got {self.clamps}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The figures of one combination of settings.
+
+    Attributes:
+        layers: the edited layers; values are found at the last.
+        clamp: bound of ||δ|| / ||h0||.
+        share: share of the residuals that each solve writes.
+        held: facts whose whole target is the model's prediction, in percent.
+        PS: paraphrase score, in percent.
+        NS: neighbourhood score, in percent.
+        NS_before: that of the unedited model.
+    """
+
+    layers: tuple[int, ...]
+    clamp: float
+    share: float
+    held: float
+    PS: float
+    NS: float
+    NS_before: float
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean of `held`, PS and the share of NS that is left, in percent; the best trial has the highest."""
+        kept = min(100.0, 100 * self.NS / self.NS_before) if self.NS_before else 100.0
+        parts = (self.held, self.PS, kept)
+        return len(parts) / sum(1 / part for part in parts) if all(parts) else 0.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The result of `tune`: what was tried, with its figures, and the settings that came out best.
+
+    Attributes:
+        model: name of the model.
+        fingerprint: fingerprint of its unedited weights.
+        settings: settings of the search.
+        trials: the trials, in the order in which they were made.
+    """
+
+    model: str
+    fingerprint: str
+    settings: TuningSettings
+    trials: tuple[Trial, ...] = field(default_factory=tuple)
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest score; of equal ones, the one that writes least."""
+        return max(self.trials, key=lambda trial: (trial.score, -trial.share, -trial.clamp))
+
+    @property
+    def method(self) -> MEMIT:
+        """MEMIT with the best settings."""
+        best = self.best
+        return _method(self.settings, best.layers, best.clamp, best.share)
+
+    def table(self) -> str:
+        """The trials as aligned text, best last."""
+        head = ("layers", "clamp", "share", *_FIGURES, "score")
+        lines = [head] + [
+            (
+                str(list(trial.layers)),
+                f"{trial.clamp:g}",
+                f"{trial.share:g}",
+                *(f"{getattr(trial, name):.1f}" for name in _FIGURES),
+                f"{trial.score:.1f}",
+            )
+            for trial in sorted(self.trials, key=lambda trial: trial.score)
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {"format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Build from what `to_dict` returned, after it went through JSON."""
+        settings = {name: _tuples(value) for name, value in content["settings"].items()}
+        trials = (Trial(**{name: _tuples(value) for name, value in trial.items()}) for trial in content["trials"])
+        return cls(content["model"], content["fingerprint"], TuningSettings(**settings), tuple(trials))
+
+
+def tune(
+    lm: LanguageModel,
+    facts: Sequence[Fact] | None = None,
+    *,
+    settings: TuningSettings | None = None,
+    progress_bar: bool = True,
+) -> MEMIT:
+    """Find settings of MEMIT for `lm`: layers, clamp and share, in the model's own units.
+
+        edit = le.edit(lm, facts, le.tune(lm))
+
+    Each trial edits a few facts that the model knows, scores the edit and takes it back. Values are searched once for
+    each depth and clamp. Trials are kept in the user's cache folder as they finish, so an interrupted search goes on,
+    and a finished one is read. See `tuning` for the figures.
+
+    Args:
+        lm: the model, unedited.
+        facts: facts with a true target, paraphrases and neighbourhood prompts; by default built-in ones that the model
+            knows.
+        settings: what is tried.
+        progress_bar: show progress and the time left on standard error.
+
+    Raises:
+        ArgumentError: the model is edited, or `facts` lack what a trial is scored on.
+    """
+    return tuning(lm, facts, settings=settings, progress_bar=progress_bar).method
+
+
+def tuning(
+    lm: LanguageModel,
+    facts: Sequence[Fact] | None = None,
+    *,
+    settings: TuningSettings | None = None,
+    progress_bar: bool = True,
+) -> Tuning:
+    """The search of `tune`, with all its figures. Arguments and errors are those of `tune`."""
+    check_model(lm)
+    settings = settings or TuningSettings()
+    if facts is not None:
+        _check_facts(facts)
+    path = tuning_file(lm, facts, settings)
+    found = _read(path) or Tuning(lm.name, lm.fingerprint, settings)
+    if len(found.trials) == _planned(lm, settings):
+        return found
+    if lm.weights.edits:
+        raise ArgumentError(
+            f"{lm.name} carries edits ({', '.join(lm.weights.edits)}) and was not tuned before; revert them first"
+        )
+    with progress(f"tuning {lm.name}", progress_bar) as report:
+        chosen = _known(lm, settings.facts) if facts is None else list(facts)
+        layers = sorted({layer for window in _windows(lm, settings) for layer in window})
+        covariance = estimate_covariance(lm, layers, seed=settings.seed, cache=True, progress_bar=progress_bar)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for found in _Search(lm, chosen, covariance, settings).run(found, report):
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def tuning_file(lm: LanguageModel, facts: Sequence[Fact] | None, settings: TuningSettings) -> Path:
+    """Where the trials are kept: one file for each model, dtype, facts and settings."""
+    inputs = [None if facts is None else [fact.to_dict() for fact in facts], asdict(settings), str(lm.dtype)]
+    return cache_folder() / "tuning" / f"{lm.fingerprint}_{digest(json.dumps(inputs))[:12]}.json"
+
+
+class _Search:
+    """The trials on one model."""
+
+    def __init__(
+        self, lm: LanguageModel, facts: list[Fact], covariance: Covariance, settings: TuningSettings
+    ) -> None:
+        self.lm, self.facts, self.covariance, self.settings = lm, facts, covariance, settings
+        self.rounds = [list(range(len(facts)))]
+        self.run_settings = RunSettings(on_collision="keep", progress_bar=False)
+        self.NS_before = evaluate(lm, facts, settings=_QUIET).scores["NS"]
+
+    def run(self, known: Tuning, report: Report) -> Iterator[Tuning]:
+        """The tuning after each further trial."""
+        windows, clamps = _windows(self.lm, self.settings), self.settings.clamps
+        searches: Iterable[tuple[tuple[int, ...], float]] = [(window, clamps[0]) for window in windows]
+        total, done = len(windows) + len(clamps) - 1, 0
+        for further in (False, True):
+            if further:
+                searches = [(known.best.layers, clamp) for clamp in clamps[1:]]
+            for layers, clamp in searches:
+                part = subprogress(report, done, 1, total)
+                for trial in self._trials(layers, clamp, known, part):
+                    known = replace(known, trials=(*known.trials, trial))
+                    yield known
+                done += 1
+                report(done, total)
+
+    def _trials(self, layers: tuple[int, ...], clamp: float, known: Tuning, report: Report) -> Iterator[Trial]:
+        """The trials of one search that are not known yet, one for each share."""
+        made = {(trial.layers, trial.clamp, trial.share) for trial in known.trials}
+        shares = [share for share in self.settings.shares if (layers, clamp, share) not in made]
+        first: Editor | None = None
+        values: dict[int, Tensor] = {}
+        for share in shares:
+            method = _method(self.settings, layers, clamp, share)
+            editor = method.editor(self.lm, covariance=self.covariance, settings=self.run_settings)
+            editor.prepare(self.facts, self.rounds, first)
+            editor.give(values)
+            search(editor, self.rounds[0], editor.make_optimizer(), report)
+            first, values = first or editor, values or dict(editor.results)
+            owner = ("tuning", 0)
+            editor.write(self.rounds[0], owner)
+            try:
+                scores = evaluate(self.lm, self.facts, settings=_QUIET).scores
+            finally:
+                self.lm.weights.remove({owner})
+            yield Trial(layers, clamp, share, scores["efficacy_accuracy"], scores["PS"], scores["NS"], self.NS_before)
+
+
+def _method(settings: TuningSettings, layers: Sequence[int], clamp: float, share: float) -> MEMIT:
+    values = ValueSettings(lr=settings.lr, relative_lr=True, clamp_norm_factor=clamp)
+    return MEMIT(tuple(layers), values=values, share=share)
+
+
+def _windows(lm: LanguageModel, settings: TuningSettings) -> list[tuple[int, ...]]:
+    """The layers to edit at each depth: a sixth of the model's, at most five, as published for 28 to 48 blocks."""
+    size = min(5, max(1, round(lm.n_layers / 6)))
+    last = sorted({min(lm.n_layers - 1, max(0, round(depth * lm.n_layers))) for depth in settings.depths})
+    return [tuple(range(max(0, layer - size + 1), layer + 1)) for layer in last]
+
+
+def _planned(lm: LanguageModel, settings: TuningSettings) -> int:
+    return (len(_windows(lm, settings)) + len(settings.clamps) - 1) * len(settings.shares)
+
+
+def _known(lm: LanguageModel, count: int) -> list[Fact]:
+    """Built-in facts of all relations whose right answer is most probable to `lm`."""
+    facts = [fact for fact in builtin_facts() if fact.neighborhood_prompts]
+    scores = score_targets(lm, [fact.text for fact in facts], [str(fact.target_true) for fact in facts])
+    by_relation: dict[str | None, list[Fact]] = {}
+    for index in scores.nll.argsort().tolist():
+        by_relation.setdefault(facts[index].relation, []).append(facts[index])
+    in_turn = chain.from_iterable(zip_longest(*by_relation.values()))
+    return [fact for fact in in_turn if fact is not None][:count]
+
+
+def _check_facts(facts: Sequence[Fact]) -> None:
+    needed: dict[str, Callable[[Fact], object]] = {
+        "target_true": lambda fact: fact.target_true,
+        "paraphrase_prompts": lambda fact: fact.paraphrase_prompts,
+        "neighborhood_prompts": lambda fact: fact.neighborhood_prompts,
+    }
+    if not facts:
+        raise ArgumentError("facts: the list is empty; give some, or leave it out for built-in ones")
+    for name, value in needed.items():
+        if not any(value(fact) for fact in facts):
+            raise ArgumentError(
+                f"facts: none has {name}, on which trials are scored; give facts with it, or leave facts out: built-in "
+                "ones are used then"
+            )
+
+
+def _read(path: Path) -> Tuning | None:
+    """The tuning in a file; None if there is none. A file that cannot be read is tuned again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Tuning.from_dict(content) if content["format"] == _FORMAT else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
