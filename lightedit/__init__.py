@@ -15,6 +15,7 @@ from lightedit.editing.observing import Outcomes
 from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.run import edit
 from lightedit.editing.settings import RunSettings
+from lightedit.editing.tuning import TuningSettings, tune
 from lightedit.errors import LightEditError, UnsupportedModelError
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references
@@ -68,6 +69,7 @@ __all__ = [
     "ResumeError",
     "RoundCheckpoint",
     "RunSettings",
+    "TuningSettings",
     "UnsupportedModelError",
     "ValueSettings",
     "builtin_facts",
@@ -83,6 +85,7 @@ __all__ = [
     "report",
     "served_as",
     "sweep",
+    "tune",
     "write_facts",
     "write_references",
 ]

@@ -24,6 +24,7 @@ from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
+from lightedit.commands.tune import tune
 from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.methods import METHODS, Method
 
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Any] = {
         "list": show,
         "apply": apply,
     },
+    "tune": tune,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         kept = {
+            "tune": "the same command goes on after the trials that are finished",
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
             "sweep": "the same command goes on after the runs, values and scores that are finished",

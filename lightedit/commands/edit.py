@@ -10,6 +10,7 @@ from lightedit.data.texts import read_texts
 from lightedit.editing.artefact import check_free
 from lightedit.editing.run import check_log, prepare, rounds_of
 from lightedit.editing.summary import count_held
+from lightedit.editing.tuning import tuned_method
 from lightedit.errors import RunFailedError
 from lightedit.evaluation.scoring import check_scored
 
@@ -19,8 +20,8 @@ _RUN, _EVALUATION, _HEALTH = le.RunSettings(), le.EvaluationSettings(), le.Healt
 def edit(
     lm: str,
     facts: Path,
-    method: le.Method,
     out: Path,
+    method: le.Method | None = None,
     covariance: Path | None = None,
     format: str | None = None,
     limit: int | None = None,
@@ -47,9 +48,9 @@ def edit(
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
-        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
-            method.values.lr and so on.
         out: folder for the edit.
+        method: ROME, MEMIT, EMMET, PMET, AlphaEdit or ENCORE, with its settings as method.layers, method.lambda_,
+            method.values.lr and so on; by default MEMIT as lightedit tune finds it for the model, or has found it.
         covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
             covariance is estimated from self-generated text and kept in the cache.
         format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
@@ -82,6 +83,8 @@ def edit(
     check_facts_fit(model, chosen)
     if evaluate:
         check_scored(model, chosen, evaluation)
+    if method is None:
+        method = tuned_method(model)
     moments = covariance_of(model, [method], covariance)
     kept = out.with_name(out.name + ".run")
     if restart:

@@ -6,6 +6,7 @@ import lightedit as le
 from lightedit.commands.shared import covariance_of
 from lightedit.data.facts import FactError
 from lightedit.editing.summary import count_held
+from lightedit.editing.tuning import tuned_method
 from lightedit.errors import ArgumentError, RunFailedError
 
 _RUN = le.RunSettings()
@@ -97,7 +98,8 @@ def apply(
     Args:
         base: folder of the fact base.
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
-        method: a method that writes facts together, with its settings; by default that of the last apply.
+        method: a method that writes facts together, with its settings; by default that of the last apply, or MEMIT as
+            lightedit tune finds it for the model.
         covariance: a folder that `lightedit covariance` saved, or one of published .npz files; by default the
             covariance is estimated from self-generated text and kept in the cache.
         run: settings of chunks and collisions; facts_per_round stays out.
@@ -107,7 +109,9 @@ def apply(
     opened = le.FactBase(base, method, settings=run)
     opened.check()
     model = le.LanguageModel.load(lm, dtype, device)
-    opened.covariance = covariance_of(model, [opened.method], covariance)
+    chosen = opened.method or tuned_method(model)
+    opened = le.FactBase(base, chosen, settings=run)
+    opened.covariance = covariance_of(model, [chosen], covariance)
     edit = opened.apply(model)
     print(edit)
     print(f"saved the edit of {len(edit.facts)} facts in {base / 'edit'}")

@@ -20,10 +20,11 @@ from lightedit.editing.again import Known, check_together, instead_of, own_text,
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.module import EditModule, compact
 from lightedit.editing.settings import RunSettings
-from lightedit.errors import ArgumentError
+from lightedit.editing.tuning import tuned_method
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
-from lightedit.methods.protocol import Method, check_model_and_method
+from lightedit.lm.arguments import check_model
+from lightedit.methods.protocol import Method
 from lightedit.methods.recorded import method_of
 from lightedit.runs.folder import locked
 from lightedit.runs.provenance import computing
@@ -50,7 +51,7 @@ class FactBase:
 
     Args:
         folder: the folder; a new one is created when facts are added.
-        method: the method; by default the one of the last `apply`.
+        method: the method; by default the one of the last `apply`, or MEMIT as `tune` finds it for the model.
         covariance: as for `lightedit.edit`.
         settings: settings of the runs, without `facts_per_round`.
 
@@ -147,13 +148,13 @@ class FactBase:
 
         Raises:
             FactError: there are no facts.
-            ArgumentError: there is no method, or it writes one fact at a time.
+            ArgumentError: the method writes one fact at a time.
             EditError: `lm` carries an edit that is not of this base. It is unchanged then.
             The errors of `lightedit.edit`; `lm` then carries the earlier edit, if it did before.
         """
         self.check()
-        method = self.method
-        check_model_and_method(lm, method)
+        check_model(lm)
+        method = self.method or tuned_method(lm, progress_bar=self.settings.progress_bar)
         last = self.edit
         own = {*self._state.edits, *([last.id] if last else [])}
         with locked(self.folder), instead_of(lm, own, last, f"fact base {self.folder}"):
@@ -181,20 +182,15 @@ class FactBase:
         """Check what needs no model; raises as `apply` does."""
         if not self._state.facts:
             raise FactError(f"{self.folder} holds no facts; add some")
-        check_together(self._state.facts, self.method, self.settings)
+        if (method := self.method) is not None:
+            check_together(self._state.facts, method, self.settings)
 
     @property
-    def method(self) -> Method:
-        """The method given, or that of the last `apply`.
-
-        Raises:
-            ArgumentError: there is none.
-        """
-        if self._method is None and self._state.method is None:
-            raise ArgumentError(
-                f"{self.folder} has no method yet; give one, such as MEMIT(layers=[4, 5, 6, 7, 8], lambda_=1000.0)"
-            )
-        return self._method or method_of(self._state.method or {})
+    def method(self) -> Method | None:
+        """The method given, or that of the last `apply`; None before the first."""
+        if self._method is None and self._state.method is not None:
+            return method_of(self._state.method)
+        return self._method
 
 
 @dataclass

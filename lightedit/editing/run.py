@@ -15,6 +15,7 @@ from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.module import EditModule
 from lightedit.editing.observing import Outcomes
 from lightedit.editing.settings import RunSettings
+from lightedit.editing.tuning import tuned_method
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 from lightedit.methods.needs import covariance_for
@@ -40,9 +41,11 @@ class _Progress(Callback):
         self.report(module.fraction_done - self._before, 1.0 - self._before)
 
 
-def rounds_of(facts: Sequence[Fact], method: Method, settings: RunSettings) -> FactsDataModule:
+def rounds_of(facts: Sequence[Fact], method: Method | None, settings: RunSettings) -> FactsDataModule:
     """The facts in rounds of `facts_per_round`; by default one round of all, or of as many as the method allows."""
-    size = method.facts_per_solve if settings.facts_per_round is None else settings.facts_per_round
+    size = settings.facts_per_round
+    if size is None and method is not None:
+        size = method.facts_per_solve
     return FactsDataModule(facts, size, settings.facts_per_chunk)
 
 
@@ -74,7 +77,7 @@ def prepare(
 def edit(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    method: Method,
+    method: Method | None = None,
     *,
     covariance: Covariance | None = None,
     settings: RunSettings | None = None,
@@ -86,14 +89,15 @@ def edit(
 ) -> Edit:
     """Edit `facts` into `lm` and return the edit, which the model carries afterwards.
 
-        edit = edit(lm, facts, MEMIT(layers=[4, 5, 6, 7, 8]), covariance=covariance)
+        edit = edit(lm, facts)
 
     `print(edit)` says what became of each fact. A warning names settings to change if a fact does not hold.
 
     Args:
         lm: the model to edit.
         facts: the facts to write. Those that repeat an earlier one are dropped with a warning.
-        method: the method, such as `MEMIT(layers=[4, 5, 6, 7, 8])`.
+        method: the method, such as `MEMIT(layers=[4, 5, 6, 7, 8])`; by default MEMIT with the settings that `tune`
+            finds for the model, or has found before.
         covariance: second moments at the method's `covariance_places`; by default they are estimated from
             self-generated text and kept in the cache.
         settings: sizes of rounds and chunks, and what to do about colliding facts; see `RunSettings`.
@@ -114,11 +118,14 @@ def edit(
         NumericalError: the search or an update gave NaN or infinity. The edit is taken back.
         ResumeError: `checkpoint` holds another run or a damaged file.
     """
-    check_model_and_method(lm, method)
+    if method is not None:
+        check_model_and_method(lm, method)
     settings = settings or RunSettings()
     check_log(log)
     data = rounds_of(served_as(facts, chat=chat), method, settings)
     check_facts_fit(lm, data.facts)
+    if method is None:
+        method = tuned_method(lm, progress_bar=settings.progress_bar)
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     module = EditModule(lm, method, covariance=covariance, settings=settings, prepared=prepared)

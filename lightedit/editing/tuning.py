@@ -1,12 +1,14 @@
 """Settings of MEMIT for a model that nobody has tuned, found by a short search on facts that the model knows."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from torch import Tensor
 
 from lightedit.data.builtin import builtin_facts
@@ -137,6 +139,27 @@ class Tuning:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
+    def config(self, dtype: str) -> str:
+        """The settings as a file for `lightedit edit --config`, with the figures of the best trial as a comment.
+
+        Args:
+            dtype: dtype of the model, for the file.
+        """
+        best, method = self.best, self.method
+        figures = ", ".join(f"{name} {getattr(best, name):.1f}" for name in _FIGURES)
+        values = {
+            "lr": method.values.lr,
+            "relative_lr": True,
+            "steps": method.values.steps,
+            "clamp_norm_factor": best.clamp,
+            "kl_factor": method.values.kl_factor,
+            "weight_decay": method.values.weight_decay,
+        }
+        settings = {"layers": list(best.layers), "share": best.share, "values": values}
+        content = {"lm": self.model, "dtype": dtype, "method": {"class_path": "lightedit.MEMIT", "init_args": settings}}
+        head = f"# tuned on {self.settings.facts} facts: {figures} (NS {best.NS_before:.1f} before)\n"
+        return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return {"format": _FORMAT, **asdict(self)}
@@ -177,6 +200,19 @@ def tune(
     return tuning(lm, facts, settings=settings, progress_bar=progress_bar).method
 
 
+def tuned_method(lm: LanguageModel, *, progress_bar: bool = True) -> MEMIT:
+    """The method of runs without one: that of `tune`, with a line on standard error that says so."""
+    method = tune(lm, progress_bar=progress_bar)
+    if progress_bar:
+        values = method.values
+        print(
+            f"no method was given: MEMIT at layers {list(method.layers)}, share {method.share:g}, clamp "
+            f"{values.clamp_norm_factor:g}, lr {values.lr:g} of the activations' size, as tuned for {lm.name}",
+            file=sys.stderr,
+        )
+    return method
+
+
 def tuning(
     lm: LanguageModel,
     facts: Sequence[Fact] | None = None,
@@ -191,7 +227,7 @@ def tuning(
         _check_facts(facts)
     path = tuning_file(lm, facts, settings)
     found = _read(path) or Tuning(lm.name, lm.fingerprint, settings)
-    if len(found.trials) == _planned(lm, settings):
+    if len(found.trials) >= _planned(lm, settings):
         return found
     if lm.weights.edits:
         raise ArgumentError(
@@ -202,7 +238,8 @@ def tuning(
         layers = sorted({layer for window in _windows(lm, settings) for layer in window})
         covariance = estimate_covariance(lm, layers, seed=settings.seed, cache=True, progress_bar=progress_bar)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for found in _Search(lm, chosen, covariance, settings).run(found, report):
+        for trials in _Search(lm, chosen, covariance, settings).run(found, report):
+            found = trials
             with whole_file(path) as unfinished:
                 unfinished.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return found
@@ -217,9 +254,7 @@ def tuning_file(lm: LanguageModel, facts: Sequence[Fact] | None, settings: Tunin
 class _Search:
     """The trials on one model."""
 
-    def __init__(
-        self, lm: LanguageModel, facts: list[Fact], covariance: Covariance, settings: TuningSettings
-    ) -> None:
+    def __init__(self, lm: LanguageModel, facts: list[Fact], covariance: Covariance, settings: TuningSettings) -> None:
         self.lm, self.facts, self.covariance, self.settings = lm, facts, covariance, settings
         self.rounds = [list(range(len(facts)))]
         self.run_settings = RunSettings(on_collision="keep", progress_bar=False)

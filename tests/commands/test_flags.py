@@ -41,6 +41,8 @@ FLAGS = {
     "facts remove": {"--base", "--fact"},
     "facts list": {"--base"},
     "facts apply": {*MODEL, *METHOD, *RUN, "--base", "--covariance"},
+    "tune": {*MODEL, *FACTS, "--out", "--limit", "--overwrite", "--settings", "--settings.facts", "--settings.depths",
+             "--settings.lr", "--settings.clamps", "--settings.shares", "--settings.seed"},
     "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
     "evaluate": {*MODEL, *METHOD, *EVALUATION, *SERVED, *FACTS, "--edit", "--limit", "--out", "--compare",
                  "--held_out", "--references", "--protocol", "--covariance", "--facts_per_chunk", "--restart"},

@@ -134,9 +134,7 @@ class ValueOptimization:
         self._max_tokens = max_tokens
         names = _NAMES["mlp" if site == "block" and lm.mlp_norm(layer) is not None else site]
         self._places = tuple(Place(layer, name) for name in names)
-        self._rows, self.initial, self._output = capture_rows(
-            lm, prompts, self._places, settings.kl_factor, max_tokens
-        )
+        self._rows, self.initial, self._output = capture_rows(lm, prompts, self._places, settings.kl_factor, max_tokens)
         device = self.initial.device
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
