@@ -40,7 +40,7 @@ FLAGS = {
     "sweep": {*MODEL, *RUN, *EVALUATION, "--facts", "--methods", "--methods.help", "--out", "--counts",
               "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
     "report": {"--runs", "--out", "--overwrite"},
-    "env": set(),
+    "env": {"--models"},
 }  # fmt: skip
 
 
