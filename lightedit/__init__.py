@@ -18,6 +18,7 @@ from lightedit.evaluation.references import References, read_references, write_r
 from lightedit.evaluation.result import Evaluation
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
+from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
@@ -37,6 +38,7 @@ __all__ = [
     "PMET",
     "ROME",
     "AlphaEdit",
+    "Architecture",
     "ContextSettings",
     "Covariance",
     "CovarianceError",
@@ -70,6 +72,7 @@ __all__ = [
     "export_model",
     "read_facts",
     "read_references",
+    "register_architecture",
     "report",
     "served_as",
     "sweep",

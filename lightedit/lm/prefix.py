@@ -1,10 +1,11 @@
 """Computing the prefix cache: tokens before the subject's last token are run once and kept as a KV cache."""
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lightedit.lm.batch import Batch, pad, rectangles
 from lightedit.lm.cache import PrefixCache
@@ -32,6 +33,8 @@ def prefix_cache(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Pref
     mask = torch.tensor([[width - len(row) <= i for i in range(width)] for row in rows], device=lm.device)
     if not width:
         return None, mask.reshape(len(rows), 0)
+    if lm.is_recurrent:
+        return _recurrent_prefixes(lm, rows, width), mask
     stems: list[tuple[int, ...]] = []
     texts: list[tuple[tuple[int, ...], int]] = []  # each distinct row, and the index of its stem or -1
     for stem, members in _stems(sorted(set(map(tuple, rows)))):
@@ -106,6 +109,24 @@ def _prefix_states(
     with stop_after(lm.blocks[-1]):
         lm.forward(batch, cache=_Recorder([] if stems is None else stems.prefix, before))
     return [states[layer] for layer in range(lm.n_layers)]
+
+
+def _recurrent_prefixes(lm: LanguageModel, rows: Sequence[Sequence[int]], width: int) -> PrefixCache:
+    """The prefix cache of a model with recurrent layers, whose states padding would change: none is run.
+
+    A row without a prefix gets states of zeros, with which such layers start.
+    """
+    distinct = sorted({tuple(row) for row in rows if len(row)}, key=len)
+    parts = []
+    for length, group in groupby(distinct, key=len):
+        batch = pad(list(group), lm.pad_id)
+        cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
+        with stop_after(lm.blocks[-1]):
+            lm.forward(batch, cache=cache)
+        parts.append(PrefixCache.of(cache, length))
+    place = {row: index for index, row in enumerate(distinct)}
+    index = torch.tensor([place.get(tuple(row), len(distinct)) for row in rows])  # the last is a row of zeros
+    return PrefixCache.joined(parts, width).rows(index)
 
 
 def _stems(rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], list[tuple[int, ...]]]]:

@@ -21,7 +21,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those in the checkpoint's generation config."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # custom classes may have none
     ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(token for token in ids if token is not None))
 

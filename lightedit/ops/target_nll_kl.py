@@ -12,22 +12,26 @@ _ROWS = 128  # positions whose logits exist at one time
 
 @dataclass(frozen=True)
 class Head:
-    """How logits come from the last hidden states: z = W h + b, then softcap * tanh(z / softcap) if that is set.
+    """How logits come from the last hidden states: z = s (W h + b), then softcap * tanh(z / softcap) if that is set.
 
     Attributes:
         weight: W, [vocabulary, d].
         bias: b, [vocabulary].
         softcap: bound of the logits, as in Gemma 2.
+        scale: s, as in Granite and Cohere.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits of hidden states [n, d] in float32 or better, [n, vocabulary]; `out` may hold the product."""
         product = self.product(hidden, out)
         logits = product.to(torch.promote_types(product.dtype, torch.float32))
+        if self.scale != 1:
+            logits = logits.mul_(self.scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -62,7 +66,10 @@ def target_nll_kl(hidden: Tensor, head: Head, targets: Tensor, reference: Tensor
     """
     states = hidden.to(head.weight.device)
     _check(states, head.weight, head.bias, targets, reference)
-    loss, is_argmax, _ = _op(states, head.weight, head.bias, head.softcap, targets, reference)
+    bias = head.bias
+    if head.scale != 1:  # s (W h + b) = W (s h) + s b
+        states, bias = head.scale * states, None if bias is None else head.scale * bias
+    loss, is_argmax, _ = _op(states, head.weight, bias, head.softcap, targets, reference)
     return loss, is_argmax
 
 

@@ -153,7 +153,7 @@ def test_what_the_hub_says_of_a_model_is_left_to_transformers(empty_hub: None, m
     def asked(pretrained_model_name_or_path: str) -> None:
         raise OSError(f"{pretrained_model_name_or_path} is not a valid model identifier")
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", asked)
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", asked)
     for name in ("some/model", "not a Hub id"):
         with pytest.raises(OSError, match=f"{name} is not a valid model identifier"):
             LanguageModel.load(name)
@@ -165,6 +165,8 @@ def test_a_model_in_the_hubs_cache_needs_no_answer(no_hub: None, folder: Path, m
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: loaded)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: model)
+    fields = transformers.PretrainedConfig.get_config_dict(folder)
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", lambda _: fields)
     assert LanguageModel.load("some/model", device="cpu").name == "some/model"
 
 

@@ -150,6 +150,7 @@ def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
 
     An RMS norm y = g m / rms(m) is inverted at the present rms(m). This is exact except that the update changes rms(m).
     """
+    residuals = residuals / walk.lm.anatomy.mlp_scale(walk.layer)
     norm = walk.lm.mlp_norm(walk.layer)
     if norm is None:
         return residuals

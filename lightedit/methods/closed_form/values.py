@@ -275,6 +275,8 @@ class ValueOptimization:
             assert norm is not None
             shifted = norm((rows.mlp + delta).to(rows.hidden.dtype)) - norm(rows.mlp.to(rows.hidden.dtype))
             delta = shifted.to(delta.dtype)
+        if self.site == "mlp":
+            delta = self.lm.anatomy.mlp_scale(self.layer) * delta
         first = (rows.hidden[:, 0].to(delta.dtype) + delta).to(rows.hidden.dtype)
         return torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
 
