@@ -3,67 +3,25 @@
 import json
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tests.shapes import ARCHITECTURES, FOUND, SHAPES, WRAPPED
+
+__all__ = ["ARCHITECTURES", "FOUND", "VOCABULARY", "tiny_model", "tiny_tokenizer"]
 
 VOCABULARY = 384
 """Entries of every tiny tokenizer and rows of every tiny model's embedding."""
 
 PAD, BOS, EOS = 0, 1, 2
-
-_CONTEXT = 256
-_LLAMA = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 80,
-    "max_position_embeddings": _CONTEXT,
-}
-# Heads wider than hidden / heads, as these models have: code that divides instead of asking is wrong on them.
-_WIDE_HEADS = {"head_dim": 16}
-_GPT = {"n_embd": 32, "n_head": 4, "n_inner": 80, "n_positions": _CONTEXT}
-
-_SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT,
-    "gptj": _GPT | {"rotary_dim": 4},
-    "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
-    "llama": _LLAMA,
-    "mistral": _LLAMA | {"sliding_window": 8},
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA | _WIDE_HEADS,
-    # Caps near the size of the tiny logits, so that capping is felt.
-    "gemma2": _LLAMA
-    | _WIDE_HEADS
-    | {
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "final_logit_softcapping": 5.0,
-        "attn_logit_softcapping": 2.0,
-    },
-    "gemma3": _LLAMA | _WIDE_HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2},
-    "phi3": _LLAMA,
-    "opt": {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "ffn_dim": 80,
-        "max_position_embeddings": _CONTEXT,
-        "init_std": 0.2,
-    },
-    "bloom": {"hidden_size": 32, "n_head": 4},  # its intermediate size is always 4 * hidden
-    "falcon": {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 80,
-        "max_position_embeddings": _CONTEXT,
-    },
-    "olmo2": _LLAMA,
-}
-
-ARCHITECTURES = list(_SHAPES)
-"""The model types that `tiny_model` builds; "gemma3" is its text model."""
 
 
 def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -75,16 +33,7 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
     in mid-prompt has little hold on what follows. Equal arguments give equal weights; other dtypes hold the
     float32 model's weights, cast. The global random state is left as it was.
     """
-    config = AutoConfig.for_model(
-        {"gemma3": "gemma3_text"}.get(model_type, model_type),
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        **({"initializer_range": 0.2} if model_type != "opt" else {}),
-        **_SHAPES[model_type],
-    )
+    config = _config(model_type, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -98,6 +47,19 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             model.load_state_dict(weights)
     return model.eval()
+
+
+def _config(model_type: str, layers: int) -> PretrainedConfig:
+    fields = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "initializer_range": 0.2}
+    fields |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} | SHAPES[model_type]
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][:layers]
+    if model_type == "opt":
+        del fields["initializer_range"]
+    if model_type in WRAPPED:
+        wrapper, others = WRAPPED[model_type]
+        return AutoConfig.for_model(wrapper, text_config=fields, **others)
+    return AutoConfig.for_model({"gemma3": "gemma3_text"}.get(model_type, model_type), **fields)
 
 
 _TEXT = """\

@@ -19,23 +19,35 @@ KL_PROMPT = "{} is a"
 
 Site = Literal["block", "mlp"]
 
-_LLAMA = ("model.layers", "mlp.down_proj")
-_PLACES = {  # model_type -> (list of blocks, MLP output matrix inside a block)
-    "gpt2": ("transformer.h", "mlp.c_proj"),
-    "gptj": ("transformer.h", "mlp.fc_out"),
-    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "phi3": _LLAMA,
-    "opt": ("model.decoder.layers", "fc2"),
+_PLACES = {  # model_type -> (list of blocks, MLP output matrix inside a block), unless those of Llama
+    "bamba": ("model.layers", "feed_forward.down_proj"),
+    "biogpt": ("biogpt.layers", "fc2"),
     "bloom": ("transformer.h", "mlp.dense_4h_to_h"),
+    "codegen": ("transformer.h", "mlp.fc_out"),
+    "ctrl": ("transformer.h", "ffn.2"),
     "falcon": ("transformer.h", "mlp.dense_4h_to_h"),
-    "olmo2": _LLAMA,
+    "falcon_h1": ("model.layers", "feed_forward.down_proj"),
+    "gemma3": ("model.language_model.layers", "mlp.down_proj"),
+    "got_ocr2": ("model.language_model.layers", "mlp.down_proj"),
+    "gpt2": ("transformer.h", "mlp.c_proj"),
+    "gpt_bigcode": ("transformer.h", "mlp.c_proj"),
+    "gpt_neo": ("transformer.h", "mlp.c_proj"),
+    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
+    "gpt_neox_japanese": ("gpt_neox_japanese.layers", "mlp.dense_4h_to_h"),
+    "gptj": ("transformer.h", "mlp.fc_out"),
+    "granitemoehybrid": ("model.layers", "shared_mlp.output_linear"),
+    "lfm2": ("model.layers", "feed_forward.w2"),
+    "lfm3": ("model.layers", "feed_forward.w2"),
+    "modernbert-decoder": ("model.layers", "mlp.Wo"),
+    "mpt": ("transformer.blocks", "ffn.down_proj"),
+    "nanochat": ("model.layers", "mlp.fc2"),
+    "opt": ("model.decoder.layers", "fc2"),
+    "persimmon": ("model.layers", "mlp.dense_4h_to_h"),
+    "phi": ("model.layers", "mlp.fc2"),
+    "starcoder2": ("model.layers", "mlp.c_proj"),
+    "xglm": ("model.layers", "fc2"),
 }
+_OF_LLAMA = ("model.layers", "mlp.down_proj")
 
 
 class Request(NamedTuple):
@@ -58,12 +70,12 @@ class PublishedValue(NamedTuple):
 
 def block(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return transformer block number `layer`, counted from 0."""
-    return model.get_submodule(f"{_PLACES[model.config.model_type][0]}.{layer}")
+    return model.get_submodule(f"{_PLACES.get(model.config.model_type, _OF_LLAMA)[0]}.{layer}")
 
 
 def mlp_output_matrix(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the module (Linear, or GPT-2's Conv1D) that ends the MLP of block `layer`."""
-    return block(model, layer).get_submodule(_PLACES[model.config.model_type][1])
+    return block(model, layer).get_submodule(_PLACES.get(model.config.model_type, _OF_LLAMA)[1])
 
 
 def weight_view(model: PreTrainedModel, layer: int) -> Tensor:
@@ -125,7 +137,8 @@ def published_values(
     # window would have no key at all, which in float64 is NaN and spreads.
     mask = torch.ones_like(input_ids)
 
-    delta = torch.zeros(model.config.hidden_size, dtype=model.dtype, device=model.device, requires_grad=True)
+    width = model.get_input_embeddings().weight.shape[1]
+    delta = torch.zeros(width, dtype=model.dtype, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=lr)
     h0 = kl_start = None
 

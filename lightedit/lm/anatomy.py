@@ -11,7 +11,7 @@ from lightedit.lm.architectures import Architecture, Features, blocks_of, featur
 from lightedit.lm.finder import architecture_of
 from lightedit.lm.hooks import Port
 from lightedit.lm.place import Place
-from lightedit.lm.proof import continues, packs, prove
+from lightedit.lm.proof import packs, prove
 from lightedit.lm.storage import check_stored
 from lightedit.ops import Head
 
@@ -35,9 +35,8 @@ class Anatomy:
         self.architecture: Architecture = architecture_of(model)
         self.blocks: nn.ModuleList = blocks_of(model, self.architecture)
         self.proof = prove(model, self.architecture)
-        continues(model, self.architecture, self.proof.returns_tuple)
-        if self.architecture.supports_packing:
-            self.architecture = replace(self.architecture, supports_packing=packs(model, self.architecture))
+        packing = packs(model, self.architecture, self.proof.returns_tuple)
+        self.architecture = replace(self.architecture, supports_packing=packing)
         self._model = model
 
     def module_name(self, place: Place) -> str:

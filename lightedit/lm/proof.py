@@ -45,58 +45,75 @@ class Proof:
 
 
 @torch.no_grad()
-def continues(model: PreTrainedModel, architecture: Architecture, returns_tuple: bool) -> None:
-    """Require that a pass started in the middle, from hidden states and a prefix cache, gives a whole pass's logits.
+def packs(model: PreTrainedModel, architecture: Architecture, returns_tuple: bool) -> bool:
+    """Prove that passes can start in the middle, and say whether rows can be packed.
+
+    A whole pass over two rows is compared with one that starts at the middle block, from hidden states and a cache of
+    the rows' prefixes, of 2 tokens and of 1. Then both rows' later tokens run packed, with the same prefixes. Packing
+    needs transformers' attention interface, called with the sliding window if there is one, and with nothing that
+    packed attention does not know, such as a soft-cap or sinks.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        architecture: its places.
+        returns_tuple: whether blocks return tuples; see `Proof`.
 
     Raises:
-        UnsupportedModelError: it does not, since blocks take more from earlier blocks than the residual stream.
+        UnsupportedModelError: a pass from the middle gives other logits than a whole pass.
     """
+    config = model.config.get_text_config(decoder=True)
+    logits = partial(_logits, model, architecture)
     blocks = blocks_of(model, architecture)
-    ids = probe_tokens(model, 4)
-    logits = partial(_logits, model, architecture)
-    positions = torch.arange(4, device=ids.device)[None]
     middle = len(blocks) // 2
-    config = model.config.get_text_config(decoder=True)
-    cache = DynamicCache(config=config)
-    logits(ids[None, :2], positions[:, :2], use_cache=True, past_key_values=cache)
-    prefix = PrefixCache.of(cache, 2).without(range(middle))
-    with hooks.capture({0: blocks[middle]}, 1, inputs=True) as states:
-        whole = logits(ids[None], positions, use_cache=False)[0, -1]
-    mask = torch.ones(1, 4, dtype=torch.long, device=ids.device)
-    with hooks.skip_blocks(blocks[:middle], states[0][:, 2:], returns_tuple):
-        rest = logits(ids[None, 2:], positions[:, 2:], use_cache=True, past_key_values=prefix, attention_mask=mask)[
-            0, -1
-        ]
-    if (rest - whole).norm() > _LOOSE.get(whole.dtype, 0.05) * whole.norm():
-        raise UnsupportedModelError(
-            f"{config.model_type}: a pass from block {middle} on, with hidden states and a cache of the tokens before, "
-            "gives other logits than a whole pass; expected blocks that are connected by the residual stream alone"
+    ids = probe_tokens(model, 7)
+    rows = torch.stack([ids[:4], ids[[4, 5, 6, 6]]])
+    positions = torch.arange(4, device=ids.device).expand(2, -1)
+    later = positions[:, 2:] - torch.tensor([[0], [1]], device=ids.device)  # the later tokens' positions in their rows
+    with hooks.capture({0: blocks[middle]}, 2, inputs=True) as states:
+        whole = _of_later(logits(rows, positions, use_cache=False), later)
+    parts = []
+    for row, length in ((0, 2), (1, 1)):
+        cache = DynamicCache(config=config)
+        prefix = (rows[row : row + 1, :length], positions[:1, :length])
+        logits(*prefix, use_cache=True, past_key_values=cache)
+        parts.append(PrefixCache.of(cache, length))
+    prefixes = PrefixCache.joined(parts, 2).rows(torch.tensor([0, 1]))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]], device=ids.device)
+    tokens = rows.gather(1, later)
+    with hooks.skip_blocks(blocks[:middle], _of_later(states[0], later), returns_tuple):
+        rest = logits(
+            tokens,
+            later,
+            use_cache=True,
+            past_key_values=prefixes.without(range(middle)),
+            attention_mask=mask,
         )
-
-
-@torch.no_grad()
-def packs(model: PreTrainedModel, architecture: Architecture) -> bool:
-    """Whether packed rows of different lengths give the logits that each row gives alone.
-
-    The attention must call transformers' attention interface, with its sliding window if it has one, and with nothing
-    that packed attention does not know, such as a soft-cap or sinks.
-    """
-    config = model.config.get_text_config(decoder=True)
-    if is_recurrent(config) or not architecture.takes_position_ids:
+    if not _agree(rest, whole):
+        raise UnsupportedModelError(
+            f"{config.model_type}: a pass from block {middle} on, with hidden states and cached prefixes, gives other "
+            "logits than a whole pass; expected blocks that are connected by the residual stream alone, and attention "
+            "that follows the attention mask"
+        )
+    if not architecture.supports_packing or not architecture.takes_position_ids or is_recurrent(config):
         return False
-    ids = probe_tokens(model, 5)
-    positions = torch.tensor([0, 1, 2, 0, 1], device=ids.device)
-    logits = partial(_logits, model, architecture)
-    padded = torch.stack([ids[:3], ids[[3, 4, 4]]])  # what follows a token does not reach it
-    alone = logits(padded, positions[None, :3].expand(2, -1), use_cache=False).flatten(0, 1)[:5]
     dtype = embedding_of(model).dtype
-    spans = [Span.of(torch.ones(1, n, dtype=torch.bool, device=ids.device), n, None, dtype) for n in (3, 2)]
+    spans = [
+        Span.of(torch.ones(1, part.length + 2, dtype=torch.bool, device=ids.device), 2, part, dtype) for part in parts
+    ]
     try:
         with packed_attention(model):
-            together = logits(ids[None], positions[None], use_cache=False, packed=spans)[0]
+            packed = logits(tokens.view(1, -1), later.reshape(1, -1), use_cache=False, packed=spans)
     except (UnsupportedModelError, RuntimeError):  # this model takes no packed rows
         return False
-    return bool((together - alone).norm() <= _LOOSE.get(alone.dtype, 0.03) * alone.norm())
+    return _agree(packed.view_as(whole), whole)
+
+
+def _of_later(states: Tensor, later: Tensor) -> Tensor:
+    return states.gather(1, later.to(states.device)[:, :, None].expand(-1, -1, states.shape[-1]))
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= _LOOSE.get(expected.dtype, 0.05) * expected.norm())
 
 
 @torch.no_grad()

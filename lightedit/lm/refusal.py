@@ -14,6 +14,18 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm.architectures import ARCHITECTURES
 from lightedit.lm.finder import structure_of
 
+# Dense types that pass the parity suite, as tests/models.py builds them. Others are found and proven at load alike.
+PROVEN = (
+    *("apertus", "arcee", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "ctrl", "cwm"),
+    *("diffllama", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text"),
+    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox"),
+    *("gpt_neox_japanese", "gptj", "granite", "granite_swa", "granitemoehybrid", "helium", "hunyuan_v1_dense"),
+    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "lfm2", "lfm3", "llama", "minicpm3", "ministral"),
+    *("ministral3", "mistral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3"),
+    *("olmo_hybrid", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2", "vaultgemma", "xglm", "youtu"),
+)
+
 OWN_MODEL = "load it yourself with trust_remote_code=True and call le.LanguageModel(model, tokenizer)"
 """The way out for custom code."""
 
@@ -65,6 +77,22 @@ def check_structure(config: PretrainedConfig) -> None:
         )
     if (model := _without_weights(config)) is not None:
         structure_of(model)
+
+
+def refusals() -> dict[str, str]:
+    """The causal types of this version of transformers that are refused in their default configuration, and why.
+
+    A type of `PROVEN` is not among them: gemma4_text or granitemoehybrid have sizes with and without experts or gates.
+    """
+    reasons = {}
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(PROVEN)):
+        try:
+            check_structure(CONFIG_MAPPING[kind]())
+        except UnsupportedModelError as error:
+            reasons[kind] = str(error).removeprefix(kind).lstrip(": ")
+        except Exception:  # some default configurations are not valid
+            continue
+    return reasons
 
 
 def _experts(fields: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -51,7 +51,7 @@ FLAGS = {
               "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
     "report": {"--runs", "--out", "--overwrite"},
     "chat": {*MODEL, "--edits", "--plain", "--max_new_tokens", "--top_k", "--seed"},
-    "env": set(),
+    "env": {"--models"},
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Places that are found, what proves them, and what is refused."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import lightedit as le
+from benchmarks import published
+from benchmarks.values import published_value
+from lightedit.commands.env import env
+from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.architectures import ARCHITECTURES as ROWS
 from lightedit.lm.finder import find_architecture
-from lightedit.statistics.covariance import Provenance
-from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from lightedit.lm.refusal import PROVEN
+from lightedit.methods.closed_form.values import optimize_values
+from tests.models import ARCHITECTURES, FOUND, tiny_model, tiny_tokenizer
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -70,6 +76,19 @@ EXPECTED = {
 
 def test_the_expected_places_are_those_of_all_architectures() -> None:
     assert EXPECTED.keys() == set(ARCHITECTURES)
+
+
+def test_the_types_listed_as_proven_are_those_that_are_tested() -> None:
+    assert sorted(PROVEN) == sorted({tiny_model(name).config.model_type for name in (*ARCHITECTURES, *FOUND)})
+
+
+def test_the_listed_refusals_leave_out_what_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    env(models=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"^70 model types pass.*apertus, .*llama, .*youtu$", printed, re.M | re.S)
+    assert re.search(r"^  mixtral +is a mixture of experts \(num_local_experts 8\)", printed, re.M)
+    assert re.search(r"^  bert +is an encoder", printed, re.M)
+    assert len(re.findall(r"^  \S+ .*expected", printed, re.M)) > 80
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,14 +164,15 @@ class OwnAttention(nn.Module):
         super().__init__()
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
 
-    def forward(self, x: Tensor, memory: tuple[object, int]) -> Tensor:
+    def forward(self, x: Tensor, memory: tuple[object, int, Tensor | None]) -> Tensor:
         q, k, v = (states[:, None] for states in self.qkv(x).chunk(3, dim=-1))
-        cache, layer = memory
+        cache, layer, real = memory
         past = 0
         if cache is not None:
             past = cache.get_seq_length(layer)
             k, v = cache.update(k, v, layer)
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+        seen = seen if real is None else seen & real[:, None, None].bool()
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0])
 
 
@@ -163,12 +183,14 @@ class OwnBlock(nn.Module):
         self.attn, self.up, self.down = OwnAttention(), nn.Linear(16, 40), nn.Linear(40, 16)
         self.norm = nn.LayerNorm(16)
 
-    def forward(self, x: Tensor, memory: tuple[object, int]) -> Tensor:
+    def forward(self, x: Tensor, memory: tuple[object, int, Tensor | None]) -> Tensor:
         x = x + self.attn(x, memory)
         m = self.down(self.up(self.norm(x)).relu())
-        return {"plain": lambda: x + m, "scaled": lambda: x - 0.25 * m, "gated": lambda: x + m * x.sigmoid()}.get(
-            self.kind, lambda: self.norm(x + m)
-        )()
+        if self.kind == "gated":
+            return x + m * x.sigmoid()
+        if self.kind == "normed":
+            return self.norm(x + m)
+        return x - 0.25 * m if self.kind == "scaled" else x + m
 
 
 class OwnModel(PreTrainedModel):
@@ -192,7 +214,8 @@ class OwnModel(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask=None, past_key_values=None, use_cache=None) -> CausalLMOutput:
         x = self.tokens(input_ids)
         for layer, block in enumerate(self.trunk):
-            x = block(x=x, memory=(past_key_values, layer))
+            real = None if self.config.kind == "unmasked" else attention_mask
+            x = block(x=x, memory=(past_key_values, layer, real))
         return CausalLMOutput(logits=self.head(x))
 
 
@@ -206,24 +229,32 @@ def own_model(kind: str) -> OwnModel:
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("plain", 1.0), ("scaled", -0.25)])
-def test_the_places_of_a_custom_class_are_found_and_edited(kind: str, scale: float) -> None:
+def test_the_places_of_a_custom_class_are_found_and_its_values_those_of_a_plain_loop(
+    kind: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = LanguageModel(own_model(kind), tiny_tokenizer("bytelevel"))
     assert lm.architecture == le.Architecture(
         "tokens", "trunk", {"mlp_in": "up", "mlp": "down"}, takes_position_ids=False, supports_packing=False
     )
     assert lm.anatomy.proof.mlp_scales == pytest.approx((scale,) * 3, rel=1e-5)
-    fact = le.Fact("The capital of {}", "France", "Rome")
-    method = le.ROME(layers=(1,), values=le.ValueSettings(steps=25, lr=1.0, clamp_norm_factor=10.0))
-    provenance = Provenance(lm.name, lm.fingerprint, "none", 400, 8, "float32")
-    le.edit(lm, [fact], method, covariance=le.Covariance({Place(1): torch.eye(40)}, provenance))
-    rome = lm.encode([" Rome"])[0]
-    assert lm.generate([fact.text], len(rome))[0] == rome
+    monkeypatch.setitem(published._PLACES, "own", ("trunk", "down"))
+    fact, settings = le.Fact("The capital of {}", "France", "Rome"), le.ValueSettings(steps=6)
+    for site in ("block", "mlp"):
+        found = optimize_values(lm, tokenize_facts(lm.tokenizer, [fact], Contexts()), 1, site, settings).targets[0]
+        expected = published_value(lm, fact, Contexts(), 1, site, settings)
+        assert expected.delta.norm() > 0.1 * expected.h0.norm()
+        torch.testing.assert_close(found, expected.target, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gated", "normed"])
 def test_a_block_that_changes_what_its_mlp_adds_is_refused(kind: str) -> None:
     with pytest.raises(le.UnsupportedModelError, match=r"own: trunk\.0: .*output of down does not reach the block"):
         LanguageModel(own_model(kind), tiny_tokenizer("bytelevel"))
+
+
+def test_a_model_that_ignores_the_attention_mask_is_refused() -> None:
+    with pytest.raises(le.UnsupportedModelError, match=r"own: a pass from block 1 on.*follows the attention mask"):
+        LanguageModel(own_model("unmasked"), tiny_tokenizer("bytelevel"))
 
 
 def test_a_registered_architecture_is_used_and_proven(monkeypatch: pytest.MonkeyPatch) -> None:
