@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lightedit.lm.refusal import auto_class
 from tests.shapes import ARCHITECTURES, FOUND, SHAPES, WRAPPED
 
 __all__ = ["ARCHITECTURES", "FOUND", "VOCABULARY", "tiny_model", "tiny_tokenizer"]
@@ -36,7 +37,8 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
     config = _config(model_type, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        auto = auto_class(config.model_type) or AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norm weights and every bias
@@ -44,7 +46,7 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
         if dtype != torch.float32:
             # Not `.to(dtype)`: that would cast the rotary buffers too, which loading a checkpoint never does.
             weights = model.state_dict()
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto.from_config(config, dtype=dtype)
             model.load_state_dict(weights)
     return model.eval()
 

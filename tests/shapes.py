@@ -134,6 +134,8 @@ _FOUND: dict[str, dict[str, Any]] = {
     "ministral": _LLAMA | _WIDE_HEADS | _SLIDING,
     "ministral3": _LLAMA | _WIDE_HEADS,
     "modernbert-decoder": _HEADS | {"local_attention": 8, "global_attn_every_n_layers": 2},
+    "llava": _LLAMA | {"model_type": "llama"},
+    "mistral3": _LLAMA | _WIDE_HEADS | {"model_type": "ministral3"},
     "mpt": {"d_model": 32, "n_heads": 4, "expansion_ratio": 3, "max_seq_len": CONTEXT},
     "nanochat": _LLAMA,
     "nemotron": _LLAMA,
@@ -143,6 +145,9 @@ _FOUND: dict[str, dict[str, Any]] = {
     "persimmon": _HEADS,
     "phi": _LLAMA,
     "qwen3_5_text": _LLAMA | _WIDE_HEADS | _LINEAR,
+    "qwen3_vl": _LLAMA
+    | _WIDE_HEADS
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "seed_oss": _LLAMA | _WIDE_HEADS,
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
@@ -159,6 +164,9 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
         "got_ocr2",
         {"vision_config": _VISION | {"image_size": 32, "patch_size": 16, "mlp_dim": 20, "output_channels": 8}},
     ),
+    "llava": ("llava", {"vision_config": _VISION | {"image_size": 28, "patch_size": 14}}),
+    "mistral3": ("mistral3", {"vision_config": _VISION | {"image_size": 28, "patch_size": 14}}),
+    "qwen3_vl": ("qwen3_vl", {"vision_config": {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}}),
 }
 """Name here -> model type and further fields of models that hold their text model beside others."""
 

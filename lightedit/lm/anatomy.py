@@ -152,7 +152,10 @@ class Anatomy:
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm between the MLP's output and the residual stream; None if the block has none."""
         path = self.architecture.mlp_norm
-        return dict(self.blocks[layer].named_modules()).get(path) if path else None
+        try:
+            return self.blocks[layer].get_submodule(path) if path else None
+        except AttributeError:  # blocks of OLMo-hybrid with recurrent layers have none
+            return None
 
     def mlp_scale(self, layer: int) -> float:
         """The constant by which the MLP's output, after its norm if any, enters the residual stream; mostly 1."""

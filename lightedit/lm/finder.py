@@ -288,4 +288,5 @@ def probe_tokens(model: PreTrainedModel, count: int) -> Tensor:
     """Distinct token ids amid the vocabulary, away from padding and special tokens; [count]."""
     embedding = embedding_of(model)
     first = len(embedding) // 3
-    return torch.arange(first, first + count, device=embedding.device)
+    device = "cpu" if embedding.device.type == "meta" else embedding.device  # of an offloaded embedding
+    return torch.arange(first, first + count, device=device)

