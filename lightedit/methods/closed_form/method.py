@@ -144,7 +144,7 @@ class ClosedForm(Method):
         return settings
 
 
-_NORM_DAMPING = 0.1  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
+_NORM_DAMPING = 0.02  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
 
 
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
