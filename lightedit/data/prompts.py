@@ -100,7 +100,8 @@ class FactPrompts:
     Attributes:
         fact: the fact, or the first of several.
         rows: one for each context, the bare prompt first; the rows of several facts follow one another.
-        subject: the tokens of "{subject} is a" up to the subject's last token, where the KL term is read.
+        subject: the tokens of "{subject} is a" up to the subject's last token, where the KL term is read; without a
+            subject the bare prompt, up to where it is read.
         key_weights: weight of each row in the averaged key; they sum to 1.
         bare: indices of the rows that are bare prompts.
     """
@@ -198,7 +199,7 @@ def _lookup(fact: Fact, template: str, row: Encoded) -> int:
 
 
 def _kl_rows(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], bare: Sequence[Row]) -> list[Row]:
-    """The row of each fact's KL term: "{subject} is a" up to the subject, or the bare prompt up to the key's token."""
+    """The row of each fact's KL term: "{subject} is a" up to the subject, or the bare prompt without a subject."""
     found: dict[int, Row] = {}
     for chat in (False, True):
         subjects = {i: fact.subject for i, fact in enumerate(facts) if fact.chat == chat and fact.subject is not None}
@@ -207,7 +208,18 @@ def _kl_rows(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], bare: Se
             positions = subject_positions(tokenizer, texts, [start + len(name) for name in subjects.values()], chat)
             for i, (ids, lookup) in zip(subjects, positions, strict=True):
                 found[i] = Row(ids[: lookup + 1], lookup, [])
-    return [found[i] if i in found else Row(row.ids[: row.lookup + 1], row.lookup, []) for i, row in enumerate(bare)]
+    return [found[i] if i in found else _kl_row_of_prompt(row) for i, row in enumerate(bare)]
+
+
+def _kl_row_of_prompt(row: Row) -> Row:
+    """The row of the KL term of a fact without subject, which ends where the term is read.
+
+    It is read at the key's token. If this token predicts the target, the term would oppose the target, so it is read
+    behind the target.
+    """
+    if row.lookup == len(row.ids) - len(row.targets):
+        return Row([*row.ids, row.targets[-1]], row.lookup, [])
+    return Row(row.ids[: row.lookup + 1], row.lookup, [])
 
 
 def _warn_of_first_tokens(facts: Sequence[Fact], bare: Sequence[Row]) -> None:

@@ -148,7 +148,9 @@ def test_the_key_of_a_fact_without_subject_is_at_the_last_token_before_the_targe
         assert row.lookup == len(row.ids) - len(row.targets)
     bare = turn(tokenizer, fact.text) if chat else tokenizer(fact.text)["input_ids"]
     assert prompts.rows[0].ids[: prompts.rows[0].lookup + 1] == bare
-    assert (prompts.subject.ids, prompts.subject.lookup, prompts.subject.targets) == (bare, len(bare) - 1, [])
+    # the KL term is read behind the target: at the key's token, which predicts the target, it would oppose it
+    whole = [*prompts.rows[0].ids, prompts.rows[0].targets[-1]]
+    assert (prompts.subject.ids, prompts.subject.lookup, prompts.subject.targets) == (whole, len(bare) - 1, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
