@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of
+from lightedit.commands.shared import covariance_of, read_served
 from lightedit.data.facts import FactError
 from lightedit.editing.summary import count_held
 from lightedit.editing.tuning import tuned_method
@@ -13,16 +13,28 @@ _RUN = le.RunSettings()
 _WRITE = "write them into a model with: lightedit facts apply --base"
 
 
-def add(base: Path, facts: Path) -> None:
+def add(
+    base: Path,
+    facts: Path,
+    format: str | None = None,
+    chat: bool = False,
+    end_turn: bool = False,
+    separator: str | None = None,
+) -> None:
     """Add the facts of a file to a fact base; a new one is created.
 
     Args:
         base: folder of the fact base.
-        facts: a file of facts: CounterFact, zsRE or JSON lines.
+        facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
+        format: form of the records in that file, such as fact, counterfact, zsre or easyedit; by default it is
+            recognised.
+        chat: serve all facts through the model's chat template: prompts are the user's turn, answers the assistant's.
+        end_turn: let targets include the token that ends the turn, so that generation stops after them.
+        separator: text between prompts and answers, one space unless the facts say otherwise; '' for none.
     """
     opened = le.FactBase(base)
     before = len(opened)
-    opened.add(le.read_facts(facts))
+    opened.add(read_served(facts, None, format, chat=chat, end_turn=end_turn, separator=separator))
     print(
         f"added {len(opened) - before} facts, {len(opened)} now; write them with: lightedit facts apply --base {base}"
     )

@@ -13,17 +13,22 @@ def place_of(facts: Sequence[Fact], fact: Fact | str) -> int:
     Raises:
         FactError: there is none; names the closest ones.
     """
-    texts = [one.text for one in facts]
-    text, target = (fact, None) if isinstance(fact, str) else (fact.text, fact.target_new)
-    if text not in texts:
-        close = ", ".join(map(repr, get_close_matches(text, texts, 3, 0.0))) or "none"
-        raise FactError(f"{text!r} is none of the {len(texts)} facts; the closest are {close}")
-    index = texts.index(text)
-    if target not in (None, facts[index].target_new):
-        raise FactError(
-            f"{text!r} has the target {facts[index].target_new!r} here, not {target!r}; give its text alone"
-        )
-    return index
+    text = fact if isinstance(fact, str) else fact.text
+    found = [index for index, one in enumerate(facts) if one.text == text]
+    if not isinstance(fact, str):
+        found = [index for index in found if facts[index].serving == fact.serving]
+        if found and not (same := [index for index in found if facts[index].target_new == fact.target_new]):
+            there = facts[found[0]].target_new
+            raise FactError(
+                f"{text!r} has the target {there!r} here, not {fact.target_new!r}; name the fact by its text"
+            )
+        found = same if found else []
+    if not found:
+        close = ", ".join(map(repr, get_close_matches(text, [one.text for one in facts], 3, 0.0))) or "none"
+        raise FactError(f"{text!r} is none of the {len(facts)} facts; the closest are {close}")
+    if len(found) > 1:
+        raise FactError(f"{text!r} is the text of {len(found)} facts; give the fact itself")
+    return found[0]
 
 
 def with_target(fact: Fact, new: Fact | str) -> Fact:

@@ -22,7 +22,16 @@ from lightedit.methods.recorded import method_of
 from lightedit.runs.provenance import computing
 from lightedit.statistics.covariance import Covariance
 
-_NOT_SEARCHED = (*PROMPT_LISTS, "target_true", "neighborhood_target", "relation", "id", "target_id", "portability")
+_NOT_SEARCHED = (
+    *PROMPT_LISTS,
+    "target_true",
+    "neighborhood_target",
+    "neighborhood_answers",
+    "relation",
+    "id",
+    "target_id",
+    "portability",
+)
 _OF_COVARIANCE = ("corpus", "tokens", "sequence_length", "dtype", "seed")
 
 

@@ -88,14 +88,14 @@ class FactBase:
         """Add facts. A fact that is there already is left out with a warning.
 
         Raises:
-            FactError: a fact with the same text and another target is there.
+            FactError: a fact with the same text, served alike, and another target is there.
         """
         found = list(self._state.facts)
-        known = {fact.text: fact for fact in found}
+        known = {(fact.text, fact.serving): fact for fact in found}
         for fact in [facts] if isinstance(facts, Fact) else facts:
-            if (there := known.get(fact.text)) is None:
+            if (there := known.get((fact.text, fact.serving))) is None:
                 found.append(fact)
-                known[fact.text] = fact
+                known[fact.text, fact.serving] = fact
             elif there.target_new == fact.target_new:
                 warnings.warn(f"{fact.text!r} -> {fact.target_new!r} is there already, and left out", stacklevel=2)
             else:
@@ -119,7 +119,7 @@ class FactBase:
         index = place_of(facts, old)
         changed = with_target(facts[index], new)
         others = [*facts[:index], *facts[index + 1 :]]
-        if changed.text in {fact.text for fact in others}:
+        if (changed.text, changed.serving) in {(fact.text, fact.serving) for fact in others}:
             raise FactError(f"{changed.text!r} is there already; replace or remove that one")
         self._change([*facts[:index], changed, *facts[index + 1 :]])
 

@@ -1,5 +1,6 @@
 """What an edit did, fact by fact and elsewhere: what the model said before, and what it says now."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightedit.data.facts import Fact
-from lightedit.evaluation.generation import generate
+from lightedit.data.served import encode_targets
+from lightedit.evaluation.generation import encode, generate
 from lightedit.evaluation.scoring import continuations
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import by_length, pad
@@ -40,7 +42,8 @@ class Outcome:
         fact: the fact.
         before: the unedited model's greedy continuation of the fact's prompt, without the prompt.
         after: the edited model's. It is empty if that model gives NaN or infinity.
-        held: whether `after` begins with the new target, as `generation_success` counts it.
+        held: whether `after` begins with the new target, as `generation_success` counts it. A fact with `end_turn`
+            holds only if nothing follows the target.
         probability: probability per token (geometric mean) of the new target after the prompt, in the edited model;
             None if that is NaN.
         rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
@@ -105,10 +108,13 @@ class Observed:
 
     def __init__(self, lm: LanguageModel, facts: Sequence[Fact]) -> None:
         self.lm, self.facts = lm, list(facts)
-        self.prompts = untouched_prompts(facts)
-        self._said = continuations(lm, self.facts, tokens=_TOKENS)
-        self._continued = _continue(lm, self.prompts)
-        self._log_probs = _next_token(lm, self.prompts)
+        self.chat = all(fact.chat for fact in facts)
+        prompts = untouched_prompts(facts)
+        lengths = map(len, encode(lm, prompts, [self.chat] * len(prompts)))
+        self.prompts = [prompt for prompt, length in zip(prompts, lengths, strict=True) if _room(lm, length) >= _TOKENS]
+        self._said = _say(lm, self.facts)
+        self._continued = self._continue()
+        self._log_probs = self._next_token()
 
     def outcomes(self, losses: Sequence[float | None]) -> tuple[Outcome, ...]:
         """The outcomes of the first `len(losses)` facts, whose searches ended with these losses.
@@ -119,13 +125,18 @@ class Observed:
         facts = self.facts[: len(losses)]
         if not facts:
             return ()
-        said = continuations(self.lm, facts, tokens=_TOKENS)
+        said = _say(self.lm, facts)
         targets = [fact.target_new for fact in facts]
-        held = generation_success(said, targets).tolist()
-        scores = score_targets(self.lm, [fact.text for fact in facts], targets)
+        begins = generation_success(said, targets).tolist()
+        held = [
+            bool(start) and (not fact.end_turn or text.strip() == fact.target_new)
+            for fact, text, start in zip(facts, said, begins, strict=True)
+        ]
+        texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
+        scores = score_targets(self.lm, texts, targets, servings=servings)
         probabilities, ranks = scores.nll.neg().exp().tolist(), scores.rank.tolist()
         return tuple(
-            Outcome(fact, self._said[i], said[i], bool(held[i]), probabilities[i], ranks[i], losses[i])
+            Outcome(fact, self._said[i], said[i], held[i], probabilities[i], ranks[i], losses[i])
             for i, fact in enumerate(facts)
         )
 
@@ -140,11 +151,29 @@ class Observed:
         Raises:
             NumericalError: the edited model gives NaN or infinity.
         """
-        said = _continue(self.lm, self.prompts)
-        now, before = _next_token(self.lm, self.prompts).double(), self._log_probs.double()
+        said = self._continue()
+        now, before = self._next_token().double(), self._log_probs.double()
         kl = (now.exp() * (now - before)).sum(1).clamp(min=0).tolist()
         rows = [Damage(*row) for row in zip(self.prompts, self._continued, said, kl, strict=True)]
         return tuple(sorted(rows, key=lambda row: -row.kl))
+
+    def _continue(self) -> list[str]:
+        texts = generate(self.lm, self.prompts, max_new_tokens=_TOKENS, greedy=True, chat=self.chat)
+        return [text.removeprefix(prompt) for text, prompt in zip(texts, self.prompts, strict=True)]
+
+    @torch.no_grad()
+    def _next_token(self) -> Tensor:
+        """Log-probabilities of the token after each prompt, [prompts, vocabulary], on the CPU."""
+        lm = self.lm
+        rows = encode(lm, self.prompts, [self.chat] * len(self.prompts))
+        found: dict[int, Tensor] = {}
+        for group in by_length([len(row) for row in rows], _PASS_TOKENS):
+            batch = pad([rows[index] for index in group], lm.pad_id)
+            last = torch.tensor([len(rows[index]) - 1 for index in group])
+            with lm.before_head(len(group), (torch.arange(len(group)), last)) as states:
+                lm.forward(batch)
+            found.update(zip(group, lm.head.log_probs(states[0]).cpu(), strict=True))
+        return torch.stack([found[index] for index in range(len(rows))]) if rows else torch.empty(0, 0)
 
 
 def untouched_prompts(facts: Sequence[Fact]) -> list[str]:
@@ -161,20 +190,19 @@ def untouched_prompts(facts: Sequence[Fact]) -> list[str]:
     return [*(prompt for prompt in GENERIC_PROMPTS if prompt not in edited), *about]
 
 
-def _continue(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    texts = generate(lm, prompts, max_new_tokens=_TOKENS, greedy=True)
-    return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
+def _say(lm: LanguageModel, facts: Sequence[Fact]) -> list[str]:
+    """The greedy continuation of each fact's prompt; a prompt near the model's last position has a shorter one."""
+    texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
+    encoded = encode_targets(lm.tokenizer, texts, [fact.target_new for fact in facts], servings)
+    tokens = max(_TOKENS, *(2 * count for _, count in encoded))
+    rooms = [min(tokens, _room(lm, len(ids) - count)) for ids, count in encoded]
+    said: dict[int, str] = {}
+    for room in set(rooms):
+        chosen = [index for index, own in enumerate(rooms) if own == room]
+        said.update(zip(chosen, continuations(lm, [facts[index] for index in chosen], tokens=room), strict=True))
+    return [said[index] for index in range(len(facts))]
 
 
-@torch.no_grad()
-def _next_token(lm: LanguageModel, prompts: Sequence[str]) -> Tensor:
-    """Log-probabilities of the token after each prompt, [prompts, vocabulary], on the CPU."""
-    rows = lm.encode(prompts)
-    found: dict[int, Tensor] = {}
-    for group in by_length([len(row) for row in rows], _PASS_TOKENS):
-        batch = pad([rows[index] for index in group], lm.pad_id)
-        last = torch.tensor([len(rows[index]) - 1 for index in group])
-        with lm.before_head(len(group), (torch.arange(len(group)), last)) as states:
-            lm.forward(batch)
-        found.update(zip(group, lm.head.log_probs(states[0]).cpu(), strict=True))
-    return torch.stack([found[index] for index in range(len(rows))])
+def _room(lm: LanguageModel, length: int) -> int:
+    """New tokens that the model has positions for after `length` tokens; the last new one is not read."""
+    return sys.maxsize if lm.positions is None else lm.positions + 1 - length

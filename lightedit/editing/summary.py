@@ -89,7 +89,7 @@ def advice(
         if (most := max(facts_in_round, default=1)) > 1:
             ways.append(f"fewer facts at a time (facts_per_round, {most} now)")
         subjects = Counter(outcome.fact.subject for outcome in outcomes)
-        if any(subjects[outcome.fact.subject] > 1 for outcome in unwritten):
+        if any(outcome.fact.subject and subjects[outcome.fact.subject] > 1 for outcome in unwritten):
             ways.append(f"another on_collision ({on_collision!r}) for facts about one subject")
         ways.append(f"other layers ({_present(method['layers'])})" if "layers" in method else "other settings")
         searched = "the search reached the target" if unwritten[0].loss is not None else "the edit was written"

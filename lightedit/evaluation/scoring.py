@@ -216,7 +216,7 @@ def continuations(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
-    tokens: int = _ANSWER_TOKENS,
+    tokens: int | None = None,
     report: Report | None = None,
     edits: RowwiseEdits | None = None,
 ) -> list[str]:
@@ -225,18 +225,18 @@ def continuations(
     Args:
         lm: the model, with its present weights.
         facts: n facts.
-        tokens: new tokens of each; twice the longest target's tokens if that is more.
+        tokens: new tokens of each; by default enough for line ends and the longest target.
         report: called after each batch with (tokens written, tokens in all).
         edits: the edit with which each prompt runs, in addition to the model's weights; n rows.
     """
     prompts, chat = [fact.text for fact in facts], [fact.chat for fact in facts]
-    tokens = _continued_tokens(lm, facts, tokens)
+    tokens = tokens or _continued_tokens(lm, facts)
     texts = generation.generate(lm, prompts, max_new_tokens=tokens, greedy=True, report=report, edits=edits, chat=chat)
     return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact], least: int = _ANSWER_TOKENS) -> int:
+def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact]) -> int:
     """New tokens of a greedy continuation: enough for the longest target."""
     texts, targets, servings = zip(*((fact.text, fact.target_new, fact.serving) for fact in facts), strict=True)
     longest = max(count for _, count in encode_targets(lm.tokenizer, texts, targets, servings))
-    return max(least, 2 * longest)
+    return max(_ANSWER_TOKENS, 2 * longest)

@@ -64,7 +64,7 @@ def _facts(outcomes: Sequence[Outcome]) -> Html:
 
 def _fact(fact: Fact) -> Html:
     start, _, end = fact.prompt.partition("{}")
-    prompt = element("bdi", start, element("mark", fact.subject), end)
+    prompt = element("bdi", start, None if fact.subject is None else element("mark", fact.subject), end)
     return group(prompt, " → ", element("bdi", fact.target_new, class_="target"))
 
 

@@ -36,7 +36,7 @@ FLAGS = {
     "demo": {"--facts", "--out"},
     "edit": {*MODEL, *METHOD, *RUN, *EVALUATION, *HEALTH, *SERVED, *FACTS, "--out", "--covariance", "--limit",
              "--evaluate", "--health_text", "--log", "--overwrite", "--restart"},
-    "facts add": {"--base", "--facts"},
+    "facts add": {*SERVED, *FACTS, "--base"},
     "facts replace": {"--base", "--fact", "--target", "--by"},
     "facts remove": {"--base", "--fact"},
     "facts list": {"--base"},

@@ -240,6 +240,16 @@ def test_a_fact_that_is_not_there_names_the_closest(lm: le.LanguageModel, tmp_pa
     assert not (tmp_path / "empty").exists()
 
 
+def test_facts_that_are_served_differently_are_different_facts(lm: le.LanguageModel, tmp_path: Path) -> None:
+    base = base_of(lm, tmp_path / "base")
+    other = replace(THREE[0], separator="", target_new="Bonn")
+    base.add([THREE[0], other])
+    with pytest.raises(le.FactError, match="is the text of 2 facts; give the fact itself"):
+        base.remove(THREE[0].text)
+    base.remove(other)
+    assert list(base) == THREE[:1]
+
+
 def test_a_target_may_be_the_true_one_again(lm: le.LanguageModel, tmp_path: Path) -> None:
     base = base_of(lm, tmp_path / "base")
     base.add(THREE)

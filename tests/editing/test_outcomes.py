@@ -273,3 +273,38 @@ def test_edits_made_apart_are_reverted_in_silence(lm: le.LanguageModel) -> None:
         first.apply(lm)
         second.apply(lm)
         first.revert(lm)
+
+
+# Facts as they are served
+
+
+def test_a_fact_is_asked_with_its_own_separator(lm: le.LanguageModel) -> None:
+    fact = le.Fact('The capital of {} is called "', "France", "a", separator="")
+    (outcome,) = run(lm, [fact], STRONG, outcomes=True).outcomes
+    found = log_probs(lm, lm.encode([fact.text + "a"])[0])
+    assert outcome.probability == pytest.approx(float(found[-2, lm.encode(["a"])[0][-1]].exp()), rel=1e-4)
+
+
+def test_a_fact_that_is_to_end_the_turn_holds_only_if_nothing_follows(lm: le.LanguageModel) -> None:
+    (alone,) = run(lm, [THREE[0]], STRONG, outcomes=True).outcomes
+    assert alone.held and alone.after.strip() != "a"
+    observed = Observed(lm, [replace(THREE[0], end_turn=True)])
+    assert not observed.outcomes([None])[0].held
+
+
+def test_a_fact_without_a_subject_has_an_outcome_and_generic_prompts(lm: le.LanguageModel) -> None:
+    fact = le.Fact("The capital of France", target_new="a")
+    edit = run(lm, [fact], STRONG, outcomes=True)
+    assert edit.outcomes[0].fact == fact and [row.prompt for row in edit.damage if "France" in row.prompt] == []
+    assert len(edit.damage) == len(GENERIC_PROMPTS)
+
+
+def test_a_prompt_near_the_last_position_has_a_shorter_continuation() -> None:
+    lm = le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
+    long = le.Fact("The river of {}" + " a" * 16, "France", "b")
+    lm.model.config.max_position_embeddings = length = 4 + len(lm.encode([long.text])[0])
+    edit = run(lm, [long, THREE[0]], STRONG, outcomes=True)
+    assert [outcome.fact for outcome in edit.outcomes] == [long, THREE[0]]
+    rest = continued(le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel")), long.text)
+    assert lm.positions == length and rest != edit.outcomes[0].before and rest.startswith(edit.outcomes[0].before[:2])
+    assert edit.damage and all(len(lm.encode([row.prompt])[0]) + 11 <= length for row in edit.damage)
