@@ -15,7 +15,8 @@ from lightedit.editing.observing import Outcomes
 from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.run import edit
 from lightedit.editing.settings import RunSettings
-from lightedit.editing.tuning import TuningSettings, tune
+from lightedit.editing.trials import TuningSettings
+from lightedit.editing.tuning import tune
 from lightedit.errors import LightEditError, UnsupportedModelError
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.evaluation.references import References, read_references, write_references

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import lightedit as le
-from lightedit.editing.tuning import TuningSettings, tuning
+from lightedit.editing.tuning import tuning
 from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
 
-_SETTINGS = TuningSettings()
+_SETTINGS = le.TuningSettings()
 
 
 def tune(
@@ -16,7 +16,7 @@ def tune(
     facts: Path | None = None,
     format: str | None = None,
     limit: int | None = None,
-    settings: TuningSettings = _SETTINGS,
+    settings: le.TuningSettings = _SETTINGS,
     overwrite: bool = False,
     dtype: str | None = None,
     device: str | None = None,
