@@ -25,8 +25,6 @@ DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 # What a tiny model and a short time need, in the README's Python: text -> what stands for it
 SUBSTITUTIONS = {
     "le.tune(lm)": "le.tune(lm, settings=le.TuningSettings(facts=1, depths=(0.3,), clamps=(1.0,), shares=(0.9,)))",
-    "[4, 5, 6, 7, 8]": "[1, 2]",
-    "lambda_=1000.0": "lambda_=10.0, values=le.ValueSettings(steps=2)",
     "facts_per_round=100": "facts_per_round=1",
 }
 
