@@ -29,9 +29,9 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
     """Build a random causal language model of `model_type`, in evaluation mode.
 
     Hidden size 32, 4 heads, `VOCABULARY` tokens. Weights are ten times larger than the architecture's usual
-    initialisation, and norms and biases are random too, so that attention is uneven and every parameter
-    matters. A fact is easily learned where the prompt ends with the subject ("The capital of {}"); a subject
-    in mid-prompt has little hold on what follows. Equal arguments give equal weights; other dtypes hold the
+    initialisation, and no norm, bias or scale is an identity (see `_randomise`), so that attention is uneven and
+    every parameter matters. A fact is easily learned where the prompt ends with the subject ("The capital of {}");
+    a subject in mid-prompt has little hold on what follows. Equal arguments give equal weights; other dtypes hold the
     float32 model's weights, cast. The global random state is left as it was.
     """
     config = _config(model_type, layers)
@@ -39,16 +39,42 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
         torch.manual_seed(seed)
         auto = auto_class(config.model_type) or AutoModelForCausalLM
         model = auto.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:  # norm weights and every bias
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+        _randomise(model)
         if dtype != torch.float32:
             # Not `.to(dtype)`: that would cast the rotary buffers too, which loading a checkpoint never does.
             weights = model.state_dict()
             model = auto.from_config(config, dtype=dtype)
             model.load_state_dict(weights)
     return model.eval()
+
+
+_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm", "post_norm2")
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel) -> None:
+    """Draw what initialisation leaves at 0 or 1: norms' gains, biases, and scales of one entry.
+
+    Gains spread over an order of magnitude. One in eight is 0. One is 5, or 300 in a norm behind the MLP of blocks that
+    have norms before it too, as Gemma's, whose largest gain is hundreds of times the median.
+    """
+    gains = set()
+    sandwiched = any(name.endswith(("input_layernorm", "operator_norm")) for name, _ in model.named_modules())
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
+            gains.add(weight)
+            gain = torch.exp(0.5 * torch.randn_like(weight))
+            order = torch.randperm(len(gain))
+            gain[order[: len(gain) // 8]] = 0
+            gain[order[-1]] = 300 if sandwiched and name.endswith(_AFTER_MLP) else 5
+            weight.copy_(gain if weight.all() else gain - 1)  # Gemma's gain is 1 + weight
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and parameter not in gains:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # Gemma 4's, of each block's output
+            buffer.uniform_(0.4, 1.6)
 
 
 def _config(model_type: str, layers: int) -> PretrainedConfig:
