@@ -172,7 +172,12 @@ def _reference(
 def published_value(
     lm: LanguageModel, fact: Fact, contexts: Contexts, layer: int, site: Site, settings: ValueSettings
 ) -> PublishedValue:
-    """One fact's value by the published loop."""
+    """One fact's value by the published loop.
+
+    Behind a norm after the MLP, most outputs of a block cannot be reached. delta is then added at the MLP's output, and
+    the target is the block's output with it.
+    """
+    before_norm = site == "block" and lm.mlp_norm(layer) is not None
     return published_values(
         lm.model,
         lm.tokenizer,
@@ -181,13 +186,14 @@ def published_value(
         fact.target_new,
         contexts.templates,
         layer,
-        site,
+        "mlp" if before_norm else site,
         lr=settings.lr,
         steps=settings.steps,
         clamp_norm_factor=settings.clamp_norm_factor,
         kl_factor=settings.kl_factor,
         weight_decay=settings.weight_decay,
         loss_threshold=settings.loss_threshold,
+        target_of_block=before_norm,
     )
 
 

@@ -62,7 +62,7 @@ class Request(NamedTuple):
 
 
 class PublishedValue(NamedTuple):
-    """What `published_values` found: target = h0 + delta, each [d], and the loss measured with it."""
+    """What `published_values` found: target, delta and h0, each [d], and the loss measured with it."""
 
     target: Tensor
     delta: Tensor
@@ -113,6 +113,7 @@ def published_values(
     kl_factor: float,
     weight_decay: float,
     loss_threshold: float = 0.05,
+    target_of_block: bool = False,
 ) -> PublishedValue:
     """Optimise the value vector of one fact, running every row in full at every step.
 
@@ -128,6 +129,8 @@ def published_values(
         prompt: text with one "{}" for the subject.
         contexts: templates with one "{}" for the filled-in prompt; the first is the bare "{}".
         site: where delta is added: the output of block `layer` or of its MLP output matrix.
+        target_of_block: whether the target is the block's output in the bare prompt with delta at the site, rather than
+            the site's own.
     """
     assert contexts[0] == "{}", f"h0 is read in the bare prompt, so contexts must start with '{{}}': {contexts}"
     rows = [_target_row(tokenizer, Request(prompt, subject, target), context) for context in contexts]
@@ -186,7 +189,17 @@ def published_values(
                 delta.mul_(longest / delta.norm())
 
     delta = delta.detach()
-    return PublishedValue(h0 + delta, delta, h0, steps_taken, loss.item())
+    target = h0 + delta
+    if target_of_block:
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        with torch.no_grad(), _hook(module, add_delta), _hook(block(model, layer), keep):
+            model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        target = outputs[0][0, lookups[0]]
+    return PublishedValue(target, delta, h0, steps_taken, loss.item())
 
 
 def published_keys(

@@ -78,13 +78,14 @@ def edit(
     if health_text is not None:
         read_texts(health_text)  # a missing text is reported before the model is loaded
     chosen = read_served(facts, limit, format, chat=chat, end_turn=end_turn, separator=separator)
-    rounds_of(chosen, method, run)  # and so are wrong facts and sizes
+    data = rounds_of(chosen, method, run)  # and so are wrong facts and sizes
     model = le.LanguageModel.load(lm, dtype, device)
     check_facts_fit(model, chosen)
     if evaluate:
         check_scored(model, chosen, evaluation)
     if method is None:
         method = tuned_method(model)
+    method.check_facts(model, data.facts, data.rounds, run)
     moments = covariance_of(model, [method], covariance)
     kept = out.with_name(out.name + ".run")
     if restart:

@@ -126,6 +126,7 @@ def edit(
     check_facts_fit(lm, data.facts)
     if method is None:
         method = tuned_method(lm, progress_bar=settings.progress_bar)
+    method.check_facts(lm, data.facts, data.rounds, settings)
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     module = EditModule(lm, method, covariance=covariance, settings=settings, prepared=prepared)

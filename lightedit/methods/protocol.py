@@ -29,8 +29,8 @@ class EditorSettings:
 
     Attributes:
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "error" refuses them before work starts, "merge" finds one value for the texts of all of them,
-            "keep" writes each with its own value.
+            subject: "keep" writes each with its own value, "merge" finds one value for the texts of all of them,
+            "error" refuses them before work starts.
         collision_similarity: smallest cosine, in the metric A⁻¹, at which two keys collide. Different subjects reach
             about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: most tokens of one forward and backward pass; bounds memory.
@@ -39,7 +39,7 @@ class EditorSettings:
         ArgumentError: a value is out of range.
     """
 
-    on_collision: OnCollision = "error"
+    on_collision: OnCollision = "keep"
     collision_similarity: float = 0.85
     max_tokens: int = 1024
 
@@ -81,6 +81,19 @@ class Method(ABC):
     def check(self, lm: LanguageModel) -> None:
         """Raise ArgumentError unless `lm` has the layers that the method changes."""
         lm.check_layers(sorted({place.layer for place in self.places}))
+
+    def check_facts(
+        self, lm: LanguageModel, facts: Sequence[Fact], rounds: Sequence[Sequence[int]], settings: EditorSettings
+    ) -> None:
+        """Raise FactError for facts that a run cannot write, as far as that shows before statistics are estimated.
+
+        Args:
+            lm: the model.
+            facts: the facts of the run.
+            rounds: the indices of the facts that each round writes together.
+            settings: settings of the run.
+        """
+        return None
 
     def search_inputs(self) -> dict[str, Any] | None:
         """What determines the search results besides model and facts, as JSON values; None without a search."""

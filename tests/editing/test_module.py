@@ -327,19 +327,28 @@ def test_no_facts(lm: le.LanguageModel) -> None:
 def test_colliding_keys_name_both_facts(lm: le.LanguageModel) -> None:
     before = state(lm)
     twin = le.Fact("The capital of {} is near", "France", "Madrid")
-    with pytest.raises(le.FactError, match=r"France.*Rome.*France.*Madrid.*on_collision"):
-        run(lm, [*FACTS, twin])
+    other = le.Fact("The capital of {} was", "France", "Berlin")
+    named = r"3 pairs.*fact 1 .*Rome.* and fact 6 .*Madrid.*fact 1 .* and fact 7.*fact 6 .* and fact 7.*Berlin.*on_coll"
+    with pytest.raises(le.FactError, match=named):
+        run(lm, [*FACTS, twin, other], on_collision="error")
     assert_unedited(lm, before)
     assert len(run(lm, [*FACTS, twin], on_collision="keep").facts) == 6
     lm.weights.remove(lm.weights.owners)
     assert run(lm, [*FACTS, twin], facts_per_round=5).facts_in_round == [5, 1]
 
 
+def test_facts_of_equal_tokens_up_to_the_key_are_refused_before_statistics(lm: le.LanguageModel) -> None:
+    twin = le.Fact("The capital of {} is near", "France", "Madrid")
+    with pytest.raises(le.FactError, match=r"1 pair .*fact 1 .* and fact 6 "):  # else CovarianceError: there is none
+        le.edit(lm, [*FACTS, twin], MEMIT, covariance=None, settings=le.RunSettings(on_collision="error"))
+
+
 def test_colliding_keys_are_found_a_few_facts_at_a_time(lm: le.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(editor, "_KEYS_AT_ONCE", 2)
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
-    with pytest.raises(le.FactError, match=r"fact 0\).*fact 5\) collide"):
-        run(lm, facts, MEMIT, covariance=covariance_of(lm))
+    settings = le.RunSettings(on_collision="error")
+    with pytest.raises(le.FactError, match=r"1 pair .*fact 1 .* and fact 6 "):
+        prepare(lm, facts, MEMIT, covariance=covariance_of(lm), settings=settings)
 
 
 def test_keys_that_cannot_be_written_exactly_are_refused_before_values_are_found(lm: le.LanguageModel) -> None:

@@ -439,6 +439,14 @@ def test_wrong_arguments_are_refused_before_any_run(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_fact_that_is_given_twice_counts_once(lm: le.LanguageModel, tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="1 fact repeats an earlier one"),
+        pytest.raises(ValueError, match=f"{len(FACTS) + 1} facts asked for, but there are {len(FACTS)}"),
+    ):
+        sweep(lm, tmp_path / "s", facts=[*FACTS, FACTS[0]], counts=[len(FACTS) + 1])
+
+
 def test_an_edited_model_is_refused(lm: le.LanguageModel, tmp_path: Path) -> None:
     edit = run(lm, FACTS[:1], MEMIT, covariance=covariance_of(lm))
     with pytest.raises(ValueError, match="carries edits"):

@@ -16,6 +16,7 @@ from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
+from lightedit.methods.closed_form.collisions import linked_groups, refuse
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
@@ -144,34 +145,25 @@ class ClosedFormEditor(Editor):
             raise NumericalError(f"keys at {first} hold NaN or infinity; load the model in float32")
         if self.settings.on_collision == "keep":
             return
+        pairs: list[tuple[int, int]] = []
         for round_ in rounds:
-            similarity = key_similarity(self.preservation[first], keys[:, round_]).triu(1)
-            if (highest := float(similarity.max())) < self.settings.collision_similarity:
-                continue
+            similarity = key_similarity(self.preservation[first], keys[:, round_])
+            linked = (similarity >= self.settings.collision_similarity).triu(1)
             if self.settings.on_collision == "merge":
-                self._merge(round_, similarity)
-                continue
-            one, other = (round_[place] for place in divmod(int(similarity.argmax()), len(round_)))
-            self._refuse(one, other, highest)
+                self._merge(round_, linked)
+            pairs += [(round_[one], round_[other]) for one, other in linked.nonzero().tolist()]
+        if self.settings.on_collision == "error":
+            refuse(self.facts, pairs)
 
-    def _merge(self, round_: Sequence[int], similarity: Tensor) -> None:
+    def _merge(self, round_: Sequence[int], linked: Tensor) -> None:
         """Let the colliding facts of a round share one key and one value."""
-        for group in _groups(similarity >= self.settings.collision_similarity):
+        for group in linked_groups(linked):
             members = [round_[i] for i in group]
             assert self._shared is not None
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
             self._merged.update(members)
-
-    def _refuse(self, one: int, other: int, cosine: float) -> None:
-        first, second = self.facts[one], self.facts[other]
-        raise FactError(
-            f"the keys of {first.text!r} -> {first.target_new!r} (fact {one}) and {second.text!r} -> "
-            f"{second.target_new!r} (fact {other}) collide: their cosine is {cosine:.3f} at layer "
-            f"{self.method.layers[0]}, so one solve cannot give both their own value. Write them in different rounds "
-            "(facts_per_round), leave one out, or pass on_collision='merge' or 'keep'"
-        )
 
     def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
         """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0)."""
@@ -312,19 +304,3 @@ class ClosedFormEditor(Editor):
 
     def release(self) -> None:
         self.preservation = {}
-
-
-def _groups(linked: Tensor) -> list[list[int]]:
-    """Connected components with at least two members of a relation [n, n]; the members of each ascend."""
-    linked = linked | linked.T
-    left = set(linked.any(1).nonzero().flatten().tolist())
-    groups = []
-    while left:
-        group: set[int] = set()
-        border = {min(left)}
-        while border:
-            group |= border
-            border = {j for i in border for j in linked[i].nonzero().flatten().tolist()} - group
-        left -= group
-        groups.append(sorted(group))
-    return groups

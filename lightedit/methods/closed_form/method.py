@@ -7,14 +7,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightedit.data.prompts import ContextSettings
+from lightedit.data.facts import Fact
+from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
+from lightedit.methods.closed_form.collisions import equal_keys, refuse
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.preservation import IndefiniteTermError, Preservation, low_rank_update
 from lightedit.methods.closed_form.values import Site, ValueSettings
-from lightedit.methods.protocol import Method
+from lightedit.methods.protocol import EditorSettings, Method
 from lightedit.statistics.covariance import Covariance, CovarianceError
 
 
@@ -60,6 +62,13 @@ class ClosedForm(Method):
 
     def check(self, lm: LanguageModel) -> None:
         lm.check_layers(self.layers)
+
+    def check_facts(
+        self, lm: LanguageModel, facts: Sequence[Fact], rounds: Sequence[Sequence[int]], settings: EditorSettings
+    ) -> None:
+        """Refuse facts whose keys are equal because their tokens are, if collisions are to be refused."""
+        if settings.on_collision == "error":
+            refuse(facts, equal_keys(tokenize_facts(lm.tokenizer, facts, Contexts()), rounds))
 
     def search_inputs(self) -> dict[str, Any]:
         return {
@@ -144,7 +153,7 @@ class ClosedForm(Method):
         return settings
 
 
-_NORM_DAMPING = 0.1  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
+_NORM_DAMPING = 0.02  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
 
 
 def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
