@@ -340,7 +340,6 @@ def test_a_fact_base_is_filled_changed_listed_and_applied(place: Path, capsys: p
     main(["facts", "list", "--base", "base"])
     printed = capsys.readouterr().out
     assert "added 3 facts, 3 now" in printed and "not applied  The capital of France -> Rome" in printed
-    assert "has no method yet" in fails(capsys, apply)
     edits([*apply, *QUICK])
     main(["facts", "replace", "--base", "base", "--fact", FACTS[0].text, "--target", "Madrid"])
     le.write_facts("one.jsonl", [replace(FACTS[1], target_new="Peru")])

@@ -104,6 +104,9 @@ def advice(
 
 
 def _is_set(method: Mapping[str, Any], name: str) -> bool:
+    """Whether the setting is there and has an effect: λ has none beside a share, and μ none at 0."""
+    if name == "lambda_" and method.get("share") is not None:
+        return False
     return method.get(name) is not None and not (name == "mu" and not method[name])
 
 

@@ -260,13 +260,12 @@ def test_a_target_may_be_the_true_one_again(lm: le.LanguageModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        (None, {}, "has no method yet; give one"),
         (ROME, {}, "ROME solves 1 fact at a time, but here are 3"),
         (MEMIT, {"facts_per_round": 2}, "all facts are solved together"),
     ],
 )
 def test_what_cannot_be_solved_together_is_refused_before_work(
-    lm: le.LanguageModel, tmp_path: Path, method: le.Method | None, settings: dict[str, int], message: str
+    lm: le.LanguageModel, tmp_path: Path, method: le.Method, settings: dict[str, int], message: str
 ) -> None:
     base = base_of(lm, tmp_path / "base", method, **settings)
     with pytest.raises(le.FactError, match="holds no facts"):

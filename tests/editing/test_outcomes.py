@@ -235,6 +235,11 @@ def test_a_search_that_ended_too_early_is_told_from_a_weak_edit() -> None:
     assert "larger values.clamp_norm_factor (2)" in early and "another last layer ([1, 2])" in early
 
 
+def test_a_share_is_named_instead_of_the_lambda_that_it_replaces() -> None:
+    said = advice([outcome(1, False)], replace(MEMIT, share=0.5).to_dict(), [1], "keep")
+    assert said is not None and "larger share (0.5)" in said and "lambda_" not in said
+
+
 def test_facts_about_one_subject_name_the_rule_for_collisions() -> None:
     fact = le.Fact("{} speaks", "land 1", "French")
     said = advice([outcome(1, False), replace(outcome(1, True), fact=fact)], MEMIT.to_dict(), [2], "merge")
