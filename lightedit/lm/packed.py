@@ -106,6 +106,8 @@ def _attend(
         NotPackableError: the model asks for more, such as a soft-cap or sinks, or keeps its sliding window to itself.
     """
     asked = [name for name, value in others.items() if name not in _KNOWN and value is not None and value is not False]
+    if attention_mask is not None:
+        asked.append("a mask or bias of its own")
     if asked or (sliding_window is None and _has_window(module)):
         raise NotPackableError(f"{type(module).__name__} asks for {', '.join(asked) or 'a window by its mask alone'}")
     groups = query.shape[1] // key.shape[1]

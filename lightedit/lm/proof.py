@@ -188,7 +188,9 @@ class _BlockProbe:
         self.made: Tensor | None = None
 
     def _shift(self, _: Tensor, output: Tensor) -> Tensor:
-        size = self.hidden[0, -1].float().square().mean().sqrt().clamp(min=1e-3)
+        # large, so that little of the change is lost when the block's output is rounded
+        states = (self.hidden[0, -1].to(output.device), output[0, -1])
+        size = 4 * torch.stack([state.float().square().mean().sqrt() for state in states]).max().clamp(min=1e-3)
         signs = torch.ones(output.shape[-1], device=output.device)
         signs[::3], signs[1::5] = -1.0, -0.5
         delta = (size.to(signs) * signs).to(output.dtype)
@@ -239,7 +241,8 @@ class _BlockProbe:
         floor = _FLOOR * torch.finfo(dtype).eps * self.left.double().norm()
         own = [p.item() for p in self.block.parameters() if p.numel() == 1 and p.device.type != "meta"]
         own += [b.item() for b in self.block.buffers() if b.numel() == 1 and b.device.type != "meta"]
-        s = _constant(change[-1], expected, [1.0, *constants, *map(float, own)], dtype)
+        unsure = max(_LOOSE.get(dtype, 0.03), float(floor / expected.norm()))
+        s = _constant(change[-1], expected, [*constants, *map(float, own)], unsure)
         missed = (change[-1] - s * expected).norm()
         if missed <= floor + _LOOSE.get(dtype, 0.03) * (s * expected).norm() and elsewhere <= floor and s:
             return s
@@ -251,18 +254,17 @@ class _BlockProbe:
         )
 
 
-def _constant(actual: Tensor, expected: Tensor, known: Iterable[float], dtype: torch.dtype) -> float:
-    """s of the best fit actual = s expected, as a known constant if one agrees with it."""
+def _constant(actual: Tensor, expected: Tensor, known: Iterable[float], unsure: float) -> float:
+    """s of the best fit actual = s expected, as a known constant or 1 if one agrees up to the share `unsure`."""
     measured = float(actual @ expected / (expected @ expected)) if expected.any() else 1.0
-    near = min(known, key=lambda constant: abs(constant - measured))
-    return near if math.isclose(near, measured, rel_tol=_LOOSE.get(dtype, 0.03)) else measured
+    near = min([1.0, *known], key=lambda constant: abs(constant - measured))
+    return next((s for s in (near, 1.0) if math.isclose(s, measured, rel_tol=unsure)), measured)
 
 
 def _constants(config: dict[str, Any]) -> list[float]:
-    """The numbers of a configuration and their inverses; one of them is usually a multiplier."""
+    """The numbers of a configuration; a multiplier is usually one of them."""
     values = [v for value in config.values() for v in (value if isinstance(value, list | tuple) else [value])]
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v]
-    return [*numbers, *(1 / number for number in numbers)]
+    return [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v]
 
 
 def _logit_scale(model: PreTrainedModel, state: Tensor, logits: Tensor, constants: Sequence[float]) -> float:
@@ -275,7 +277,8 @@ def _logit_scale(model: PreTrainedModel, state: Tensor, logits: Tensor, constant
     state = state[None].to(head.weight)
     products = Head(head.weight, bias).logits(state).double()[0]
     logits = logits.to(products)
-    s = 1.0 if softcap else _constant(logits, products, [1.0, *constants], head.weight.dtype)
+    known = [*constants, *(1 / constant for constant in constants)]  # Granite divides
+    s = 1.0 if softcap else _constant(logits, products, known, _LOOSE.get(head.weight.dtype, 0.03))
     found = Head(head.weight, bias, softcap, s).logits(state).double()[0]
     if (found - logits).norm() > 0.03 * logits.norm():
         raise UnsupportedModelError(

@@ -32,7 +32,7 @@ LAYER = 1
 
 @pytest.fixture(scope="module", params=FOUND)
 def lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
-    yield LanguageModel(tiny_model(request.param), tiny_tokenizer("bytelevel"))
+    yield LanguageModel(tiny_model(request.param), tiny_tokenizer("bytelevel"), name=request.param)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -92,6 +92,14 @@ def test_a_constant_after_the_mlp_is_taken_into_account(lm: LanguageModel) -> No
     after = KeyWalk(lm, bare, Place(LAYER)).outputs(Place(LAYER, "block"))
     lm.weights.remove(["round"])
     assert relative(after, targets) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_measures_the_same_of_a_model(lm: LanguageModel, dtype: torch.dtype) -> None:
+    half = LanguageModel(tiny_model(lm.name, dtype=dtype), lm.tokenizer)
+    assert half.architecture == lm.architecture
+    assert half.anatomy.proof.mlp_scales == pytest.approx(lm.anatomy.proof.mlp_scales, rel=5e-3)
+    assert half.head.scale == lm.head.scale
 
 
 @torch.no_grad()
