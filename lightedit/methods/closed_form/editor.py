@@ -128,7 +128,8 @@ class ClosedFormEditor(Editor):
         return super().to_give([index for index in indices if index not in self._merged])
 
     def _check_given(self) -> None:
-        size = self.lm.d_model * (2 if self.method.site == "attention+mlp" else 1)
+        site, norm = self.method.site, self.lm.mlp_norm(self.method.value_layer)
+        size = self.lm.d_model * (2 if site == "attention+mlp" or (site == "block" and norm is not None) else 1)
         for index, value in self._given.items():
             if value.shape != (size,):
                 raise ArgumentError(

@@ -12,6 +12,7 @@ from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
+from lightedit.methods.closed_form.behind_norm import before_norm, behind_norm, remaining_delta
 from lightedit.methods.closed_form.collisions import equal_keys, refuse
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.preservation import IndefiniteTermError, Preservation, low_rank_update
@@ -130,16 +131,24 @@ class ClosedForm(Method):
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
         """Residuals: the targets minus the present activations at the site, [d, B] float64.
 
-        At site "block", a norm that follows the MLP is inverted, so that residuals fit the matrix's output.
+        At site "block", residuals are carried back through a norm that follows the MLP, so that they fit the matrix's
+        output.
 
         Args:
             walk: a walk at the matrix to write.
             keys: K at this matrix, [d_in, B].
-            targets: v at the site, [d, B]; [2 d, B] for two sites.
+            targets: v at the site, [d, B]; [2 d, B] for two sites, and for "block" with a norm (see `Values`).
         """
-        if self.site == "block":
-            return _before_norm(walk, targets - walk.outputs(Place(self.value_layer, "block")))
-        return targets - walk.outputs(replace(walk.place, layer=self.value_layer))
+        if self.site != "block":
+            left = targets - walk.outputs(replace(walk.place, layer=self.value_layer))
+            if walk.place.name != "mlp" or walk.layer == self.value_layer:
+                return left
+            return before_norm(walk, behind_norm(walk, self.value_layer, left))
+        present = walk.outputs(Place(self.value_layer, "block"))
+        left = targets[: len(present)] - present
+        if walk.layer == self.value_layer and len(targets) > len(present):
+            return remaining_delta(walk, targets[len(present) :], left)
+        return before_norm(walk, left)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         """The update of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""
@@ -151,28 +160,6 @@ class ClosedForm(Method):
         if (stopping := self.values.stopping) is not None:
             settings["values"]["stopping"] = {"name": type(stopping).__name__, **asdict(stopping)}
         return settings
-
-
-_NORM_DAMPING = 0.02  # of the median gain; entries of a norm's gain far below it are not used to reach a residual
-
-
-def _before_norm(walk: KeyWalk, residuals: Tensor) -> Tensor:
-    """Map residuals of the residual stream [d, B] to the MLP's output, through the norm that follows it, if any.
-
-    An RMS norm is y = g u, where u = m / rms(m). The u that comes nearest to y + residual is found by damped least
-    squares: entries with a gain near 0 cannot contribute, so they keep their present u. The result keeps rms(m), which
-    the norm's output does not depend on.
-    """
-    residuals = residuals / walk.lm.anatomy.mlp_scale(walk.layer)
-    norm = walk.lm.mlp_norm(walk.layer)
-    if norm is None:
-        return residuals
-    outputs = walk.outputs(Place(walk.layer))
-    residuals = residuals.to(outputs.device)  # the value layer may be on another device
-    gain = norm(outputs.new_ones(1, len(outputs), dtype=walk.lm.dtype)).double().T
-    rms = outputs.square().mean(0).sqrt()
-    damping = (_NORM_DAMPING * gain.abs().median()).square()
-    return gain * residuals / (gain.square() + damping) * rms
 
 
 def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:

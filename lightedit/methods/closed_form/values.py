@@ -62,8 +62,9 @@ class Values:
     """The result of step 1 for B facts.
 
     Attributes:
-        targets: v = h0 + δ at the site, [B, d]; [B, 2 d] for "attention+mlp", in that order.
-        initial: h0, the site's activation before the edit, of the same shape.
+        targets: v = h0 + δ at the site, [B, d]; [B, 2 d] for "attention+mlp", in that order. At "block" with a norm
+            after the MLP: the block's output with δ, then the MLP's, [B, 2 d].
+        initial: h0, the activation to which δ is added, [B, d]; [B, 2 d] for "attention+mlp".
         steps: Adam steps taken, [B].
         losses: the last evaluated loss of each fact, [B].
     """
@@ -110,7 +111,8 @@ class ValueOptimization:
         prompts: the facts' token rows.
         layer: the block in which δ is added.
         site: "block" adds δ to the block's output, "mlp" to the output of its MLP, "attention+mlp" one δ each to the
-            outputs of its attention and of its MLP.
+            outputs of its attention and of its MLP. If a norm follows the MLP, "block" too adds δ to the MLP's output:
+            a norm's gains are near 0 in places, so that few outputs of the block can be reached through it.
         settings: see `ValueSettings`.
         max_tokens: most suffix tokens of one forward and backward pass; bounds memory.
 
@@ -229,7 +231,7 @@ class ValueOptimization:
         targets = self.initial + delta
         if self.site == "block" and (norm := self.lm.mlp_norm(self.layer)) is not None:
             shift = self.lm.anatomy.mlp_scale(self.layer) * _through(norm, self.initial, delta, self.lm.dtype)
-            targets = self._output + shift
+            targets = torch.cat([self._output + shift, targets], dim=1)
         return Values(targets, self.initial, self._steps.clone(), self._losses.clone())
 
     @torch.no_grad()
