@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -44,8 +44,8 @@ def tune(
         edit = le.edit(lm, facts, le.tune(lm))
 
     Each trial edits a few facts that the model knows, scores the edit and takes it back. Values are searched once for
-    each depth and clamp. Trials are kept in the user's cache folder as they finish, so an interrupted search goes on,
-    and a finished one is read. See `tuning` for the figures.
+    each depth and clamp; one layer and several are written, with several shares. Trials are kept in the user's cache
+    folder as they finish, so an interrupted search goes on, and a finished one is read. See `tuning` for the figures.
 
     Args:
         lm: the model, unedited.
@@ -87,7 +87,7 @@ def tuning(
         _check_facts(facts)
     path = tuning_file(lm, facts, settings)
     found = _read(path) or Tuning(lm.name, lm.fingerprint, settings)
-    if len(found.trials) >= _planned(lm, settings):
+    if len(found.trials) >= _planned(lm, found):
         return found
     if lm.weights.edits:
         raise ArgumentError(
@@ -95,7 +95,8 @@ def tuning(
         )
     with progress(f"tuning {lm.name}", progress_bar) as report:
         chosen = known_facts(lm, settings.facts) if facts is None else list(facts)
-        layers = sorted({layer for window in _windows(lm, settings) for layer in window})
+        windows = windows_of(lm, settings).values()
+        layers = sorted({layer for of_layer in windows for window in of_layer for layer in window})
         covariance = estimate_covariance(lm, layers, seed=settings.seed, cache=True, progress_bar=progress_bar)
         path.parent.mkdir(parents=True, exist_ok=True)
         for trials in _Search(lm, chosen, covariance, settings).run(found, report):
@@ -122,27 +123,31 @@ class _Search:
 
     def run(self, known: Tuning, report: Report) -> Iterator[Tuning]:
         """The tuning after each further trial."""
-        windows, clamps = _windows(self.lm, self.settings), self.settings.clamps
-        searches: Iterable[tuple[tuple[int, ...], float]] = [(window, clamps[0]) for window in windows]
+        windows, clamps = windows_of(self.lm, self.settings), self.settings.clamps
+        searches = [(layer, clamps[0]) for layer in windows]
         total, done = len(windows) + len(clamps) - 1, 0
         for further in (False, True):
             if further:
-                searches = [(known.best.layers, clamp) for clamp in clamps[1:]]
-            for layers, clamp in searches:
+                searches = [(known.best.layers[-1], clamp) for clamp in clamps[1:]]
+            for layer, clamp in searches:
                 part = subprogress(report, done, 1, total)
-                for trial in self._trials(layers, clamp, known, part):
+                for trial in self._trials(windows[layer], clamp, known, part):
                     known = replace(known, trials=(*known.trials, trial))
                     yield known
                 done += 1
                 report(done, total)
 
-    def _trials(self, layers: tuple[int, ...], clamp: float, known: Tuning, report: Report) -> Iterator[Trial]:
-        """The trials of one search that are not known yet, one for each share."""
+    def _trials(
+        self, windows: Sequence[tuple[int, ...]], clamp: float, known: Tuning, report: Report
+    ) -> Iterator[Trial]:
+        """The trials with values of one search that are not known yet, one for each window and share."""
         made = {(trial.layers, trial.clamp, trial.share) for trial in known.trials}
-        shares = [share for share in self.settings.shares if (layers, clamp, share) not in made]
+        tried = [(layers, share) for layers in windows for share in self.settings.shares]
         first: Editor | None = None
         values: dict[int, Tensor] = {}
-        for share in shares:
+        for layers, share in tried:
+            if (layers, clamp, share) in made:
+                continue
             method = method_with(self.settings, layers, clamp, share)
             editor = method.editor(self.lm, covariance=self.covariance, settings=self.run_settings)
             editor.prepare(self.facts, self.rounds, first)
@@ -150,23 +155,34 @@ class _Search:
             search(editor, self.rounds[0], editor.make_optimizer(), report)
             first, values = first or editor, values or dict(editor.results)
             owner = ("tuning", 0)
-            editor.write(self.rounds[0], owner)
             try:
+                editor.write(self.rounds[0], owner)
                 scores = evaluate(self.lm, self.facts, settings=_QUIET).scores
             finally:
-                self.lm.weights.remove({owner})
+                self.lm.weights.remove([kept for kept in self.lm.weights.owners if kept == owner])
             yield Trial(layers, clamp, share, scores["efficacy_accuracy"], scores["PS"], scores["NS"], self.NS_before)
 
 
-def _windows(lm: LanguageModel, settings: TuningSettings) -> list[tuple[int, ...]]:
-    """The layers to edit at each depth: a sixth of the model's, at most five, as published for 28 to 48 blocks."""
+def windows_of(lm: LanguageModel, settings: TuningSettings) -> dict[int, list[tuple[int, ...]]]:
+    """Layer of the values at each depth -> the layers to edit: this one, and several that end there.
+
+    Several are a sixth of the model's blocks, at most five, as published for models of 28 to 48 blocks.
+    """
     size = min(5, max(1, round(lm.n_layers / 6)))
     last = sorted({min(lm.n_layers - 1, max(0, round(depth * lm.n_layers))) for depth in settings.depths})
-    return [tuple(range(max(0, layer - size + 1), layer + 1)) for layer in last]
+    return {
+        layer: sorted({tuple(range(max(0, layer - count + 1), layer + 1)) for count in (1, size)}, key=len)
+        for layer in last
+    }
 
 
-def _planned(lm: LanguageModel, settings: TuningSettings) -> int:
-    return (len(_windows(lm, settings)) + len(settings.clamps) - 1) * len(settings.shares)
+def _planned(lm: LanguageModel, found: Tuning) -> int:
+    """The number of trials in all, once the first ones show at which depth further bounds are tried."""
+    settings, windows = found.settings, windows_of(lm, found.settings)
+    counts = {layer: len(of_layer) * len(settings.shares) for layer, of_layer in windows.items()}
+    first = replace(found, trials=found.trials[: sum(counts.values())])
+    further = counts[first.best.layers[-1]] if first.trials else 1
+    return sum(counts.values()) + (len(settings.clamps) - 1) * further
 
 
 def known_facts(lm: LanguageModel, count: int) -> list[Fact]:

@@ -46,10 +46,17 @@ def test_every_depth_and_share_is_tried_and_further_clamps_at_the_best_depth(lm:
     before = state(lm)
     result = found(lm)
     assert_unedited(lm, before)
-    tried = [(t.layers[-1], t.clamp, t.share) for t in result.trials]
-    assert tried[:4] == [(1, 1.0, 0.5), (1, 1.0, 0.9), (2, 1.0, 0.5), (2, 1.0, 0.9)]
-    best_so_far = replace(result, trials=result.trials[:4]).best
-    assert tried[4:] == [(best_so_far.layers[-1], 2.0, 0.5), (best_so_far.layers[-1], 2.0, 0.9)]
+    tried = [(t.layers, t.clamp, t.share) for t in result.trials]
+    first = [((1,), 1.0), ((2,), 1.0)]  # 4 blocks: a sixth of them is one layer
+    assert tried[:4] == [(*one, share) for one in first for share in (0.5, 0.9)]
+    best = replace(result, trials=result.trials[:4]).best.layers
+    assert tried[4:] == [(best, 2.0, 0.5), (best, 2.0, 0.9)]
+
+
+def test_one_layer_and_a_sixth_of_the_blocks_are_tried_at_each_depth() -> None:
+    lm = le.LanguageModel(tiny_model("llama", layers=12), tiny_tokenizer("bytelevel"))
+    windows = module.windows_of(lm, le.TuningSettings(depths=(0.0, 0.3, 0.5)))
+    assert windows == {0: [(0,)], 4: [(4,), (3, 4)], 6: [(6,), (5, 6)]}
 
 
 def test_a_trial_scores_what_an_edit_with_its_settings_does(lm: le.LanguageModel) -> None:
@@ -99,6 +106,7 @@ def test_the_best_trial_holds_generalises_and_leaves_neighbours_alone() -> None:
     result = Tuning("m", "f", SETTINGS, (forgetful, stronger, even, timid))
     assert result.best == even  # of equal ones the one that writes least
     assert trial(100, 100, 90).score == 100  # a neighbourhood score cannot make up for others
+    assert trial(100, 100, 72).score == pytest.approx(3 / (1 / 100 + 1 / 100 + 1 / 80))  # a tenth lost counts twice
     assert trial(0, 100, 80).score == 0
 
 

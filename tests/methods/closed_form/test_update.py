@@ -10,6 +10,7 @@ from lightedit.data.prompts import Contexts, FactPrompts, tokenize_facts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods import MEMIT, ROME, Method
+from lightedit.methods.closed_form.behind_norm import before_norm
 from lightedit.methods.closed_form.keys import KeyWalk, values_of
 from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
 from lightedit.methods.closed_form.writing import write_facts
@@ -204,36 +205,64 @@ def test_memit_equals_the_published_procedure(architecture: str, dtype: torch.dt
     assert lm.weights.owners == ["round"]
 
 
+def moved(lm: LanguageModel, layer: int, size: float) -> tuple[Tensor, Tensor]:
+    """Targets that a search could find: a change of this size, relative to the state, where δ is added.
+
+    Returns:
+        The value of each fact, [d, B] or [2 d, B], and the block's output with it, [d, B].
+    """
+    walk = KeyWalk(lm, prompts_of(lm, Contexts()), Place(layer))
+    before, norm = walk.outputs(Place(layer, "block")), lm.mlp_norm(layer)
+    states = before if norm is None else walk.outputs(Place(layer))
+    values = states + size * states.norm(dim=0) / lm.d_model**0.5 * torch.randn_like(states)
+    if norm is None:
+        return values, values
+    behind, at_first = (norm(rows.T.to(lm.dtype)).T.double() for rows in (values, states))
+    return torch.cat([before + behind - at_first, values]), before + behind - at_first
+
+
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memit_moves_the_block_towards_its_targets(architecture: str, layers: tuple[int, ...]) -> None:
     lm = language_model(architecture, torch.float32)
     method = MEMIT(layers=layers, lambda_=0.01)
     before = present(lm, layers[-1])
-    targets = before + 0.3 * before.norm(dim=0) / lm.d_model**0.5 * torch.randn_like(before)
-    write(lm, method, covariances(lm, method), Contexts(), targets)  # averaged keys would miss the bare prompts' own
+    values, targets = moved(lm, layers[-1], 0.3)
+    write(lm, method, covariances(lm, method), Contexts(), values)  # averaged keys would miss the bare prompts' own
     left_over = (present(lm, layers[-1]) - targets).norm(dim=0) / (before - targets).norm(dim=0)
     assert (left_over < 0.9).all()
 
 
 @pytest.mark.parametrize("architecture", POST_NORM)
 def test_a_target_behind_the_norm_after_the_mlp_is_reached(architecture: str) -> None:
-    """What the norm can give at all is written exactly, since the norm does not feel its input's scale."""
     lm, unaware = language_model(architecture, torch.float32), language_model(architecture, torch.float32)
     unaware.mlp_norm = lambda layer: None
-    method, bare = MEMIT(layers=(2,), lambda_=1e-8), Contexts()
-    walk = KeyWalk(lm, prompts_of(lm, bare), Place(2))
-    before, mlp = walk.outputs(Place(2, "block")), walk.outputs(Place(2, "mlp")).T.float()
-    norm = lm.mlp_norm(2)
-    change = norm(mlp + 0.5 * mlp.norm(dim=1, keepdim=True) / lm.d_model**0.5 * torch.randn_like(mlp)) - norm(mlp)
-    targets = before + change.T.double()
+    method, before = MEMIT(layers=(2,), lambda_=1e-8), present(lm, 2)
+    values, targets = moved(lm, 2, 0.5)
     moments = covariances(lm, method)
     left_over = []
-    for model in (lm, unaware):
-        write(model, method, moments, bare, targets)
+    for model, given in ((lm, values), (unaware, targets)):
+        write(model, method, moments, Contexts(), given)
         left_over.append((present(model, 2) - targets).norm(dim=0) / (before - targets).norm(dim=0))
     assert (left_over[0] < 1e-3).all()
     assert (left_over[1] > 0.1).all()
+
+
+@pytest.mark.parametrize("architecture", POST_NORM)
+def test_an_earlier_layer_behind_its_norm_moves_the_residual_stream_as_asked(architecture: str) -> None:
+    """Entries with a gain near 0 cannot be reached; those with a gain of the median or more are, within 1 %."""
+    lm = language_model(architecture, torch.float32)
+    walk = KeyWalk(lm, prompts_of(lm, Contexts()), Place(1))
+    mlp, norm = walk.outputs(Place(1)), lm.mlp_norm(1)
+    gain = norm(torch.ones(1, lm.d_model))[0].double().abs()
+    assert gain.min() < 0.05 * gain.median(), "the test needs gains that cannot be inverted"
+    asked = 1e-3 * gain[:, None] * torch.randn_like(mlp)
+    asked[gain < 1e-3 * gain.median()] = 1.0
+    change = before_norm(walk, asked)
+    got = (norm((mlp + change).T.float()) - norm(mlp.T.float())).T.double()
+    reached = gain >= gain.median()
+    assert change.norm() < 10 * mlp.norm()
+    assert relative(got[reached], asked[reached]) < 0.05
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
