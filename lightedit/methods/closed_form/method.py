@@ -129,7 +129,9 @@ class ClosedForm(Method):
         return walk.keys()
 
     def residuals(self, walk: KeyWalk, keys: Tensor, targets: Tensor) -> Tensor:
-        """Residuals: the targets minus the present activations at the site, [d, B] float64.
+        """The share of the residuals that the walk's layer takes, [d, B] float64.
+
+        Residuals are the targets minus the present activations at the site.
 
         At site "block", residuals are carried back through a norm that follows the MLP, so that they fit the matrix's
         output.
@@ -142,13 +144,13 @@ class ClosedForm(Method):
         if self.site != "block":
             left = targets - walk.outputs(replace(walk.place, layer=self.value_layer))
             if walk.place.name != "mlp" or walk.layer == self.value_layer:
-                return left
-            return before_norm(walk, behind_norm(walk, self.value_layer, left))
+                return self.spread(walk.layer) * left
+            return before_norm(walk, self.spread(walk.layer) * behind_norm(walk, self.value_layer, left))
         present = walk.outputs(Place(self.value_layer, "block"))
         left = targets[: len(present)] - present
         if walk.layer == self.value_layer and len(targets) > len(present):
             return remaining_delta(walk, targets[len(present) :], left)
-        return before_norm(walk, left)
+        return before_norm(walk, self.spread(walk.layer) * left)
 
     def update(self, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk) -> LowRankUpdate:
         """The update of the walk's matrix that writes `residuals` [..., d, B] at `keys` [..., d_in, B]."""

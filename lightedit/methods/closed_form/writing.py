@@ -91,7 +91,7 @@ def separate_updates(
 def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
     """K [d_in, B], and the share of the residuals R [d_out, B] that the walk's matrix takes; both float64."""
     keys = method.keys(walk)
-    residuals = method.spread(walk.layer) * method.residuals(walk, keys, targets)
+    residuals = method.residuals(walk, keys, targets)
     _check_finite(walk.place, keys, residuals)
     return keys, residuals
 

@@ -38,12 +38,16 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_targets_equal_the_published_loop(architecture: str, site: str) -> None:
     lm = language_model(architecture)
+    tolerance = 1e-5 if lm.mlp_norm(1) is None else 3e-5  # gains of up to 300 enlarge float32's rounding
     values = optimize_values(lm, tokenize_facts(lm.tokenizer, FACTS, CONTEXTS), 1, site, SETTINGS)
     for fact, target, steps in zip(FACTS, values.targets, values.steps, strict=True):
         expected = published(lm, fact, 1, site, SETTINGS)
         assert steps == expected.steps_taken == 7
         assert expected.delta.norm() > 0.02 * expected.h0.norm()  # else h0 alone would pass
-        assert relative(target, expected.target) < 1e-5
+        if site == "block" and lm.mlp_norm(1) is not None:  # the block's output, then the MLP's
+            target, with_delta = target.chunk(2)
+            assert relative(with_delta, expected.h0 + expected.delta) < tolerance
+        assert relative(target, expected.target) < tolerance
 
 
 @pytest.mark.parametrize("max_tokens", [16, 1024])
