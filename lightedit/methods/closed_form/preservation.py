@@ -169,28 +169,34 @@ def low_rank_update(
     return LowRankUpdate(residuals.to(solved), right)
 
 
+# Directions of G with less of the mean leverage are those of keys that cannot be told apart
+_SEPARABLE = 1e-4
+
+
 def gamma_for_share(gram: Tensor, share: float) -> Tensor:
     """The γ at which a solve writes `share` of its residuals on average over facts.
 
-    With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The mean of the diagonal of G (γ I + G)⁻¹ is the share:
-    the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and Friedman, 2009, eq. 3.50).
-    For one fact it is q / (γ + q), with q = kᵀ A⁻¹ k the leverage of its key.
+    With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The share is the mean of e / (γ + e) over the eigenvalues
+    e of G: the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and Friedman, 2009, eq.
+    3.50). For one fact it is q / (γ + q), with q = kᵀ A⁻¹ k the leverage of its key. Eigenvalues below 1e-4 of their mean
+    are left out. They belong to keys that are equal but for rounding, whose different residuals no γ writes.
 
     Args:
         gram: G, [..., B, B], symmetric, float64.
         share: from 0 to 1, both excluded.
 
     Returns:
-        γ, [...] float64. Where keys are linearly dependent and the share is out of reach, the smallest γ tried, 1e-9
-        of the largest eigenvalue of G.
+        γ, [...] float64.
     """
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0.0)
-    odds = (1 - share) / share
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    counted = eigenvalues > _SEPARABLE * eigenvalues.mean(-1, keepdim=True)
+    eigenvalues, odds = eigenvalues.clamp(min=0.0), (1 - share) / share
     high = (eigenvalues.amax(-1) * odds).log()
-    low = torch.maximum(eigenvalues.amin(-1) * odds, 1e-9 * eigenvalues.amax(-1)).log().minimum(high)
+    low = (eigenvalues.where(counted, torch.inf).amin(-1) * odds).log()
     for _ in range(60):  # bisection of log γ; the share falls with γ
         middle = (low + high) / 2
-        written = (eigenvalues / (eigenvalues + middle.exp()[..., None])).mean(-1)
+        part = eigenvalues / (eigenvalues + middle.exp()[..., None])
+        written = (part * counted).sum(-1) / counted.sum(-1)
         low, high = torch.where(written > share, middle, low), torch.where(written > share, high, middle)
     return ((low + high) / 2).exp()
 

@@ -1,5 +1,7 @@
 """Step 2: the closed form against the d x d systems it replaces, and whole rounds against the published procedures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,12 +9,18 @@ from torch import Tensor
 from benchmarks.published import Request, published_memit, published_rome
 from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, FactPrompts, tokenize_facts
+from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods import MEMIT, ROME, Method
 from lightedit.methods.closed_form.behind_norm import before_norm
 from lightedit.methods.closed_form.keys import KeyWalk, values_of
-from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
+from lightedit.methods.closed_form.preservation import (
+    Preservation,
+    gamma_for_share,
+    key_similarity,
+    low_rank_update,
+)
 from lightedit.methods.closed_form.writing import write_facts
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -283,6 +291,39 @@ def test_rome_equals_the_published_procedure_and_its_key_gives_the_value(archite
         updates = write(lm, method, moments, PLAIN, value)
         assert relative(updates[1].dense(), expected) < tolerance
         assert relative(values_of(lm, Place(1), key), value) < (1e-9 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_gamma_is_that_at_which_the_share_is_written(share: float) -> None:
+    keys = torch.randn(3, 8, 20, dtype=torch.float64)
+    gram = keys @ keys.mT
+    gamma = gamma_for_share(gram, share)
+    system = gram + gamma[:, None, None] * torch.eye(8)
+    written = (gram @ torch.linalg.inv(system)).diagonal(dim1=1, dim2=2).mean(1)
+    torch.testing.assert_close(written, torch.full((3,), share, dtype=torch.float64), rtol=1e-9, atol=0)
+    one = gamma_for_share(gram[:, :1, :1], share)
+    torch.testing.assert_close(one, gram[:, 0, 0] * (1 - share) / share)  # the leverage q: q / (γ + q) is the share
+    twins = gamma_for_share(torch.ones(2, 2, dtype=torch.float64), share)  # they count as one key of twice the leverage
+    torch.testing.assert_close(twins, torch.tensor(2 * (1 - share) / share, dtype=torch.float64))
+
+
+def test_a_share_writes_what_the_lambda_does_that_it_stands_for() -> None:
+    lm = language_model("llama", torch.float64)
+    targets = torch.randn(lm.d_model, len(FACTS), dtype=torch.float64)
+    by_share = MEMIT(layers=(1,), share=0.7)
+    moments = covariances(lm, by_share)
+    updates = [update.dense() for update in write(lm, by_share, moments, BY_TYPE, targets).values()]
+    lm.weights.remove(lm.weights.owners)
+    keys = KeyWalk(lm, prompts_of(lm, BY_TYPE), Place(1)).keys()
+    lambda_ = float(gamma_for_share(keys.T @ torch.linalg.solve(moments[1].double(), keys), 0.7))
+    same = write(lm, replace(by_share, share=None, lambda_=lambda_), moments, BY_TYPE, targets)
+    assert relative(updates[0], same[1].dense()) < 1e-9
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, float("nan")])
+def test_a_share_is_between_0_and_1(share: float) -> None:
+    with pytest.raises(ArgumentError, match="share is above 0 and below 1"):
+        MEMIT(layers=(1,), share=share)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,6 +50,18 @@ def test_targets_equal_the_published_loop(architecture: str, site: str) -> None:
         assert relative(target, expected.target) < tolerance
 
 
+@pytest.mark.parametrize("site", ["block", "mlp"])
+def test_a_relative_learning_rate_is_a_share_of_the_activations_root_mean_square(site: str) -> None:
+    lm = language_model("llama", dtype=torch.float64)
+    settings = replace(SETTINGS, lr=0.2, relative_lr=True)
+    values = optimize_values(lm, tokenize_facts(lm.tokenizer, FACTS, CONTEXTS), 1, site, settings)
+    sizes = values.initial.square().mean(1).sqrt()
+    assert sizes.max() > 1.1 * sizes.min() and (sizes - 1).abs().min() > 0.1  # each fact has a rate of its own
+    for fact, target, size in zip(FACTS, values.targets, sizes, strict=True):
+        expected = published(lm, fact, 1, site, replace(SETTINGS, lr=0.2 * float(size)))
+        assert relative(target - expected.h0, expected.delta) < 1e-5
+
+
 @pytest.mark.parametrize("max_tokens", [16, 1024])
 def test_facts_that_are_done_leave_with_their_own_targets(max_tokens: int) -> None:
     lm = language_model("llama")
