@@ -176,10 +176,11 @@ _SEPARABLE = 1e-4
 def gamma_for_share(gram: Tensor, share: float) -> Tensor:
     """The γ at which a solve writes `share` of its residuals on average over facts.
 
-    With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The share is the mean of e / (γ + e) over the eigenvalues
-    e of G: the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and Friedman, 2009, eq.
-    3.50). For one fact it is q / (γ + q), with q = kᵀ A⁻¹ k the leverage of its key. Eigenvalues below 1e-4 of their mean
-    are left out. They belong to keys that are equal but for rounding, whose different residuals no γ writes.
+    With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The share is the mean of e / (γ + e) over the
+    eigenvalues e of G: the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and
+    Friedman, 2009, eq. 3.50). For one fact it is q / (γ + q), with q = kᵀ A⁻¹ k the leverage of its key.
+    Eigenvalues below 1e-4 of their mean are left out. They belong to keys that are equal but for rounding, whose
+    different residuals no γ writes.
 
     Args:
         gram: G, [..., B, B], symmetric, float64.
