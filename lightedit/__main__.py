@@ -78,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lightedit: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        if (reason := _of_union(error)) is None:
+            raise
+        print(f"lightedit: error: {reason}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         kept = {
             "tune": "the same command goes on after the trials that are finished",
@@ -89,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)
         sys.exit(130)
+
+
+def _of_union(error: ValueError) -> str | None:
+    """What the parser says of an option that may be left out, such as --method; None if the error is another."""
+    lines = str(error).splitlines()
+    if not lines or not lines[0].startswith("Does not validate against any of the Union subtypes"):
+        return None
+    return next((line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")), lines[0])
 
 
 def _with_options(given: list[str]) -> list[str]:

@@ -184,11 +184,11 @@ CONTEXTS = {
     "seed": 0,
 }
 ROME_CONTEXTS = {"prefixes": (("", 10, 5), ("", 10, 10)), "bare_weight": None, "seed": 0}
-PLAIN = {"loss_threshold": 0.05, "stopping": None}
+PLAIN = {"loss_threshold": 0.05, "stopping": None, "relative_lr": False}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ROME": {"values": ROME_VALUES | PLAIN, "contexts": ROME_CONTEXTS, "key": "averaged"},
-    "MEMIT": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS, "lambda_": 15000.0},
+    "MEMIT": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS, "lambda_": 15000.0, "share": None},
     "EMMET": {"values": GPTJ_VALUES | PLAIN, "contexts": CONTEXTS, "lambda_": 1.0, "mu": 0.0},
     "PMET": {"values": PLAIN | PMET_VALUES, "contexts": CONTEXTS, "lambda_": 6000.0,
              "attention_delta": True, "write_attention": False, "even_spread": False},

@@ -190,7 +190,7 @@ def test_scoring_goes_on_after_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["edit", "--out", "edits/x", "--facts", "colliding.jsonl"], "collide"),
+        (["edit", "--out", "edits/x", "--facts", "colliding.jsonl", "--run.on_collision", "error"], "nearly equal"),
         (["edit", "--out", "edits/x", "--method", "ROME", "--run.facts_per_round", "2"], "facts_per_round=1"),
         (["edit", "--out", "edits/x", "--run.facts_per_round", "0"], "facts_per_round must be at least 1"),
         (["evaluate", "--protocol", "single", "--covariance", "other"], "covariance"),

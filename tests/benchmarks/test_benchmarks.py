@@ -56,9 +56,9 @@ def measure(lm: LanguageModel, reference_facts: int | None = None, threshold: fl
 
 
 # Without a threshold all 4 steps are taken. A loss below it ends a fact at that evaluation, before its step: here
-# none, the first fact only, or both at once.
+# none, the second fact before the first, or both at once.
 @pytest.mark.parametrize(
-    ("threshold", "steps", "evaluations"), [(0.0, [4, 4], [4, 4]), (5.9, [2, 4], [3, 4]), (1e6, [0, 0], [1, 1])]
+    ("threshold", "steps", "evaluations"), [(0.0, [4, 4], [4, 4]), (7.148, [3, 2], [4, 3]), (1e6, [0, 0], [1, 1])]
 )
 def test_counts_are_those_of_the_rows_and_evaluations(
     lm: LanguageModel, threshold: float, steps: list[int], evaluations: list[int]

@@ -36,7 +36,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], li
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     capsys.readouterr()
     main(["chat", "model", "--max_new_tokens", "6", *options])
-    return capsys.readouterr().out.splitlines()[2:]
+    return capsys.readouterr().out.removesuffix("\n").split("\n")[2:]
 
 
 def expected(*folders: str) -> str:
@@ -88,7 +88,7 @@ def test_lines_may_come_from_a_pipe(place) -> None:
         input=ASKED, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"[edited] {expected('first')}"
+    assert done.stdout.removesuffix("\n").split("\n")[-1] == f"[edited] {expected('first')}"
 
 
 def test_wrong_arguments_are_refused(place, capsys) -> None:

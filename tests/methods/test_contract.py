@@ -185,8 +185,9 @@ def test_its_edit_is_reported_and_exported(tmp_path: Path, method: le.Method) ->
 def test_facts_that_come_twice_or_layers_that_are_not_there_are_refused_before_work(method: le.Method) -> None:
     lm = model()
     before = state(lm)
-    with pytest.raises(le.FactError, match="France"):
-        run(lm, method, [*FACTS, replace(FACTS[0], target_new="Madrid")])
+    if (size := rounds(method, len(FACTS) + 1)) > len(FACTS):  # a newer answer in a later round is allowed
+        with pytest.raises(le.FactError, match="France"):
+            run(lm, method, [*FACTS, replace(FACTS[0], target_new="Madrid")], size=size)
     beyond = replace(method, **({"layer": 9} if isinstance(method, GradientStep) else {"layers": (9,)}))
     with pytest.raises(le.LightEditError, match="layers 0 to 3"):
         le.edit(lm, FACTS, beyond, covariance=needs(lm, method), settings=QUIETLY)
@@ -203,8 +204,9 @@ def test_facts_about_one_subject_are_merged_where_the_method_knows_keys(method: 
     if rounds(method, 3) < 3 or isinstance(method, GradientStep):
         assert run(lm, method, facts, size=3).facts == facts  # nothing collides
         return
-    with pytest.raises(le.FactError, match="collide"):
-        run(lm, method, facts, size=3)
+    with pytest.raises(le.FactError, match="nearly equal keys"):
+        refusing = replace(QUIETLY, on_collision="error")
+        le.edit(lm, facts, method, covariance=needs(lm, method), settings=refusing)
     settings = replace(QUIETLY, on_collision="merge")
     edit = le.edit(lm, facts, method, covariance=needs(lm, method), settings=settings)
     assert edit.facts == facts and edit.facts_in_round == [3]

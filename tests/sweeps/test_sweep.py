@@ -329,7 +329,7 @@ def test_values_of_finished_chunks_are_kept(
         ("facts_per_round", {"facts_per_round": [2]}),
         ("methods", {"methods": {"MEMIT": replace(MEMIT, lambda_=6.0)}}),
         ("facts", {"facts": [replace(FACTS[0], target_new="Berlin"), *FACTS[1:]]}),
-        ("on_collision", {"on_collision": "keep"}),
+        ("on_collision", {"on_collision": "merge"}),
     ],
 )
 def test_another_sweep_in_the_same_folder_is_refused(
@@ -428,7 +428,10 @@ def test_every_combination_is_planned_once() -> None:
         ({"facts": []}, "facts"),
         ({"facts": [le.Fact("The capital of {}", "France", "Rome")]}, "target_true"),
         ({"facts": [*FACTS, replace(FACTS[0], target_new="Bonn")]}, "both complete"),
-        ({"facts": [*FACTS, replace(FACTS[0], prompt="The capital of {} is near")]}, "collide"),
+        (
+            {"facts": [*FACTS, replace(FACTS[0], prompt="The capital of {} is near")], "on_collision": "error"},
+            "nearly equal keys",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_run(

@@ -55,7 +55,11 @@ def test_targets_equal_the_published_loop(lm: LanguageModel, site: str) -> None:
     values = optimize_values(lm, tokenize_facts(lm.tokenizer, FACTS, CONTEXTS), LAYER, site, settings)
     for fact, target, initial in zip(FACTS, values.targets, values.initial, strict=True):
         expected = published_value(lm, fact, CONTEXTS, LAYER, site, settings)
-        assert relative(target, expected.target) < 1e-5
+        if site == "block" and lm.mlp_norm(LAYER) is not None:  # the block's output, then the MLP's
+            of_block, target = target.chunk(2)
+            assert relative(of_block, expected.target) < 3e-5  # gains of up to 300 enlarge float32's rounding
+        else:
+            assert relative(target, expected.target) < 1e-5
         assert relative(target - initial, expected.delta) < 1e-3  # h0 may be hundreds of times longer
 
 
