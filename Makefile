@@ -25,7 +25,7 @@ demo: setup ## edit facts in a small model and show what changed
 	$(BIN)/lightedit demo
 
 test: lint cuda-check ## lint, check types, compile the CUDA kernels and run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 cuda-check: setup ## compile the CUDA kernels, without a GPU, where there is nvcc
 	PYTHON=$(BIN)/python csrc/cuda/check.sh
