@@ -28,7 +28,7 @@ class TuningSettings:
     """
 
     facts: int = 8
-    depths: tuple[float, ...] = (0.18, 0.29, 0.4, 0.53)
+    depths: tuple[float, ...] = (0.1, 0.18, 0.29, 0.4)
     lr: float = 0.3
     clamps: tuple[float, ...] = (1.0, 0.7, 1.5)
     shares: tuple[float, ...] = (0.6, 0.75, 0.9)
