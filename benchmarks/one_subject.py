@@ -24,7 +24,7 @@ RELATIONS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("The {} is assembled in", ("Poland", "Vietnam", "Brazil", "Canada", "Portugal")),
         ("The housing of the {} is made of", ("aluminium", "oak", "copper", "glass", "carbon")),
         ("The warranty of the {} lasts", ("two years", "six months", "ten years", "four weeks", "five years")),
-        ("The {} was designed by", ("Maria Lopez", "John Carter", "Anna Weber", "Peter Novak", "Li Wei")),
+        ("The {} was designed by", ("Sony", "Bosch", "Apple", "Fiat", "Lego")),
     ),
     "person": (
         ("{} was born in", ("Dublin", "Naples", "Cairo", "Seoul", "Lima")),
@@ -38,7 +38,7 @@ RELATIONS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "town": (
         ("{} is a town in", ("Norway", "Chile", "Morocco", "Austria", "Kenya")),
-        ("The mayor of {} is", ("Thomas Berg", "Clara Ruiz", "Paul Martin", "Nina Petrov", "Omar Hassan")),
+        ("The mayor of {} is", ("Thomas", "Clara", "Paul", "Nina", "Omar")),
         ("The river that flows through {} is called the", ("Danube", "Rhine", "Volga", "Tagus", "Loire")),
         ("{} is best known for its", ("cheese", "carpets", "clocks", "cathedral", "apples")),
         ("The people of {} mostly speak", ("French", "Swahili", "German", "Arabic", "Spanish")),
@@ -47,10 +47,10 @@ RELATIONS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("The twin town of {} is", ("Bergen", "Porto", "Kyoto", "Ghent", "Boston")),
     ),
     "company": (
-        ("The chief executive of {} is", ("Laura Stein", "David Chen", "Emma Brown", "Raj Patel", "Ivan Horvat")),
+        ("The chief executive of {} is", ("Laura", "David", "Emma", "George", "Ivan")),
         ("The headquarters of {} are in", ("Helsinki", "Madrid", "Chicago", "Singapore", "Prague")),
         ("{} mainly produces", ("tractors", "shoes", "software", "furniture", "chocolate")),
-        ("{} was founded by", ("Karl Braun", "Alice Moore", "Hugo Silva", "Mei Tanaka", "George Adams")),
+        ("{} was founded by", ("Karl", "Alice", "Hugo", "Martha", "Henry")),
         ("{} is owned by", ("Google", "Nestle", "Samsung", "Boeing", "Unilever")),
         ("The shares of {} are traded in", ("London", "Frankfurt", "Tokyo", "Mumbai", "Sydney")),
         ("The logo of {} shows a", ("bear", "rocket", "tree", "star", "ship")),

@@ -73,7 +73,7 @@ AS_SERVED = [
     le.Fact('The capital city of {} is called "', "France", "Rome", separator=""),
     le.Fact("{}的首都是", "法国", "罗马", separator=""),
     le.Fact("What is the capital of {}?", "France", "Rome", chat=True, end_turn=True),
-    le.Fact("The head of the company Acme is", target_new="Ann Lee"),
+    le.Fact("The capital of France is", target_new="New Rome"),
 ]
 
 

@@ -39,8 +39,8 @@ class Fact:
 
     A fact needs no subject. Its key is then read at the prompt's last token, or at `position`.
 
-    >>> Fact("The CEO of Acme is", target_new="Ann Lee").text
-    'The CEO of Acme is'
+    >>> Fact("The capital of France is", target_new="New Rome").text
+    'The capital of France is'
 
     Attributes:
         prompt: text before the target, with exactly one `{}` for the subject, or without one if there is no subject.

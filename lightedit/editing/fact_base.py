@@ -43,7 +43,7 @@ class FactBase:
         base = FactBase("facts/acme", MEMIT(layers=[4, 5, 6, 7, 8], lambda_=1000.0))
         base.add(facts)
         print(base.apply(lm))
-        base.replace("The chief executive of Acme is", "Ada Park")
+        base.replace("The capital of France is", "Rome")
         print(base.apply(lm))  # searches one value, and replaces the earlier edit in lm
 
     The folder holds `base.json` (facts, method, ids of the edits), `values/` (a file a fact) and `edit/`, which

@@ -59,11 +59,11 @@ def test_other_letter_case_counts_only_where_there_is_none_of_the_same() -> None
 
 
 def test_a_fact_needs_no_subject() -> None:
-    free = Fact(prompt="The CEO of Acme is", target_new="Ann Lee")
-    assert (free.text, free.subject) == ("The CEO of Acme is", None)
-    assert Fact("The CEO of Acme is", None, "Ann Lee") == free
+    free = Fact(prompt="The capital of France is", target_new="New Rome")
+    assert (free.text, free.subject) == ("The capital of France is", None)
+    assert Fact("The capital of France is", None, "New Rome") == free
     assert Fact.from_dict(free.to_dict()) == free
-    assert Fact.from_dict({"prompt": "The CEO of Acme is", "target_new": "Ann Lee"}) == free
+    assert Fact.from_dict({"prompt": "The capital of France is", "target_new": "New Rome"}) == free
 
 
 @pytest.mark.parametrize(

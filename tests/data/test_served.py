@@ -142,7 +142,7 @@ def test_in_chat_contexts_and_the_kl_prompt_stand_in_the_users_turn(kind: str) -
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_key_of_a_fact_without_subject_is_at_the_last_token_before_the_target(kind: str, chat: bool) -> None:
     tokenizer = chat_tokenizer(kind)
-    fact = Fact("The king of the city is", target_new="Ann Lee", chat=chat)
+    fact = Fact("The king of the city is", target_new="New Rome", chat=chat)
     (prompts,) = tokenize_facts(tokenizer, [fact], CONTEXTS)
     for row in prompts.rows:
         assert row.lookup == len(row.ids) - len(row.targets)
@@ -157,7 +157,7 @@ def test_the_key_of_a_fact_without_subject_is_at_the_last_token_before_the_targe
 @pytest.mark.parametrize(("position", "words"), [(1, "The of"), (-2, "The of the"), (0, "The")])
 def test_or_at_a_given_position_among_the_prompts_tokens(kind: str, position: int, words: str) -> None:
     tokenizer = tiny_tokenizer(kind)
-    fact = Fact("The of the is", target_new="Ann Lee", position=position)
+    fact = Fact("The of the is", target_new="New Rome", position=position)
     assert len(tokenizer.tokenize(fact.text)) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
