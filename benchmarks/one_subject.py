@@ -76,6 +76,7 @@ def groups_of_one_subject(count: int, seed: int = 0) -> list[list[le.Fact]]:
 
 # name -> settings of the run
 RULES: dict[str, dict[str, Any]] = {
+    "joint": {"on_collision": "joint"},
     "keep": {"on_collision": "keep"},
     "merge": {"on_collision": "merge"},
     "rounds": {"facts_per_round": 1},

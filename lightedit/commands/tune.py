@@ -48,4 +48,4 @@ def tune(
         with whole_file(out) as unfinished:
             unfinished.write_text(found.config(str(model.dtype).removeprefix("torch.")), encoding="utf-8")
     print(found.table())
-    print(f"best: {found.method}" + ("" if out is None else f"\nwrote {out}"))
+    print(f"best: {found.summary}" + ("" if out is None else f"\nwrote {out}"))

@@ -105,6 +105,15 @@ class Tuning:
         best = self.best
         return method_with(self.settings, best.layers, best.clamp, best.share)
 
+    @property
+    def summary(self) -> str:
+        """The best settings in one line."""
+        best = self.best
+        return (
+            f"MEMIT at layers {list(best.layers)}, share {best.share:g}, clamp {best.clamp:g}, "
+            f"lr {self.settings.lr:g} of the activations' size"
+        )
+
     def table(self) -> str:
         """The trials as aligned text, best last."""
         head = ("layers", "clamp", "share", *_FIGURES, "score")

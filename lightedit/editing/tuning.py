@@ -62,15 +62,10 @@ def tune(
 
 def tuned_method(lm: LanguageModel, *, progress_bar: bool = True) -> MEMIT:
     """The method of runs without one: that of `tune`, with a line on standard error that says so."""
-    method = tune(lm, progress_bar=progress_bar)
+    found = tuning(lm, progress_bar=progress_bar)
     if progress_bar:
-        values = method.values
-        print(
-            f"no method was given: MEMIT at layers {list(method.layers)}, share {method.share:g}, clamp "
-            f"{values.clamp_norm_factor:g}, lr {values.lr:g} of the activations' size, as tuned for {lm.name}",
-            file=sys.stderr,
-        )
-    return method
+        print(f"no method was given: {found.summary}, as tuned for {lm.name}", file=sys.stderr)
+    return found.method
 
 
 def tuning(
@@ -93,12 +88,12 @@ def tuning(
         raise ArgumentError(
             f"{lm.name} carries edits ({', '.join(lm.weights.edits)}) and was not tuned before; revert them first"
         )
+    chosen = known_facts(lm, settings.facts) if facts is None else list(facts)
+    windows = windows_of(lm, settings).values()
+    layers = sorted({layer for of_layer in windows for window in of_layer for layer in window})
+    covariance = estimate_covariance(lm, layers, seed=settings.seed, cache=True, progress_bar=progress_bar)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with progress(f"tuning {lm.name}", progress_bar) as report:
-        chosen = known_facts(lm, settings.facts) if facts is None else list(facts)
-        windows = windows_of(lm, settings).values()
-        layers = sorted({layer for of_layer in windows for window in of_layer for layer in window})
-        covariance = estimate_covariance(lm, layers, seed=settings.seed, cache=True, progress_bar=progress_bar)
-        path.parent.mkdir(parents=True, exist_ok=True)
         for trials in _Search(lm, chosen, covariance, settings).run(found, report):
             found = trials
             with whole_file(path) as unfinished:

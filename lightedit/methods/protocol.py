@@ -20,7 +20,7 @@ from lightedit.progress import Report
 from lightedit.runs.provenance import computing, fingerprint_inputs
 from lightedit.statistics.covariance import Covariance, CovarianceError
 
-OnCollision = Literal["error", "merge", "keep"]
+OnCollision = Literal["joint", "keep", "merge", "error"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class EditorSettings:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.on_collision not in ("error", "merge", "keep"):
-            raise ArgumentError(f"on_collision is 'error', 'merge' or 'keep', got {self.on_collision!r}")
+        if self.on_collision not in ("joint", "keep", "merge", "error"):
+            raise ArgumentError(f"on_collision is 'joint', 'keep', 'merge' or 'error', got {self.on_collision!r}")
         if self.max_tokens < 1:
             raise ArgumentError(f"max_tokens must be at least 1, got {self.max_tokens}")
 

@@ -17,11 +17,12 @@ from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
 from lightedit.methods.closed_form.collisions import linked_groups, refuse
+from lightedit.methods.closed_form.joint import Joint
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
 from lightedit.methods.closed_form.values import ValueOptimization
-from lightedit.methods.closed_form.writing import read_keys, separate_updates, write_facts
+from lightedit.methods.closed_form.writing import read_keys, separate_updates, shares_written, write_facts
 from lightedit.methods.protocol import Editor, EditorSettings, Method
 from lightedit.statistics.covariance import Covariance
 
@@ -68,6 +69,7 @@ class ClosedFormEditor(Editor):
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
         self._merged: set[int] = set()  # facts that share a value, which is searched in every run
+        self._joint: dict[int, tuple[list[int], Tensor]] = {}  # fact -> the facts searched with it, and their shares
         self._rounds_written = 0
         # The optimizer needs a parameter before the first δ exists; `start` puts each chunk's δ in its place
         self._placeholder = nn.Parameter(torch.zeros(1))
@@ -125,7 +127,7 @@ class ClosedFormEditor(Editor):
             self._check_given()
 
     def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        return super().to_give([index for index in indices if index not in self._merged])
+        return super().to_give([index for index in indices if index not in self._merged | self._joint.keys()])
 
     def _check_given(self) -> None:
         site, norm = self.method.site, self.lm.mlp_norm(self.method.value_layer)
@@ -152,6 +154,8 @@ class ClosedFormEditor(Editor):
             linked = (similarity >= self.settings.collision_similarity).triu(1)
             if self.settings.on_collision == "merge":
                 self._merge(round_, linked)
+            if self.settings.on_collision == "joint":
+                self._join(round_, linked)
             pairs += [(round_[one], round_[other]) for one, other in linked.nonzero().tolist()]
         if self.settings.on_collision == "error":
             refuse(self.facts, pairs)
@@ -165,6 +169,18 @@ class ClosedFormEditor(Editor):
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
             self._merged.update(members)
+
+    def _join(self, round_: Sequence[int], linked: Tensor) -> None:
+        """Let the colliding facts of a round be searched knowing of each other."""
+        groups = linked_groups(linked)
+        if not groups:
+            return
+        assert self._shared is not None
+        prompts = [self._shared.prompts[index] for index in round_]
+        shares = shares_written(self.lm, self.method, self.preservation, prompts)
+        for group in groups:
+            together = ([round_[i] for i in group], shares[group][:, group])
+            self._joint.update(dict.fromkeys(together[0], together))
 
     def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
         """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0)."""
@@ -202,12 +218,15 @@ class ClosedFormEditor(Editor):
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Begin the search for the values of these facts, except facts with a given value and merged ones."""
         assert optimizer is not None
-        prompts = {index: prompt for index in indices if (prompt := self.prompts[index]) is not None}
+        # a group of facts is searched with the first chunk that holds one of them
+        wanted = [other for index in indices for other in self._joint.get(index, ([index],))[0]]
+        prompts = {index: prompt for index in wanted if (prompt := self.prompts[index]) is not None}
         if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
-            for index in (prompts.keys() & self._given.keys()) - self._merged:
+            for index in (prompts.keys() & self._given.keys()) - self._merged - self._joint.keys():
                 self.results[index] = self._given[index].to(device, torch.float64)
-                del prompts[index]
+        for index in prompts.keys() & self.results.keys():
+            del prompts[index]
         self._searched = list(prompts)
         self._search = None
         if prompts:
@@ -218,10 +237,17 @@ class ClosedFormEditor(Editor):
                 self.method.site,
                 self.method.values,
                 self.settings.max_tokens,
+                self._groups_of(self._searched),
             )
             optimizer.param_groups[0]["params"] = [self._search.delta]
             optimizer.state.clear()
             self._collect()
+
+    def _groups_of(self, searched: Sequence[int]) -> list[Joint]:
+        """The groups that are searched together, as indices of `searched`."""
+        place = {index: i for i, index in enumerate(searched)}
+        groups = {self._joint[index][0][0]: self._joint[index] for index in searched if index in self._joint}
+        return [Joint(torch.tensor([place[i] for i in members]), shares) for members, shares in groups.values()]
 
     @property
     def done(self) -> bool:

@@ -16,6 +16,7 @@ from lightedit.data.prompts import FactPrompts
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.place import Name
+from lightedit.methods.closed_form.joint import Joint, written
 from lightedit.methods.closed_form.rows import Rows, capture_rows, first_block, head_states, passes
 from lightedit.methods.closed_form.stopping import Evaluated, KLBelow, MostProbable
 from lightedit.ops import target_nll_kl
@@ -115,6 +116,8 @@ class ValueOptimization:
             a norm's gains are near 0 in places, so that few outputs of the block can be reached through it.
         settings: see `ValueSettings`.
         max_tokens: most suffix tokens of one forward and backward pass; bounds memory.
+        joint: groups of facts that are searched knowing of each other; see `Joint`. Such a group is finished as a
+            whole.
 
     Attributes:
         delta: the parameter, [facts, d]; [facts, 2 d] for two sites; float32 or wider.
@@ -130,6 +133,7 @@ class ValueOptimization:
         site: Site,
         settings: ValueSettings,
         max_tokens: int = 1024,
+        joint: Sequence[Joint] = (),
     ) -> None:
         self.lm, self.prompts, self.layer, self.site, self.settings = lm, prompts, layer, site, settings
         self.tokens = TokenCount()
@@ -138,6 +142,7 @@ class ValueOptimization:
         self._places = tuple(Place(layer, name) for name in names)
         self._rows, self.initial, self._output = capture_rows(lm, prompts, self._places, settings.kl_factor, max_tokens)
         device = self.initial.device
+        self._joint = [each.to(self.initial) for each in joint]
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self._before_step: Tensor | None = None  # δ before the optimizer's step, if lr is relative
@@ -209,6 +214,8 @@ class ValueOptimization:
             self._times = step.times
             done |= rule.done(step)
             self._nll_factor = rule.nll_factor(step)
+        for group in self._joint:
+            done[group.members] = done[group.members].all()
         self._finish(self.active & done)
         return self._losses
 
@@ -279,14 +286,14 @@ class ValueOptimization:
 
         A single δ is part of the states, which are the block's output. Two δ are returned as shifts, by place.
         """
+        delta = written(self.delta, self._joint)
         if len(self._places) > 1:
-            delta = torch.cat([self.delta[rows.fact] for rows in together]).chunk(len(self._places), dim=1)
-            return [rows.hidden for rows in together], dict(zip(self._places, delta, strict=True))
-        return [self._at_output(rows) for rows in together], {}
+            shifts = torch.cat([delta[rows.fact] for rows in together]).chunk(len(self._places), dim=1)
+            return [rows.hidden for rows in together], dict(zip(self._places, shifts, strict=True))
+        return [self._at_output(rows, delta[rows.fact]) for rows in together], {}
 
-    def _at_output(self, rows: Rows) -> Tensor:
-        """The edited block's output with each fact's δ at the subject's last token, [rows, suffix, d]."""
-        delta = self.delta[rows.fact]
+    def _at_output(self, rows: Rows, delta: Tensor) -> Tensor:
+        """The edited block's output with δ [rows, d] at the subject's last token, [rows, suffix, d]."""
         if rows.mlp is not None:
             norm = self.lm.mlp_norm(self.layer)
             assert norm is not None

@@ -116,6 +116,32 @@ def read_keys(lm: LanguageModel, method: ClosedForm, prompts: Sequence[FactPromp
     return keys
 
 
+@torch.no_grad()
+def shares_written(
+    lm: LanguageModel, method: ClosedForm, preservation: Mapping[Place, Preservation], prompts: Sequence[FactPrompts]
+) -> Tensor:
+    """What the MLPs' solves of one round write, [B, B] float64: asked for δ [d, B], they deliver δ times this.
+
+    Layer l writes its spread s_l of what is left, so that all layers deliver I - (I - s_1 H_1)(I - s_2 H_2)... The
+    keys are those of the present weights; what earlier layers change in later keys is left out.
+
+    Args:
+        lm: the model.
+        method: the method.
+        preservation: A of each edited matrix, factored.
+        prompts: B facts, all of the round.
+    """
+    walk = KeyWalk(lm, prompts, method.places[0])
+    left = one = torch.eye(len(prompts), dtype=torch.float64)
+    for place in method.places:
+        walk.advance(place)
+        if place.name == method.value_place.name:
+            keys = method.keys(walk)
+            right = method.update(preservation[place], keys, one.to(keys.device), walk).right
+            left = left @ (one - method.spread(place.layer) * (right.T @ keys).cpu())
+    return one - left
+
+
 def _check_finite(matrix: Place, *tensors: Tensor) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise NumericalError(f"the update of {matrix} holds NaN or infinity; load the model in float32")
