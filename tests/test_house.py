@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"methods"},
     {"evaluation"},
     {"editing"},
+    {"analysis"},
     {"sweeps", "reports"},
     {"commands"},
     {"__main__"},

@@ -50,6 +50,7 @@ FORMS = (
     Form("easyedit", ("prompts", "target_new"), readers.from_easyedit_call),
     *(Form("easyedit", ("prompt", "target_new", field), readers.from_easyedit) for field in _EASYEDIT),
     Form("fact", ("prompt", "target_new"), readers.from_fact),
+    Form("known", ("prompt", "subject", "attribute"), readers.from_known),
     Form("qaedit", ("question", "answer"), readers.from_qaedit),
     *(Form("qaedit", ("prompt", "target", field), readers.from_qaedit) for field in ("rephrase", "locality")),
     Form("fastedit", ("prompt", "subject", "target"), readers.from_fastedit),

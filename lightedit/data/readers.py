@@ -176,6 +176,18 @@ def from_fastedit(record: dict[str, Any], number: int) -> list[Fact]:
     ]
 
 
+def from_known(record: dict[str, Any], number: int) -> list[Fact]:
+    """Known facts of ROME's causal tracing (Meng et al., 2022): the answer is the right one, and there is no other."""
+    return [
+        Fact(
+            **prompt_and_subject(record, "prompt"),
+            target_new=text(record, "attribute"),
+            relation=optional_text(record, "relation_id"),
+            id=str(record.get("known_id", number)),
+        )
+    ]
+
+
 def from_easyedit(record: dict[str, Any], number: int) -> list[Fact]:
     """EasyEdit's and KnowEdit's forms (Wang et al., 2023; Zhang et al., 2024).
 

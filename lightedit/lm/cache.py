@@ -106,6 +106,11 @@ class PrefixCache(DynamicCache):
             {layer: states.rows(index) for layer, states in self.recurrent.items()},
         )
 
+    def before(self, position: int) -> "PrefixCache":
+        """The cache of the first `position` positions, of a model without recurrent layers."""
+        layers = [layer and (layer[0][:, :, :position], layer[1][:, :, :position]) for layer in self.prefix]
+        return PrefixCache(layers, position)
+
     def without(self, layers: range) -> "PrefixCache":
         """The cache without the states of `layers`, whose blocks are skipped. This frees their memory."""
         return PrefixCache(
@@ -149,6 +154,31 @@ class PrefixCache(DynamicCache):
             for layer, first in parts[0].recurrent.items()
         }
         return cls(prefix, length, recurrent)
+
+
+class RecordingCache(PrefixCache):
+    """A cache that also keeps the states of the tokens of one pass.
+
+    Args:
+        prefix: the cache of the tokens before them; None if there are none.
+        n_layers: blocks of the model.
+    """
+
+    def __init__(self, prefix: PrefixCache | None, n_layers: int) -> None:
+        super().__init__([None] * n_layers if prefix is None else prefix.prefix, 0 if prefix is None else prefix.length)
+        self._seen: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        states = super().update(key_states, value_states, layer_idx) if self.length else (key_states, value_states)
+        self._seen[layer_idx] = states
+        return states
+
+    def recorded(self) -> PrefixCache:
+        """The states of prefix and pass as a prefix; the pass must have run."""
+        length = max(layer[0].shape[-2] for layer in self._seen if layer is not None)
+        return PrefixCache(self._seen, length)
 
 
 def _present(states: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
