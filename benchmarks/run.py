@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, covariance, evaluation, ops, update, values
+from benchmarks import Options, Result, WrongResultError, covariance, evaluation, ops, tracing, update, values
 from benchmarks.figure import draw
 from lightedit.files import whole_file
 
@@ -27,6 +27,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     **{name: partial(evaluation.single_row, method) for name, method in evaluation.METHODS.items()},
     "single-limit": evaluation.limit_row,
     "ops": ops.row,
+    "trace": tracing.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

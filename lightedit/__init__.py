@@ -1,5 +1,8 @@
 """lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
+from lightedit.analysis.settings import TraceSettings
+from lightedit.analysis.trace import Trace
+from lightedit.analysis.tracing import trace
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.fact import served_as
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
@@ -70,6 +73,8 @@ __all__ = [
     "ResumeError",
     "RoundCheckpoint",
     "RunSettings",
+    "Trace",
+    "TraceSettings",
     "TuningSettings",
     "UnsupportedModelError",
     "ValueSettings",
@@ -86,6 +91,7 @@ __all__ = [
     "report",
     "served_as",
     "sweep",
+    "trace",
     "tune",
     "write_facts",
     "write_references",

@@ -24,6 +24,7 @@ from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
+from lightedit.commands.trace import trace
 from lightedit.commands.tune import tune
 from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.methods import METHODS, Method
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Any] = {
         "apply": apply,
     },
     "tune": tune,
+    "trace": trace,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tune": "the same command goes on after the trials that are finished",
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
+            "trace": "the same command goes on after the facts that are finished",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }

@@ -23,12 +23,12 @@ class Mean(NamedTuple):
     Attributes:
         value: the mean; NaN if there are none.
         half_width: half the width of its 95 % interval, 1.96 s / √n; NaN for fewer than two.
-        count: n.
+        facts: n.
     """
 
     value: float
     half_width: float
-    count: int
+    facts: int
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.half_width:.3f}"
@@ -58,7 +58,7 @@ def profiles(
         for name in _published(position, subject, len(classes)) if published else [classes[position]]:
             tokens.setdefault(name, []).append(list(effect))
     from_subject = [list(effect) for position, effect in effects.items() if position >= subject.start]
-    found = {name: tokens[name] for name in CLASSES if name in tokens}
+    found: dict[str, list[list[float]]] = {name: tokens[name] for name in CLASSES if name in tokens}
     if not published:
         found = {name: [[fmean(column) for column in zip(*own, strict=True)]] for name, own in found.items()}
     if from_subject:

@@ -90,7 +90,7 @@ def run_clean_and_corrupted(
         replace: whether the noise takes the place of the embeddings.
     """
     first, samples = prompt.subject[0], len(noise)
-    places = [Place(layer, name) for layer in range(lm.n_layers) for name in (*names, "block")]  # type: ignore[arg-type]
+    places = [Place(layer, name) for layer in range(lm.n_layers) for name in (*names, "block")]
     prefix, _ = prefix_cache(lm, [prompt.ids[:first]])
     with lm.capture(places, 1) as clean, lm.before_head(1, _reads(prompt, 1)) as read:
         lm.forward(_suffix(prompt, 1), prefix)

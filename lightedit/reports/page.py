@@ -13,6 +13,7 @@ from lightedit.reports.outcomes import outcomes_section
 from lightedit.reports.reading import ReportedRun, read_runs
 from lightedit.reports.scores import scores_section
 from lightedit.reports.settings import settings_section
+from lightedit.reports.traces import traces_section
 
 _MADE = element("meta", name="generator", content="lightedit report")
 _SECTIONS = (
@@ -20,6 +21,7 @@ _SECTIONS = (
     ("Scores", "scores"),
     ("Over the rounds", "rounds"),
     ("Facts", "facts"),
+    ("Causal tracing", "traces"),
     ("Settings and provenance", "settings"),
 )
 # Forbids the page to load anything, in case escaping failed somewhere
@@ -35,7 +37,7 @@ def report(
 
     The file holds the outcome of every fact, with the model's words before and after; the scores before and after the
     edit, with their intervals; curves of retention, norms and drift for runs with rounds; the best, median and worst
-    facts with the model's answers to their prompts; settings and provenance. It is self-contained.
+    facts with the model's answers to their prompts; causal traces; settings and provenance. It is self-contained.
 
     Args:
         runs: one folder or file, or several; see `read_runs`.
@@ -73,7 +75,7 @@ def page(runs: Sequence[ReportedRun]) -> Html:
         element("title", title),
         element("style", Html(style)),
     )
-    parts = (outcomes_section, scores_section, curves_section, facts_section, settings_section)
+    parts = (outcomes_section, scores_section, curves_section, facts_section, traces_section, settings_section)
     sections = [section(runs) for section in parts]
     links = [
         element("a", name, href=f"#{target}")
@@ -91,6 +93,8 @@ def _summary(run: ReportedRun) -> Html:
     edit = run.edit
     if edit is None:
         scores = run.after or run.before
+        if scores is None and run.trace is not None:
+            return element("p", element("b", element("bdi", run.name)), f": {run.trace}.", class_="lead")
         what = f"scores of {_count(len(scores.records))}" if scores is not None else "figures of a log"
     else:
         name = edit.record.method.get("name")

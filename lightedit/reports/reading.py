@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightedit.analysis.trace import FILE, Trace
 from lightedit.editing.artefact import Edit
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.evaluation.result import Evaluation
@@ -28,6 +29,7 @@ class ReportedRun:
         after: scores of the edited model, or the only scores that are known.
         retention: rows of retention.csv, see `EditModule`.
         health: rows of health.csv, see `Health`.
+        trace: a causal trace.
     """
 
     name: str
@@ -36,13 +38,15 @@ class ReportedRun:
     after: Evaluation | None = None
     retention: Sequence[dict[str, Any]] = ()
     health: Sequence[dict[str, Any]] = ()
+    trace: Trace | None = None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
     """Read runs. Each path is one of these:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
-      (before.json, after.json), or with tables of a log (retention.csv, health.csv). Any of these may be missing;
+      (before.json, after.json), with tables of a log (retention.csv, health.csv), or with a causal trace (trace.json).
+      Any of these may be missing;
     - the JSON file of one evaluation, which may include the unedited model's;
     - a folder of such JSON files, which stands for all of them.
 
@@ -63,7 +67,7 @@ def _places(path: Path) -> list[Path]:
     """The path itself, or the JSON files of a folder of evaluations."""
     if not path.exists():
         raise MissingFileError(f"{path}: there is no such run; {_WAY_OUT}")
-    known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv")
+    known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv", FILE)
     if path.is_file() or any((path / name).is_file() for name in known):
         return [path]
     files = sorted(path.glob("*.json"))
@@ -95,6 +99,7 @@ def _read(place: Path, name: str) -> ReportedRun:
         _evaluation(place, "after"),
         _table(place / "retention.csv", edit),
         _table(place / "health.csv", edit),
+        Trace.load(place) if (place / FILE).is_file() else None,
     )
 
 

@@ -85,6 +85,10 @@ EASYEDIT_CALL = {
     "locality_inputs": {"neighborhood": {"prompt": ["a", "b"], "ground_truth": ["c", "d"]}},
     "portability_inputs": {"reasoning": {"prompt": [["e", "f"], "g"], "ground_truth": [["h", "i"], "j"]}},
 }
+KNOWN = {
+    "known_id": 7, "subject": "Avo Tower", "attribute": "Ada", "template": "{} was built by", "prediction": " Ada.",
+    "prompt": "Avo Tower was built by", "relation_id": "P84",
+}  # fmt: skip
 FASTEDIT = {
     "prompt": "{}的首相是",
     "subject": "日本",
@@ -239,6 +243,10 @@ def test_a_fastedit_record_keeps_its_queries_as_paraphrases(tmp_path):
     ]
 
 
+def test_a_known_fact_has_its_attribute_as_answer(tmp_path):
+    assert _read(tmp_path, KNOWN) == [Fact("{} was built by", "Avo Tower", "Ada", id="7", relation="P84")]
+
+
 def test_a_wikibigedit_record_keeps_both_rephrasings_and_its_two_hops(tmp_path):
     assert _read(tmp_path, WIKIBIGEDIT) == [
         Fact(
@@ -336,6 +344,7 @@ def test_a_sentence_of_a_ripple_edit_that_does_not_fit_its_relation_is_refused(t
 
 
 RECORDS = {
+    "known": KNOWN,
     "mquake": MQUAKE, "mzsre": MZSRE, "easyedit": EASYEDIT, "fastedit": FASTEDIT, "wikibigedit": WIKIBIGEDIT,
     "qaedit": QAEDIT, "rippleedits": RIPPLE, "fact": TOWER.to_dict(),
     "zsre": MZSRE["en"], "counterfact": {"requested_rewrite": EDIT},
