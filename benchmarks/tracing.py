@@ -9,10 +9,12 @@ from torch import Tensor
 
 from benchmarks import Options, Result, WrongResultError
 from benchmarks.published import tracing as published
+from lightedit.analysis.clean_and_corrupted import run_clean_and_corrupted
 from lightedit.analysis.knowing import ask
 from lightedit.analysis.noise import noise_level, noise_of
 from lightedit.analysis.prompts import TracedPrompt, traced_prompts
-from lightedit.analysis.restoring import restored, run_clean_and_corrupted, state_branches, window_branches
+from lightedit.analysis.clean_and_corrupted import 
+from lightedit.analysis.restoring import restored, state_branches, window_branches
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.tracing import tokens_of_a_pass
 from lightedit.data.builtin import builtin_facts
@@ -83,7 +85,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], settings: TraceSettings, every
                "window": settings.window, "loop_layers": f"every {every}"}  # fmt: skip
     notes = [f"{each.fact!r}: {each.tokens} tokens, {each.before_subject} before the subject" for each in measured]
     if every > 1:
-        notes.append(f"a quick look: the loop traced every {every}th layer, and its time is scaled to all")
+        notes.append(f"a quick look: the loop traced one layer in {every}, and its time is scaled to all")
     return Result(figures, table, notes)
 
 

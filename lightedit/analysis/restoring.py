@@ -1,4 +1,4 @@
-"""The engine of causal tracing: clean and corrupted runs of one prompt, and restorations in the corrupted one.
+"""Restorations in the corrupted runs of one prompt.
 
 A restoration replaces, in the corrupted run, states of one token by those of the clean run. It changes nothing but this
 token and later ones, in later blocks. So tokens before the subject are run once, as a prefix cache; the corrupted run
@@ -6,59 +6,25 @@ is kept; and a restoration starts behind the block that it changes first, at the
 that of whole passes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lightedit.analysis.prompts import TracedPrompt
+from lightedit.analysis.clean_and_corrupted import (
+    Runs,
+    all_tokens,
+    answer_probability,
+    corrupted_embeddings,
+    suffix_batch,
+)
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.batch import Batch
-from lightedit.lm.cache import PrefixCache, RecordingCache
-from lightedit.lm.hooks import At, stop_after
+from lightedit.lm.hooks import stop_after
 from lightedit.lm.packed import Span
 from lightedit.lm.place import Name
-from lightedit.lm.prefix import prefix_cache
-
-_HEAD_ROWS = 128  # positions whose logits exist at one time
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The clean run and the S corrupted runs of one prompt, from the subject's first token on: s tokens.
-
-    Attributes:
-        prompt: the prompt.
-        clean: place -> its output in the clean run, [1, s, d].
-        corrupted: place -> its output in the corrupted runs, [S, s, d].
-        p_clean: probability of the answer in the clean run.
-        p_corrupted: that in each corrupted run, [S].
-        cache: keys and values of all tokens in the corrupted runs if passes can be packed, else those of the tokens
-            before the subject, [S, ...]; None if there are none.
-        noise: what was added to the subject's embeddings, [S, subject tokens, d].
-        replaces: whether it took their place instead.
-    """
-
-    prompt: TracedPrompt
-    clean: Mapping[Place, Tensor]
-    corrupted: Mapping[Place, Tensor]
-    p_clean: float
-    p_corrupted: Tensor
-    cache: PrefixCache | None
-    noise: Tensor
-    replaces: bool
-
-    @property
-    def first(self) -> int:
-        """Position of the first of the s tokens."""
-        return self.prompt.subject[0]
-
-    @property
-    def samples(self) -> int:
-        return len(self.noise)
 
 
 @dataclass(frozen=True)
@@ -74,45 +40,6 @@ class Branch:
     layer: int
     joined: Tensor
     held: Mapping[Place, Tensor]
-
-
-@torch.no_grad()
-def run_clean_and_corrupted(
-    lm: LanguageModel, prompt: TracedPrompt, noise: Tensor, names: Sequence[Name], replace: bool = False
-) -> Runs:
-    """Run a prompt as it is, and with noise at the subject's embeddings.
-
-    Args:
-        lm: the language model.
-        prompt: the prompt.
-        noise: what is added to the output of the embedding at the subject's tokens, [S, subject tokens, d].
-        names: names of the places whose outputs are kept in every layer, besides "block".
-        replace: whether the noise takes the place of the embeddings.
-    """
-    first, samples = prompt.subject[0], len(noise)
-    places = [Place(layer, name) for layer in range(lm.n_layers) for name in (*names, "block")]
-    prefix, _ = prefix_cache(lm, [prompt.ids[:first]])
-    with lm.capture(places, 1) as clean, lm.before_head(1, _reads(prompt, 1)) as read:
-        lm.forward(_suffix(prompt, 1), prefix)
-    p_clean = answer_probability(lm, read[0], prompt)
-
-    caches = None if prefix is None else prefix.rows(torch.zeros(samples, dtype=torch.long))
-    recording = RecordingCache(caches, lm.n_layers) if lm.architecture.supports_packing else None
-    with (
-        _corrupted(lm, noise, replace),
-        lm.capture(places, samples) as corrupted,
-        lm.before_head(samples, _reads(prompt, samples)) as read,
-    ):
-        lm.forward(_suffix(prompt, samples), caches if recording is None else recording)
-    p_corrupted = answer_probability(lm, read[0], prompt)
-    cache = caches if recording is None else recording.recorded()
-    return Runs(prompt, clean, corrupted, float(p_clean), p_corrupted, cache, noise, replace)
-
-
-def _corrupted(lm: LanguageModel, noise: Tensor, replace: bool) -> AbstractContextManager[None]:
-    """Within the context, the embeddings of the first tokens of all rows are corrupted."""
-    change = lm.replace_at if replace else lm.add_at
-    return change(Place(0, "embedding"), noise.flatten(0, 1), _all_tokens(*noise.shape[:2]))
 
 
 def state_branches(runs: Runs, n_layers: int, severed: Name | None = None) -> list[Branch]:
@@ -151,10 +78,10 @@ def window_branches(lm: LanguageModel, runs: Runs, name: Name, window: int) -> l
     """
     spans = [window_around(layer, window, lm.n_layers) for layer in range(lm.n_layers)]
     samples, length = runs.corrupted[Place(0, "block")].shape[:2]
-    every = _all_tokens(samples, length)
+    every = all_tokens(samples, length)
     blocks = [Place(layer, "block") for layer in range(spans[-1].start + 1)]
     with ExitStack() as stack:
-        stack.enter_context(_corrupted(lm, runs.noise, runs.replaces))
+        stack.enter_context(corrupted_embeddings(lm, runs.noise, runs.replaces))
         for block in blocks:
             restored = runs.clean[Place(block.layer, name)].expand(samples, -1, -1)
             stack.enter_context(lm.replace_at(Place(block.layer, name), restored.flatten(0, 1), every))
@@ -165,7 +92,7 @@ def window_branches(lm: LanguageModel, runs: Runs, name: Name, window: int) -> l
         if lm.architecture.supports_packing:
             prefix = runs.cache.before(runs.first) if runs.cache is not None and runs.first else None
         stack.enter_context(stop_after(lm.blocks[spans[-1].start]))
-        lm.forward(_suffix(runs.prompt, samples), prefix)
+        lm.forward(suffix_batch(runs.prompt, samples), prefix)
     return [
         Branch(
             span.start,
@@ -304,11 +231,13 @@ def _run(lm: LanguageModel, runs: Runs, branches: Sequence[Branch], together: Se
         else:
             (rows,) = together
             cache = None if runs.cache is None else runs.cache.rows(rows.sample)
-            lm.forward(_suffix(prompt, len(rows.sample)), cache)
+            lm.forward(suffix_batch(prompt, len(rows.sample)), cache)
     return answer_probability(lm, read[0], prompt)
 
 
-def _held(branches, together, at, offset) -> Iterator[tuple[Place, Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+def _held(
+    branches: Sequence[Branch], together: Sequence[_Rows], at: Callable[[int, Tensor, Tensor], Tensor], offset: int
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """(place, its fixed outputs [n, d], the tokens at which they stand [2, n]) of the rows of one pass."""
     for place in sorted({place for branch in branches for place in branch.held}):
         states, tokens = [], []
@@ -338,34 +267,3 @@ def _forward_packed(lm: LanguageModel, runs: Runs, together: Sequence[_Rows], la
         ids.append(torch.tensor(prompt.ids[rows.first :]).repeat(n))
         positions.append(torch.arange(rows.first, end).repeat(n))
     lm.forward_packed(torch.cat(ids), torch.cat(positions), spans)
-
-
-def answer_probability(lm: LanguageModel, hidden: Tensor, prompt: TracedPrompt) -> Tensor:
-    """The joint probability of the answer's tokens, [n], from the head's inputs at them, [n * m, d]."""
-    head = lm.head
-    targets = torch.tensor(prompt.targets, device=head.weight.device).repeat(len(hidden) // len(prompt.targets))
-    parts = []
-    for states, wanted in zip(hidden.to(head.weight.device).split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
-        logits = head.logits(states)
-        parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=1))
-    return torch.cat(parts).reshape(-1, len(prompt.targets)).sum(dim=1).exp()
-
-
-def _suffix(prompt: TracedPrompt, rows: int) -> Batch:
-    """The prompt from the subject's first token on, `rows` times."""
-    first, end = prompt.subject[0], len(prompt.ids)
-    return Batch(
-        torch.tensor(prompt.ids[first:]).repeat(rows, 1),
-        torch.ones(rows, end, dtype=torch.bool),
-        torch.arange(first, end).repeat(rows, 1),
-    )
-
-
-def _reads(prompt: TracedPrompt, rows: int) -> At:
-    columns = torch.tensor(prompt.reads) - prompt.subject[0]
-    return torch.arange(rows).repeat_interleave(len(columns)), columns.repeat(rows)
-
-
-def _all_tokens(rows: int, tokens: int) -> At:
-    """The first `tokens` tokens of every row."""
-    return torch.arange(rows).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)

@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 
+from lightedit.analysis.clean_and_corrupted import Runs, run_clean_and_corrupted
 from lightedit.analysis.knowing import Asked, ask
 from lightedit.analysis.noise import noise_level, noise_of
 from lightedit.analysis.prompts import TracedPrompt, traced_prompts
-from lightedit.analysis.restoring import (
-    Branch,
-    Runs,
-    restored,
-    run_clean_and_corrupted,
-    state_branches,
-    window_branches,
-)
+from lightedit.analysis.restoring import Branch, restored, state_branches, window_branches
 from lightedit.analysis.settings import SEVERED, TraceSettings
 from lightedit.analysis.trace import FactTrace, Trace
 from lightedit.data.fact import Fact, FactError

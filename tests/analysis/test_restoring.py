@@ -3,8 +3,9 @@ import torch
 
 import lightedit as le
 from benchmarks.published.tracing import outputs, part, traced, window_modules
+from lightedit.analysis.clean_and_corrupted import run_clean_and_corrupted
 from lightedit.analysis.prompts import TracedPrompt, traced_prompts
-from lightedit.analysis.restoring import Branch, restored, run_clean_and_corrupted, state_branches, window_branches
+from lightedit.analysis.restoring import Branch, restored, state_branches, window_branches
 from lightedit.lm import Place
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
