@@ -13,7 +13,6 @@ from lightedit.analysis.clean_and_corrupted import run_clean_and_corrupted
 from lightedit.analysis.knowing import ask
 from lightedit.analysis.noise import noise_level, noise_of
 from lightedit.analysis.prompts import TracedPrompt, traced_prompts
-from lightedit.analysis.clean_and_corrupted import 
 from lightedit.analysis.restoring import restored, state_branches, window_branches
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.tracing import tokens_of_a_pass

@@ -230,7 +230,7 @@ def _run(lm: LanguageModel, runs: Runs, branches: Sequence[Branch], together: Se
             _forward_packed(lm, runs, together, layer, whole.dtype)
         else:
             (rows,) = together
-            cache = None if runs.cache is None else runs.cache.rows(rows.sample)
+            cache = None if runs.cache is None else runs.cache.without(range(layer + 1)).rows(rows.sample)
             lm.forward(suffix_batch(prompt, len(rows.sample)), cache)
     return answer_probability(lm, read[0], prompt)
 

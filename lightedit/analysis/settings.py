@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightedit.errors import ArgumentError
-from lightedit.lm import LanguageModel, Place
+from lightedit.errors import ArgumentError, UnsupportedModelError
+from lightedit.lm import LanguageModel
 
 Kind = Literal["state", "mlp", "attention"]
 """What is restored: a block's output, or the outputs of the MLPs or of the attentions of a window of layers."""
@@ -92,7 +92,11 @@ class TraceSettings:
         if self.window > lm.n_layers and set(self.kinds) != {"state"}:
             raise ArgumentError(f"window: {self.window} layers, but {lm.name} has {lm.n_layers}; give fewer")
         for name in self.places:
-            lm.anatomy.port(Place(0, name))
+            if name not in lm.architecture.names:
+                raise UnsupportedModelError(
+                    f"{lm.name} has blocks without {name} of their own, so its outputs cannot be restored; leave "
+                    f"{name} out of kinds, and set severed to False"
+                )
 
     @property
     def places(self) -> tuple[Part, ...]:

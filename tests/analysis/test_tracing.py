@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import lightedit as le
+from benchmarks.published.tracing import traced as published_trace
+from benchmarks.published.tracing import window_modules
 from lightedit.analysis import tracing
 from lightedit.analysis.averages import mean_of
 from lightedit.analysis.figures import drawings, save_figures
@@ -16,6 +18,7 @@ from lightedit.analysis.prompts import traced_prompts
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.lm import Place
 from tests.analysis.traces import KNOWN, LAYERS, UNKNOWN, knowing_model, made_up, made_up_trace
+from tests.models import tiny_model, tiny_tokenizer
 
 SETTINGS = le.TraceSettings(samples=2, window=2, noise_level=0.5, progress_bar=False)
 COLUMNS = ["fact", "kind", "layer", "position", "token", "token_class", "p_clean", "p_corrupted", "p_restored",
@@ -283,6 +286,24 @@ def test_a_window_larger_than_the_model_is_refused(lm: le.LanguageModel) -> None
         le.trace(lm, KNOWN)
     states = le.TraceSettings(samples=1, kinds=("state",), severed=False, progress_bar=False)
     assert le.trace(lm, KNOWN[:1], settings=states).facts
+
+
+def test_a_model_with_other_layers_than_attention_has_states_and_mlps_traced() -> None:
+    lm = le.LanguageModel(tiny_model("bamba", layers=2), tiny_tokenizer("bytelevel"))
+    with pytest.raises(le.UnsupportedModelError, match="leave attention out of kinds, and set severed to False"):
+        le.trace(lm, KNOWN, settings=SETTINGS)
+    settings = with_settings(kinds=("state", "mlp"), severed=False, only_known=False)
+    (traced,) = le.trace(lm, KNOWN[:1], settings=settings).facts
+    (prompt,) = traced_prompts(lm, KNOWN[:1])
+    said = lm.generate([prompt.ids], 1, stop_at_end=False)[0]
+    prompt = prompt.explaining(said)
+    noise = noise_of(prompt, 32, 0.5, settings)
+    for kind, window in (("state", 1), ("mlp", 2)):
+        for layer in range(2):
+            modules = window_modules(lm.model, kind, layer, window, 2)
+            places = [(5, module) for module in modules]
+            expected = published_trace(lm.model, prompt.ids, said, prompt.subject, noise, places)
+            assert traced.p_restored[kind][5][layer] == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize(
