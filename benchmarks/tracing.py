@@ -85,7 +85,7 @@ def run(lm: LanguageModel, facts: Sequence[Fact], settings: TraceSettings, every
     notes = [f"{each.fact!r}: {each.tokens} tokens, {each.before_subject} before the subject" for each in measured]
     if every > 1:
         notes.append(f"a quick look: the loop traced one layer in {every}, and its time is scaled to all")
-    return Result(figures, table, notes)
+    return Result(table, figures, notes)
 
 
 def _measure(lm: LanguageModel, prompt: TracedPrompt, level: float, settings: TraceSettings, every: int) -> Traced:
