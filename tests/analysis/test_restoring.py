@@ -125,3 +125,28 @@ def test_the_clean_run_with_noise_of_nothing_is_the_corrupted_one(lm: le.Languag
     prompt = a_prompt(lm)
     runs = run_clean_and_corrupted(lm, prompt, 0 * noise_for(lm, prompt), [])
     torch.testing.assert_close(runs.p_corrupted, torch.full_like(runs.p_corrupted, runs.p_clean), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_restorations_in_a_real_model_equal_one_pass_for_each() -> None:
+    lm = le.LanguageModel.load("smollm2", dtype="float32", device="cpu")
+    (prompt,) = traced_prompts(lm, [le.Fact("The mother tongue of {} is", "Danielle Darrieux", "French")])
+    prompt = prompt.explaining(prompt.targets[:1])
+    noise = 0.35 * torch.randn(2, len(prompt.subject), lm.d_model)
+    plain = (lm.model, prompt.ids, prompt.targets, prompt.subject, noise)
+    runs = run_clean_and_corrupted(lm, prompt, noise, ["mlp", "attention"])
+    torch.testing.assert_close(runs.p_corrupted, traced(*plain, []), atol=1e-4, rtol=0)
+    assert runs.p_clean > float(runs.p_corrupted.mean()) + 0.05
+    positions, layers = [prompt.subject[-1], prompt.length - 1], [0, 4, 16, 28]
+    branches = {
+        "state": state_branches(runs, lm.n_layers),
+        "mlp": window_branches(lm, runs, "mlp", 10),
+        "attention": window_branches(lm, runs, "attention", 10),
+    }
+    for kind, own in branches.items():
+        found = restored(lm, runs, [own[layer] for layer in layers], positions, max_tokens=1000)
+        for number, layer in enumerate(layers):
+            modules = window_modules(lm.model, kind, layer, 1 if kind == "state" else 10, lm.n_layers)
+            for index, position in enumerate(positions):
+                expected = traced(*plain, [(position, module) for module in modules])
+                torch.testing.assert_close(found[number, index], expected, atol=1e-4, rtol=0)
