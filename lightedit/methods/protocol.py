@@ -174,14 +174,20 @@ class Editor(ABC):
     def give(self, results: Mapping[int, Tensor]) -> None:
         """Take search results that were found before, for facts of the first round: fact's index -> result.
 
-        They must come from the same settings, and from the weights with which the run starts.
+        They must come from the same settings, and from the weights with which the run starts. A result that depends on
+        other facts is used only if theirs are given too.
         """
         if results:
             raise ArgumentError(f"{type(self.method).__name__} has no search whose results could be given")
 
     def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """The present results for these facts, as `give` takes them; without those that several facts share."""
-        return {index: self.results[index] for index in indices if index in self.results}
+        """The present results for these facts, as `give` takes them; without those that depend on other facts."""
+        alone = (index for index in indices if index in self.results and not self.searched_with(index))
+        return {index: self.results[index] for index in alone}
+
+    def searched_with(self, index: int) -> list[int]:
+        """Indices of the other facts on which the search result of a fact depends; none by default."""
+        return []
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Begin the search for the facts with these indices."""

@@ -68,7 +68,7 @@ class ClosedFormEditor(Editor):
         self.round_keys: dict[Place, Tensor] = {}
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
-        self._merged: set[int] = set()  # facts that share a value, which is searched in every run
+        self._merged: dict[int, list[int]] = {}  # fact -> all facts that share its value
         self._joint: dict[int, tuple[list[int], Tensor]] = {}  # fact -> the facts searched with it, and their shares
         self._rounds_written = 0
         # The optimizer needs a parameter before the first δ exists; `start` puts each chunk's δ in its place
@@ -121,13 +121,14 @@ class ClosedFormEditor(Editor):
         return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 
     def give(self, results: Mapping[int, Tensor]) -> None:
-        """Take values that were found before, [d], or [2 d] for two sites; not used for merged facts."""
+        """Take values that were found before, [d], or [2 d] for two sites. Merged facts have one, that of the first."""
         self._given = dict(results)
         if self.prepared:
             self._check_given()
 
-    def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        return super().to_give([index for index in indices if index not in self._merged | self._joint.keys()])
+    def searched_with(self, index: int) -> list[int]:
+        together = self._merged.get(index) or self._joint.get(index, ([],))[0]
+        return [other for other in together if other != index]
 
     def _check_given(self) -> None:
         site, norm = self.method.site, self.lm.mlp_norm(self.method.value_layer)
@@ -168,7 +169,7 @@ class ClosedFormEditor(Editor):
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
-            self._merged.update(members)
+            self._merged.update(dict.fromkeys(members, members))
 
     def _join(self, round_: Sequence[int], linked: Tensor) -> None:
         """Let the colliding facts of a round be searched knowing of each other."""
@@ -223,8 +224,9 @@ class ClosedFormEditor(Editor):
         prompts = {index: prompt for index in wanted if (prompt := self.prompts[index]) is not None}
         if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
-            for index in (prompts.keys() & self._given.keys()) - self._merged - self._joint.keys():
-                self.results[index] = self._given[index].to(device, torch.float64)
+            for index in prompts.keys() & self._given.keys():
+                if self._given.keys() >= set(self._joint.get(index, ([],))[0]):
+                    self.results[index] = self._given[index].to(device, torch.float64)
         for index in prompts.keys() & self.results.keys():
             del prompts[index]
         self._searched = list(prompts)
