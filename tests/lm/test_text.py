@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import LanguageModel
 from tests.chat import chat_tokenizer, turn
-from tests.models import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from tests.models import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 
 KINDS = ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"]
 
@@ -172,6 +172,18 @@ def test_a_token_without_a_row_in_the_embedding_is_named() -> None:
         lm.complete("The king Zog")
     lm.model.resize_token_embeddings(385)
     assert isinstance(LanguageModel(lm.model, tokenizer).complete("The king Zog"), str)
+
+
+@pytest.mark.parametrize("special", [{"pad_token": "[PAD]"}, {"pad_token": "[PAD]", "eos_token": "[END]"}])
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "bloom"])
+def test_padding_needs_no_row_for_the_tokenizers_padding_token(model_type: str, special: dict[str, str]) -> None:
+    tokenizer = tiny_tokenizer.__wrapped__("bytelevel")
+    tokenizer.add_special_tokens(special)
+    assert tokenizer.pad_token_id >= VOCABULARY
+    lm, plain = language_model(model_type, tokenizer), language_model(model_type, tiny_tokenizer("bytelevel"))
+    texts = ["The", "The river rises in the hills"]
+    assert lm.pad_id in (0, EOS)
+    assert lm.generate(texts, 5, stop_at_end=False) == plain.generate(texts, 5, stop_at_end=False)
 
 
 def test_half_a_character_is_refused() -> None:
