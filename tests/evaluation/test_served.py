@@ -203,10 +203,8 @@ def test_no_text_of_a_fact_may_hold_a_token_without_a_row_not_even_as_its_last(c
         tokenizer.add_special_tokens({"eos_token": "Zog"})
     lm = language_model(tokenizer=tokenizer)
     lm.forward = lm.forward_packed = None  # type: ignore[method-assign, assignment]
-    fact, said = (
-        replace(FACT, subject="Spain", **changes),
-        r"the token 'Zog' \(id 384\) in .* has no row in the embedding",
-    )
+    fact = replace(FACT, subject="Spain", **changes)
+    said = r"the token 'Zog' \(id 384\) in .* has no row in the embedding"
     with pytest.raises(le.FactError, match=rf"fact 1: {said}"):
         le.evaluate(lm, [FACT, fact], settings=QUIET)
     if "target_new" in changes:

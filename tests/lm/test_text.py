@@ -112,7 +112,7 @@ def test_a_text_without_tokens_cannot_be_completed() -> None:
     "settings",
     [
         {"repetition_penalty": 1.8},
-        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1},
         {"num_beams": 3},
         {"forced_eos_token_id": 5},
         {"forced_bos_token_id": 5},
@@ -120,18 +120,23 @@ def test_a_text_without_tokens_cannot_be_completed() -> None:
         {"max_new_tokens": 2},
         {"do_sample": True, "temperature": 2.0},
         {"suppress_tokens": list(range(3, 200))},
-        {"bad_words_ids": [[7]]},
+        {"bad_words_ids": [[token] for token in range(3, 200)]},
         {"exponential_decay_length_penalty": (1, 5.0)},
     ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_a_checkpoints_generation_config_changes_no_greedy_text(settings) -> None:
-    lm = language_model("gpt2")
-    expected = lm.generate(["The river rises", "He was"], 12, stop_at_end=False)
-    ended = lm.generate(["The river rises", "He was"], 12)
+    lm, texts = language_model(), ["The river rises", "He was"]
+    calls = [
+        lambda: lm.generate(texts, 12, stop_at_end=False),
+        lambda: lm.generate(texts, 12),
+        lambda: lm.generate(texts, 12, top_k=1, seed=[0, 1]),  # by the rule that draws for each row
+        lambda: lm.complete(texts, max_new_tokens=12),
+        lambda: lm.complete(texts, chat=True, max_new_tokens=12),
+    ]
+    expected = [call() for call in calls]
     lm.model.generation_config = GenerationConfig(**settings)
-    assert lm.generate(["The river rises", "He was"], 12, stop_at_end=False) == expected
-    assert lm.generate(["The river rises", "He was"], 12) == ended
+    assert [call() for call in calls] == expected
 
 
 # What a model cannot read
