@@ -29,8 +29,9 @@ class EditorSettings:
 
     Attributes:
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "keep" writes each with its own value, "merge" finds one value for the texts of all of them,
-            "error" refuses them before work starts.
+            subject: "joint" searches their values knowing what one solve makes of all of them, "keep" searches each
+            value by itself, as published, "merge" finds one value for the texts of all, "error" refuses them before
+            work starts.
         collision_similarity: smallest cosine, in the metric A⁻¹, at which two keys collide. Different subjects reach
             about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: most tokens of one forward and backward pass; bounds memory.
@@ -39,7 +40,7 @@ class EditorSettings:
         ArgumentError: a value is out of range.
     """
 
-    on_collision: OnCollision = "keep"
+    on_collision: OnCollision = "joint"
     collision_similarity: float = 0.85
     max_tokens: int = 1024
 

@@ -152,7 +152,7 @@ def test_facts_searched_together_are_searched_again_when_one_of_them_changes(
     assert searched == [THREE[1].text]
     searched.clear()
     base.replace(twin, "Bonn")
-    edit = base.apply(lm)
+    base.apply(lm)
     assert sorted(searched) == sorted(group)
     searched.clear()
     base.remove(twin.text)
