@@ -3,13 +3,16 @@
     python -m benchmarks.one_subject --groups 40
 
 Every group holds 2 to 8 facts about one subject that no model knows. A fact is held if the greedy continuation of its
-prompt begins with the target.
+prompt begins with the target. With --replaced, one fact of each group then gets another target, in its fact base.
 """
 
 import argparse
 import random
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightedit as le
@@ -83,31 +86,57 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def held_share(lm: le.LanguageModel, method: le.Method, groups: Sequence[list[le.Fact]], rule: str) -> float:
-    """Facts that hold when each group is written by itself, in percent."""
+def replacement(fact: le.Fact) -> str:
+    """Another answer of the fact's relation."""
+    answers = next(answers for kind in RELATIONS.values() for prompt, answers in kind if prompt == fact.prompt)
+    return answers[(answers.index(fact.target_new) + 1) % len(answers)]
+
+
+def held_shares(
+    lm: le.LanguageModel, method: le.Method, groups: Sequence[list[le.Fact]], rule: str, replaced: bool
+) -> Iterator[tuple[int, ...]]:
+    """Of each group, written by itself: facts, those that hold, and if `replaced`, those that hold after a change."""
     settings = le.RunSettings(progress_bar=False, **RULES[rule])
-    held = []
+    covariance = le.estimate_covariance(lm, method, cache=True)
     for group in groups:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # each edit warns of its facts that do not hold
-            edit = le.edit(lm, group, method, settings=settings)
-        held += [outcome.held for outcome in edit.outcomes]
-        edit.revert(lm)
-    return 100 * sum(held) / len(held)
+            if not replaced:
+                edits = [le.edit(lm, group, method, covariance=covariance, settings=settings)]
+            else:
+                base = le.FactBase(Path(folder) / "base", method, covariance=covariance, settings=settings)
+                base.add(group)
+                edits = [base.apply(lm)]
+                base.replace(group[0], replacement(group[0]))
+                edits.append(base.apply(lm))
+        yield len(group), *(sum(outcome.held for outcome in edit.outcomes) for edit in edits)
+        edits[-1].revert(lm)
 
 
 def main() -> None:
-    """Print the share of facts that hold under each rule."""
+    """Print the share of facts that hold under each rule, by the size of the groups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lm", default="smollm2", help="the model")
     parser.add_argument("--groups", type=int, default=40, help="number of groups")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th group")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="what is compared")
+    parser.add_argument("--replaced", action="store_true", help="also change a fact of each group; not for rounds")
     options = parser.parse_args()
-    lm, groups = le.LanguageModel.load(options.lm), groups_of_one_subject(options.groups)
+    lm, groups = le.LanguageModel.load(options.lm), groups_of_one_subject(options.groups)[:: options.every]
     method = le.tune(lm)
     for rule in options.rules:
-        share = held_share(lm, method, groups, rule)
-        print(f"{rule}: {share:.1f} % of {sum(map(len, groups))} facts hold", flush=True)
+        found = []
+        for number, one in enumerate(held_shares(lm, method, groups, rule, options.replaced), 1):
+            found.append(one)
+            print(f"{rule}: {number} of {len(groups)} groups", end="\r", file=sys.stderr, flush=True)
+        facts, *held = map(sum, zip(*found, strict=True))
+        shares = " and ".join(f"{100 * count / facts:.1f} %" for count in held)
+        sizes = {size: [one for one in found if one[0] == size] for size in sorted({one[0] for one in found})}
+        by_size = ", ".join(
+            f"{size}: {100 * sum(one[1] for one in of_size) / size / len(of_size):.0f} %"
+            for size, of_size in sizes.items()
+        )
+        print(f"{rule}: {shares} of {facts} facts hold; by size of the group {by_size}", flush=True)
 
 
 if __name__ == "__main__":

@@ -182,8 +182,9 @@ CONTEXTS = {
     "prefixes": (("The", 1, 10), ("Therefore", 1, 10), ("Because", 1, 10), ("I", 1, 10), ("You", 1, 10)),
     "bare_weight": 0.5,
     "seed": 0,
+    "separate": False,
 }
-ROME_CONTEXTS = {"prefixes": (("", 10, 5), ("", 10, 10)), "bare_weight": None, "seed": 0}
+ROME_CONTEXTS = {"prefixes": (("", 10, 5), ("", 10, 10)), "bare_weight": None, "seed": 0, "separate": False}
 PLAIN = {"loss_threshold": 0.05, "stopping": None, "relative_lr": False}
 
 DEFAULTS: dict[str, dict[str, Any]] = {

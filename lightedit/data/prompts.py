@@ -45,6 +45,8 @@ class ContextSettings:
             token.
         bare_weight: weight of the bare prompt in the averaged key; None gives every context the same weight.
         seed: seed of the sampling.
+        separate: whether a solve writes a fact at its key in every context, with the context's weight; False writes it
+            at the averaged key, as published. The averaged key of a short prompt may be far from each of its keys.
     """
 
     prefixes: tuple[tuple[str, int, int], ...] = tuple(
@@ -52,6 +54,7 @@ class ContextSettings:
     )
     bare_weight: float | None = 0.5
     seed: int = 0
+    separate: bool = False
 
     def __post_init__(self) -> None:
         for word, count, length in self.prefixes:

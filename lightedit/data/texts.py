@@ -115,7 +115,11 @@ def write_texts(
 
     Returns:
         The smallest number of windows that hold `tokens` tokens, text-start tokens included.
+
+    Raises:
+        ArgumentError: the model cannot run windows of this length, or has no row for the text-start token.
     """
+    lm.check_rows([[lm.text_start]], length)
     count = -(-tokens // length)
     batches = -(-count // _ROWS)
     # Draw among the top k alone: torch's draw over the whole vocabulary would take a third of the time

@@ -1,6 +1,7 @@
 """Solving facts together again: values that are known are given, the others are searched, all are written at once."""
 
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 from lightedit.methods import METHODS
 from lightedit.methods.needs import covariance_for
-from lightedit.methods.protocol import Method, check_model_and_method
+from lightedit.methods.protocol import Editor, Method, check_model_and_method
 from lightedit.methods.recorded import method_of
 from lightedit.runs.provenance import computing
 from lightedit.statistics.covariance import Covariance
@@ -42,10 +43,12 @@ class Known:
     Attributes:
         value: the result, as `Editor.give` takes it.
         loss: the last loss of the search, in nats; None if that is not known.
+        together: the `own_text` of the other facts on which the value depends, in order.
     """
 
     value: Tensor
     loss: float | None
+    together: tuple[str, ...] = ()
 
 
 def solve(
@@ -64,7 +67,7 @@ def solve(
         lm: the unedited model.
         facts: the facts.
         method: the method.
-        known: fact's index -> its result.
+        known: fact's index -> its result. It is used if it depends on the same other facts as in this run.
         covariance: as for `edit`.
         settings: as for `edit`, without `facts_per_round`.
         callbacks: as for `edit`.
@@ -79,6 +82,9 @@ def solve(
     if covariance is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     prepared = prepare(lm, facts, method, covariance=covariance, settings=settings)
+    known = {index: one for index, one in known.items() if one.together == searched_with(prepared, index)}
+    if settings.progress_bar and method.search_inputs() is not None:
+        print(f"{len(known)} of {len(facts)} values are reused", file=sys.stderr)
     prepared.give({index: one.value for index, one in known.items()})
     prepared.losses.update({index: one.loss for index, one in known.items() if one.loss is not None})
     return edit(lm, facts, method, settings=settings, callbacks=callbacks, prepared=prepared)
@@ -147,6 +153,11 @@ def solve_again(
         known = {index: Known(old.values[place], losses.get(old.facts[place])) for index, place in places.items()}
     with instead_of(lm, [old.id], old, f"edit {old.id}"):
         return solve(lm, facts, method, known, covariance=covariance, settings=settings)
+
+
+def searched_with(editor: Editor, index: int) -> tuple[str, ...]:
+    """The `own_text` of the other facts on which the result of a fact depends, in order."""
+    return tuple(sorted(own_text(editor.facts[other]) for other in editor.searched_with(index)))
 
 
 def own_text(fact: Fact) -> str:

@@ -21,6 +21,7 @@ from lightedit.errors import LightEditError, MissingFileError
 from lightedit.evaluation.result import Evaluation
 from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import Change, load_changes, save_changes
 from lightedit.lm.fingerprint import differing_dtypes
 from lightedit.lm.weights import Owner
@@ -112,7 +113,13 @@ class Edit:
         return self.id in lm.weights.edits
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise EditError unless the edit was made for `lm`."""
+        """Check that the edit was made for `lm`.
+
+        Raises:
+            EditError: it was made for another model.
+            UnsupportedModelError: a PEFT adapter was added to `lm` since it was loaded.
+        """
+        check_model(lm)
         if lm.fingerprint != self.fingerprint:
             raise EditError(
                 f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "

@@ -1,9 +1,8 @@
 """A fact base: facts that change over time, and the edit that writes all of them."""
 
 import json
-import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightedit.data.facts import Fact, FactError
 from lightedit.data.lookup import place_of, with_target
 from lightedit.data.modules import Chunk
 from lightedit.digests import digest
-from lightedit.editing.again import Known, check_together, instead_of, own_text, solve
+from lightedit.editing.again import Known, check_together, instead_of, own_text, searched_with, solve
 from lightedit.editing.artefact import Edit, EditError
 from lightedit.editing.module import EditModule, compact
 from lightedit.editing.settings import RunSettings
@@ -160,8 +159,6 @@ class FactBase:
         with locked(self.folder), instead_of(lm, own, last, f"fact base {self.folder}"):
             store = _Values(self.folder / _VALUES, lm, method, self._state.facts)
             known = store.read()
-            if self.settings.progress_bar and method.search_inputs() is not None:
-                print(f"{len(known)} of {len(self)} values are reused", file=sys.stderr)
             edit = solve(
                 lm,
                 self._state.facts,
@@ -169,7 +166,7 @@ class FactBase:
                 known,
                 covariance=self.covariance,
                 settings=self.settings,
-                callbacks=[_Keep(store, known)],
+                callbacks=[_Keep(store)],
             )
             self._state.edits.append(edit.id)
             self._state.method = json.loads(json.dumps(method.to_dict()))
@@ -242,8 +239,11 @@ class _Values:
             if file.is_file():
                 try:
                     with safe_open(file, "pt") as opened:
-                        loss = (opened.metadata() or {})["loss"]
-                        found[index] = Known(opened.get_tensor("value").clone(), float(loss) if loss else None)
+                        written = opened.metadata() or {}
+                        loss = float(written["loss"]) if written["loss"] else None
+                        found[index] = Known(
+                            opened.get_tensor("value").clone(), loss, tuple(json.loads(written["together"]))
+                        )
                 except (SafetensorError, KeyError, ValueError):
                     file.unlink()
         return found
@@ -251,7 +251,8 @@ class _Values:
     def write(self, index: int, one: Known) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         loss = "" if one.loss is None else repr(one.loss)
-        content = save_tensors({"value": compact(one.value).contiguous()}, {"loss": loss})
+        written = {"loss": loss, "together": json.dumps(one.together)}
+        content = save_tensors({"value": compact(one.value).contiguous()}, written)
         with whole_file(self._files[index]) as unfinished:
             unfinished.write_bytes(content)
 
@@ -264,8 +265,8 @@ class _Values:
 class _Keep(Callback):
     """Stores the results of a chunk when its search is over."""
 
-    def __init__(self, store: "_Values", known: Collection[int]) -> None:
-        self._store, self._stored = store, set(known)
+    def __init__(self, store: "_Values") -> None:
+        self._store, self._stored = store, set[int]()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Chunk, batch_idx: int
@@ -273,7 +274,9 @@ class _Keep(Callback):
         assert isinstance(pl_module, EditModule)
         if not batch.finished:
             return
-        results = pl_module.editor.to_give(batch.indices)
-        for index in results.keys() - self._stored:
+        editor = pl_module.editor
+        for index in editor.results.keys() - self._stored:
             self._stored.add(index)
-            self._store.write(index, Known(results[index], pl_module.editor.losses.get(index)))
+            self._store.write(
+                index, Known(editor.results[index], editor.losses.get(index), searched_with(editor, index))
+            )

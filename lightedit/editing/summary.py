@@ -86,11 +86,12 @@ def advice(
         ways = [
             f"{way} {name} ({_present(method[name])})" for name, way in _OF_WRITING.items() if _is_set(method, name)
         ]
-        if (most := max(facts_in_round, default=1)) > 1:
-            ways.append(f"fewer facts at a time (facts_per_round, {most} now)")
         subjects = Counter(outcome.fact.subject for outcome in outcomes)
         if any(outcome.fact.subject and subjects[outcome.fact.subject] > 1 for outcome in unwritten):
-            ways.append(f"another on_collision ({on_collision!r}) for facts about one subject")
+            if on_collision != "joint":
+                ways.append(f"on_collision 'joint' ({on_collision!r} now) for facts about one subject")
+        elif (most := max(facts_in_round, default=1)) > 1:
+            ways.append(f"fewer facts at a time (facts_per_round, {most} now)")
         ways.append(f"other layers ({_present(method['layers'])})" if "layers" in method else "other settings")
         searched = "the search reached the target" if unwritten[0].loss is not None else "the edit was written"
         parts.append(f"{searched} of {_named(unwritten)}, but the model does not state it: try {_listed(ways)}")

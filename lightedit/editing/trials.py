@@ -6,11 +6,12 @@ from typing import Any, Self
 
 import yaml
 
+from lightedit.data.prompts import ContextSettings
 from lightedit.errors import ArgumentError
 from lightedit.methods.closed_form.memit import MEMIT
 from lightedit.methods.closed_form.values import ValueSettings
 
-FORMAT = 1
+FORMAT = 2
 _FIGURES = ("held", "PS", "NS")
 
 
@@ -146,7 +147,7 @@ class Tuning:
             "kl_factor": method.values.kl_factor,
             "weight_decay": method.values.weight_decay,
         }
-        settings = {"layers": list(best.layers), "share": best.share, "values": values}
+        settings = {"layers": list(best.layers), "share": best.share, "contexts": {"separate": True}, "values": values}
         content = {"lm": self.model, "dtype": dtype, "method": {"class_path": "lightedit.MEMIT", "init_args": settings}}
         head = f"# tuned on {self.settings.facts} facts: {figures} (NS {best.NS_before:.1f} before)\n"
         return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
@@ -166,7 +167,7 @@ class Tuning:
 def method_with(settings: TuningSettings, layers: Sequence[int], clamp: float, share: float) -> MEMIT:
     """MEMIT with these settings."""
     values = ValueSettings(lr=settings.lr, relative_lr=True, clamp_norm_factor=clamp)
-    return MEMIT(tuple(layers), values=values, share=share)
+    return MEMIT(tuple(layers), values=values, contexts=ContextSettings(separate=True), share=share)
 
 
 def _tuples(value: Any) -> Any:

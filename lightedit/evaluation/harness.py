@@ -4,16 +4,19 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from lightedit.errors import ArgumentError, MissingFileError, MissingPackageError
 from lightedit.lm import LanguageModel
+from lightedit.lm.tokens import end_tokens
 
 _SHARES = ("exact_match", "em", "f1")  # reported in percent, as is each metric with acc in its name
 
@@ -70,9 +73,10 @@ def harness_scores(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # a copy of the tokenizer, because the harness sets its padding token
-    model = HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.pad_token_id = lm.pad_id  # one that the embedding has; the harness would keep any, or add one
+    model = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch_size)
+    with _plain_generation(lm), torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         found = simple_evaluate(
             model,
             tasks=[_read(task) if _is_file(task) else task for task in tasks],
@@ -82,6 +86,20 @@ def harness_scores(
             numpy_random_seed=None,
         )
     return _scores(found["results"])
+
+
+@contextmanager
+def _plain_generation(lm: LanguageModel) -> Iterator[None]:
+    """Within the context, transformers generates without the checkpoint's rules, of which only end tokens stay.
+
+    The harness asks for greedy text and leaves other settings out, so that a penalty or beams would come from there.
+    """
+    kept = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig(eos_token_id=end_tokens(lm.tokenizer, lm.model) or None)
+    try:
+        yield
+    finally:
+        lm.model.generation_config = kept
 
 
 def _is_file(task: str) -> bool:

@@ -73,7 +73,8 @@ def check_scored(lm: LanguageModel, facts: Sequence[Fact], settings: EvaluationS
     if not asked:
         return
     numbers, *columns = zip(*asked, strict=True)
-    rows = [ids[:-1] for ids, _ in encode_targets(lm.tokenizer, *columns)]
+    answered = [ids for ids, _ in encode_targets(lm.tokenizer, *columns)]
+    rows = [ids[:-1] for ids in answered]
     new = [0] * len(rows)
     if settings.generate:
         written = _WrittenTexts(facts, RowwiseEdits.none(len(facts)))
@@ -83,8 +84,9 @@ def check_scored(lm: LanguageModel, facts: Sequence[Fact], settings: EvaluationS
         rows += generation.encode(lm, [fact.text for fact in facts], [fact.chat for fact in facts])
         new += [max(0, generation.MAX_LENGTH - len(row)) for row in rows[len(new) : len(new) + len(sampled)]]
         new += [_continued_tokens(lm, facts)] * len(facts)
-    for number, row, extra in zip(numbers, rows, new, strict=True):
+    for index, (number, row, extra) in enumerate(zip(numbers, rows, new, strict=True)):
         try:
+            lm.check_tokens(answered[index : index + 1])
             lm.check_rows([row], extra)
         except ArgumentError as error:
             raise FactError(f"fact {number}: {error}") from error

@@ -53,8 +53,8 @@ class TextModel(ABC):
 
     @property
     def pad_id(self) -> int:
-        """A token id for padding. Padding is masked, so any valid id serves."""
-        return pad_token(self.tokenizer)
+        """A token id for padding. Padding is masked, so any id with a row in the embedding serves."""
+        return pad_token(self.tokenizer, self._embedding.shape[0])
 
     @property
     def text_start(self) -> int:
@@ -79,7 +79,7 @@ class TextModel(ABC):
             ArgumentError: a row has more tokens than the model has positions, or a token without a row in the
                 embedding.
         """
-        limit, entries = self.positions, self._embedding.shape[0]
+        limit = self.positions
         more = [new] * len(rows) if isinstance(new, int) else new
         for row, extra in zip(rows, more, strict=True):
             if limit is not None and len(row) + max(0, extra - 1) > limit:
@@ -88,6 +88,15 @@ class TextModel(ABC):
                     f"{self._shown(row)} has {len(row)} tokens{asked}; {self.name} has {limit} positions. Shorten the "
                     "text" + (", or ask for fewer new tokens" if asked else "")
                 )
+        self.check_tokens(rows)
+
+    def check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raise ArgumentError if a token of these rows has no row in the embedding, so that it is never written either.
+
+        Such tokens were added to the tokenizer, and the embedding was not resized.
+        """
+        entries = self._embedding.shape[0]
+        for row in rows:
             if row and (token := max(row)) >= entries:
                 raise ArgumentError(
                     f"the token {self.tokenizer.convert_ids_to_tokens(token)!r} (id {token}) in {self._shown(row)} "
@@ -96,7 +105,7 @@ class TextModel(ABC):
                 )
 
     def _shown(self, row: Sequence[int]) -> str:
-        text = self.decode(row)
+        text = self.decode(row) or str(self.tokenizer.decode(list(row)))  # special tokens, if there are no others
         return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
     def encode(self, texts: Sequence[str], chat: bool = False) -> list[list[int]]:

@@ -9,9 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightedit.errors import ArgumentError, UnsupportedModelError
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id for padding. Padding is masked, so any valid id serves."""
-    return _first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+def pad_token(tokenizer: PreTrainedTokenizerBase, entries: int | None = None) -> int:
+    """A token id for padding. Padding is masked, so any id serves that has one of the `entries` of the embedding.
+
+    A padding token is often added to the tokenizer alone.
+    """
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return _first(*(token for token in named if token is not None and (entries is None or token < entries)), 0)
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -29,8 +29,9 @@ class EditorSettings:
 
     Attributes:
         on_collision: what to do about facts of one round whose keys nearly coincide, such as two facts about one
-            subject: "keep" writes each with its own value, "merge" finds one value for the texts of all of them,
-            "error" refuses them before work starts.
+            subject: "joint" searches their values knowing what one solve makes of all of them, "keep" searches each
+            value by itself, as published, "merge" finds one value for the texts of all, "error" refuses them before
+            work starts.
         collision_similarity: smallest cosine, in the metric A⁻¹, at which two keys collide. Different subjects reach
             about 0.7, two prompts about one subject mostly more than 0.85 (SmolLM2, layer 4).
         max_tokens: most tokens of one forward and backward pass; bounds memory.
@@ -39,7 +40,7 @@ class EditorSettings:
         ArgumentError: a value is out of range.
     """
 
-    on_collision: OnCollision = "keep"
+    on_collision: OnCollision = "joint"
     collision_similarity: float = 0.85
     max_tokens: int = 1024
 
@@ -174,14 +175,20 @@ class Editor(ABC):
     def give(self, results: Mapping[int, Tensor]) -> None:
         """Take search results that were found before, for facts of the first round: fact's index -> result.
 
-        They must come from the same settings, and from the weights with which the run starts.
+        They must come from the same settings, and from the weights with which the run starts. A result that depends on
+        other facts is used only if theirs are given too.
         """
         if results:
             raise ArgumentError(f"{type(self.method).__name__} has no search whose results could be given")
 
     def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """The present results for these facts, as `give` takes them; without those that several facts share."""
-        return {index: self.results[index] for index in indices if index in self.results}
+        """The present results for these facts, as `give` takes them; without those that depend on other facts."""
+        alone = (index for index in indices if index in self.results and not self.searched_with(index))
+        return {index: self.results[index] for index in alone}
+
+    def searched_with(self, index: int) -> list[int]:
+        """Indices of the other facts on which the search result of a fact depends; none by default."""
+        return []
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Begin the search for the facts with these indices."""

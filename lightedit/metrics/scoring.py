@@ -77,6 +77,7 @@ def score_targets(
     asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, servings, strict=True))
     _, *columns = zip(*asked, strict=True) if asked else ([],) * 4
     encoded = encode_targets(lm.tokenizer, *columns)
+    lm.check_tokens([ids for ids, _ in encoded])
     texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
     lm.check_rows(texts)
     rows, laid_out = _rows(asked, texts, lm.architecture.supports_packing)

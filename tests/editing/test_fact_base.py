@@ -132,6 +132,39 @@ def test_fields_that_only_score_a_fact_need_no_search(
     assert searched == []
 
 
+@pytest.mark.parametrize("rule", ["joint", "merge"])
+def test_facts_searched_together_are_searched_again_when_one_of_them_changes(
+    lm: le.LanguageModel, tmp_path: Path, searched: list[str], rule: str
+) -> None:
+    twin = le.Fact("The capital of {} is near", "France", "Madrid")
+    base = base_of(lm, tmp_path / "base", on_collision=rule)
+    base.add([*THREE, twin])
+    base.apply(lm)
+    group = {"joint": [THREE[0].text, twin.text], "merge": [THREE[0].text]}[rule]
+    alone = [fact.text for fact in THREE[1:]]
+    assert sorted(searched) == sorted(group + alone)
+    searched.clear()
+    base.apply(lm)
+    assert searched == []
+    written = matrices(lm)
+    base.replace(THREE[1], "Peru")
+    base.apply(lm)
+    assert searched == [THREE[1].text]
+    searched.clear()
+    base.replace(twin, "Bonn")
+    base.apply(lm)
+    assert sorted(searched) == sorted(group)
+    searched.clear()
+    base.remove(twin.text)
+    base.apply(lm)
+    assert searched == [THREE[0].text]
+    lm.weights.remove(lm.weights.owners)
+    anew = base_of(lm, tmp_path / "anew", on_collision=rule)
+    anew.add([*THREE, twin])
+    anew.apply(lm)
+    torch.testing.assert_close(matrices(lm), written, rtol=1e-4, atol=1e-5)
+
+
 def test_another_model_is_searched_anew(lm: le.LanguageModel, tmp_path: Path, searched: list[str]) -> None:
     base = base_of(lm, tmp_path / "base")
     base.add(THREE)

@@ -242,8 +242,12 @@ def test_a_share_is_named_instead_of_the_lambda_that_it_replaces() -> None:
 
 def test_facts_about_one_subject_name_the_rule_for_collisions() -> None:
     fact = le.Fact("{} speaks", "land 1", "French")
-    said = advice([outcome(1, False), replace(outcome(1, True), fact=fact)], MEMIT.to_dict(), [2], "merge")
-    assert said is not None and "another on_collision ('merge') for facts about one subject" in said
+    outcomes = [outcome(1, False), replace(outcome(1, True), fact=fact)]
+    said = advice(outcomes, MEMIT.to_dict(), [2], "merge")
+    assert said is not None and "on_collision 'joint' ('merge' now) for facts about one subject" in said
+    joint = advice(outcomes, MEMIT.to_dict(), [2], "joint")
+    assert joint is not None and "on_collision" not in joint
+    assert "facts_per_round" not in said + joint  # a later round would undo the first
 
 
 def test_a_run_warns_with_its_own_settings_and_stays_silent_where_all_hold(lm: le.LanguageModel) -> None:

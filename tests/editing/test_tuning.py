@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import lightedit as le
+from lightedit.data.prompts import ContextSettings
 from lightedit.editing import tuning as module
 from lightedit.editing.trials import Trial, Tuning
 from lightedit.editing.tuning import tuning, tuning_file
@@ -116,8 +117,9 @@ def test_a_config_makes_the_same_method(lm: le.LanguageModel, tmp_path: Path) ->
     assert content["lm"] == "tiny" and content["dtype"] == "float32"
     settings = content["method"]["init_args"]
     values = le.ValueSettings(**settings.pop("values"))
+    contexts = ContextSettings(**settings.pop("contexts"))
     assert content["method"]["class_path"] == "lightedit.MEMIT"
-    assert le.MEMIT(**settings, values=values) == result.method
+    assert le.MEMIT(**settings, values=values, contexts=contexts) == result.method
 
 
 def test_without_facts_those_are_taken_that_the_model_knows_best(lm: le.LanguageModel) -> None:
@@ -131,7 +133,7 @@ def test_without_facts_those_are_taken_that_the_model_knows_best(lm: le.Language
 def test_edit_without_a_method_takes_the_tuned_one_and_says_so(
     lm: le.LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "tune", lambda lm, progress_bar: found(lm).method)
+    monkeypatch.setattr(module, "tuning", lambda lm, progress_bar: found(lm))
     edit = le.edit(lm, FACTS[:1])
     assert edit.record.method["share"] == found(lm).method.share
     assert "no method was given: MEMIT at layers" in capsys.readouterr().err

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
 import lightedit as le
-from lightedit.evaluation.harness import _scores, harness_scores
+from lightedit.evaluation.harness import _plain_generation, _scores, harness_scores
 from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.lm import Place
 from lightedit.lm.changes import LowRankUpdate
-from tests.models import tiny_model, tiny_tokenizer
+from lightedit.lm.sampling import before_end
+from tests.models import EOS, tiny_model, tiny_tokenizer
 
 QUIET = EvaluationSettings(progress_bar=False)
 
@@ -88,6 +90,33 @@ def test_evaluate_has_a_row_for_each_task(task: str) -> None:
     found = le.evaluate(lm, facts, settings=EvaluationSettings(progress_bar=False, harness=[task], harness_limit=2))
     assert "questions acc" in found.table() and found.scores["questions acc"] in (0, 50, 100)
     assert found.scores.keys() > le.evaluate(lm, facts, settings=QUIET).scores.keys()
+
+
+RULES = [
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 3},
+    {"repetition_penalty": 1.8},
+    {"forced_eos_token_id": 5},
+    {"suppress_tokens": list(range(3, 200))},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: next(iter(rules)))
+def test_a_checkpoints_generation_config_changes_no_text_of_a_task(rules) -> None:
+    lm = model()
+    (row,) = lm.encode(["The"])
+    expected = lm.generate([row], 12)[0]
+
+    def written() -> list[int]:
+        """As the harness lets transformers write."""
+        found = lm.model.generate(torch.tensor([row]), max_length=len(row) + 12, do_sample=False, pad_token_id=0)
+        return before_end(iter(found[:, len(row) :].T), 12, [EOS])[0]
+
+    lm.model.generation_config = kept = GenerationConfig(eos_token_id=EOS, **rules)
+    assert written() != expected
+    with _plain_generation(lm):
+        assert written() == expected
+    assert lm.model.generation_config is kept
 
 
 def test_wrong_tasks_are_refused_before_work_starts(task: str) -> None:

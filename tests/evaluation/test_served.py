@@ -184,6 +184,44 @@ def test_held_out_windows_may_not_either_nor_hold_tokens_without_a_row(tmp_path)
         held_out_windows(lm, tmp_path / "text.txt")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_new": "Zog"},
+        {"target_true": "Zog"},
+        {"neighborhood_target": "Zog"},
+        {"paraphrase_prompts": ("The king Zog",)},
+        {"portability": (("The river there", "Zog"),)},
+        {"end_turn": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_no_text_of_a_fact_may_hold_a_token_without_a_row_not_even_as_its_last(changes) -> None:
+    tokenizer = tiny_tokenizer.__wrapped__("bytelevel")
+    tokenizer.add_tokens(["Zog"])
+    if "end_turn" in changes:
+        tokenizer.add_special_tokens({"eos_token": "Zog"})
+    lm = language_model(tokenizer=tokenizer)
+    lm.forward = lm.forward_packed = None  # type: ignore[method-assign, assignment]
+    fact = replace(FACT, subject="Spain", **changes)
+    said = r"the token 'Zog' \(id 384\) in .* has no row in the embedding"
+    with pytest.raises(le.FactError, match=rf"fact 1: {said}"):
+        le.evaluate(lm, [FACT, fact], settings=QUIET)
+    if "target_new" in changes:
+        with pytest.raises(le.LightEditError, match=said):
+            score_targets(lm, [fact.text], ["Zog"])
+
+
+def test_self_generated_text_needs_a_row_for_the_token_that_begins_it() -> None:
+    tokenizer = tiny_tokenizer.__wrapped__("bytelevel")
+    tokenizer.add_special_tokens({"bos_token": "[BEGIN]"})
+    lm = language_model(tokenizer=tokenizer)
+    lm.forward = None  # type: ignore[method-assign, assignment]
+    for call in (partial(held_out_windows, lm, None), partial(le.estimate_covariance, lm, [1], progress_bar=False)):
+        with pytest.raises(le.LightEditError, match=r"the token '\[BEGIN\]' \(id 384\) in '\[BEGIN\]' has no row"):
+            call()
+
+
 @pytest.mark.parametrize("call", [le.edit, le.evaluate_single])
 def test_an_edit_is_refused_before_its_covariance_is_estimated(call, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = language_model()

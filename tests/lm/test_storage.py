@@ -1,5 +1,6 @@
 """Weights that cannot be read and written in place are refused in words, before work starts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import LowRankUpdate
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import FACTS, covariance_of, run, scored
+from tests.runs import FACTS, MEMIT, covariance_of, run, scored
 
 DEVICES = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 DEVICES |= {f"model.layers.{layer}": "cpu" for layer in range(4)}
@@ -80,6 +81,29 @@ def test_an_adapter_that_came_after_the_edit_is_no_part_of_an_export(tmp_path: P
     with pytest.raises(UnsupportedModelError, match="is a Linear of PEFT"):
         lm.weight(Place(2))
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("module", ["down_proj", "q_proj"])
+def test_an_adapter_that_came_after_loading_is_refused_by_all_that_reads_or_writes_the_model(module: str) -> None:
+    lm = loaded(tiny_model("llama"))
+    covariance, method = covariance_of(lm), MEMIT
+    edit = run(lm, FACTS[:1], covariance=covariance)
+    edit.revert(lm)
+    adapted(lm.model, target_modules=[module])
+    facts = [replace(FACTS[0], neighborhood_prompts=("The old tower",))]
+    calls = {
+        "edit": lambda: run(lm, facts, covariance=covariance),
+        "apply": lambda: edit.apply(lm),
+        "evaluate": lambda: scored(lm, facts),
+        "evaluate_single": lambda: le.evaluate_single(lm, facts, method, covariance=covariance),
+        "estimate_covariance": lambda: le.estimate_covariance(lm, method, progress_bar=False),
+        "tune": lambda: le.tune(lm, facts),
+    }
+    for name, call in calls.items():
+        with pytest.raises(UnsupportedModelError, match=rf"{module} is a Linear of PEFT, .*merge_and_unload"):
+            call()
+            pytest.fail(name)
+    assert not lm.weights.owners
 
 
 def test_a_weight_that_is_computed_from_others_is_refused() -> None:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import LanguageModel
 from tests.chat import chat_tokenizer, turn
-from tests.models import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from tests.models import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 
 KINDS = ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"]
 
@@ -112,7 +112,7 @@ def test_a_text_without_tokens_cannot_be_completed() -> None:
     "settings",
     [
         {"repetition_penalty": 1.8},
-        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1},
         {"num_beams": 3},
         {"forced_eos_token_id": 5},
         {"forced_bos_token_id": 5},
@@ -120,18 +120,23 @@ def test_a_text_without_tokens_cannot_be_completed() -> None:
         {"max_new_tokens": 2},
         {"do_sample": True, "temperature": 2.0},
         {"suppress_tokens": list(range(3, 200))},
-        {"bad_words_ids": [[7]]},
+        {"bad_words_ids": [[token] for token in range(3, 200)]},
         {"exponential_decay_length_penalty": (1, 5.0)},
     ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_a_checkpoints_generation_config_changes_no_greedy_text(settings) -> None:
-    lm = language_model("gpt2")
-    expected = lm.generate(["The river rises", "He was"], 12, stop_at_end=False)
-    ended = lm.generate(["The river rises", "He was"], 12)
+    lm, texts = language_model(), ["The river rises", "He was"]
+    calls = [
+        lambda: lm.generate(texts, 12, stop_at_end=False),
+        lambda: lm.generate(texts, 12),
+        lambda: lm.generate(texts, 12, top_k=1, seed=[0, 1]),  # by the rule that draws for each row
+        lambda: lm.complete(texts, max_new_tokens=12),
+        lambda: lm.complete(texts, chat=True, max_new_tokens=12),
+    ]
+    expected = [call() for call in calls]
     lm.model.generation_config = GenerationConfig(**settings)
-    assert lm.generate(["The river rises", "He was"], 12, stop_at_end=False) == expected
-    assert lm.generate(["The river rises", "He was"], 12) == ended
+    assert [call() for call in calls] == expected
 
 
 # What a model cannot read
@@ -172,6 +177,18 @@ def test_a_token_without_a_row_in_the_embedding_is_named() -> None:
         lm.complete("The king Zog")
     lm.model.resize_token_embeddings(385)
     assert isinstance(LanguageModel(lm.model, tokenizer).complete("The king Zog"), str)
+
+
+@pytest.mark.parametrize("special", [{"pad_token": "[PAD]"}, {"pad_token": "[PAD]", "eos_token": "[END]"}])
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "bloom"])
+def test_padding_needs_no_row_for_the_tokenizers_padding_token(model_type: str, special: dict[str, str]) -> None:
+    tokenizer = tiny_tokenizer.__wrapped__("bytelevel")
+    tokenizer.add_special_tokens(special)
+    assert tokenizer.pad_token_id >= VOCABULARY
+    lm, plain = language_model(model_type, tokenizer), language_model(model_type, tiny_tokenizer("bytelevel"))
+    texts = ["The", "The river rises in the hills"]
+    assert lm.pad_id in (0, EOS)
+    assert lm.generate(texts, 5, stop_at_end=False) == plain.generate(texts, 5, stop_at_end=False)
 
 
 def test_half_a_character_is_refused() -> None:

@@ -20,6 +20,7 @@ from tests.toy import GradientStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold \\(the model:UserWarning")
 CONTEXTS = ContextSettings(prefixes=(("The", 1, 4),))
+APART = replace(CONTEXTS, separate=True)
 ALL: dict[str, le.Method] = {
     "ROME": le.ROME(layers=(1,), values=VALUES, contexts=CONTEXTS),
     "MEMIT": le.MEMIT(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0),
@@ -28,6 +29,8 @@ ALL: dict[str, le.Method] = {
     "PMET, attention too": le.PMET(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0, write_attention=True),
     "AlphaEdit": le.AlphaEdit(layers=LAYERS, values=VALUES, contexts=CONTEXTS, threshold=0.9, ridge=1.0),
     "ENCORE": le.ENCORE(layers=LAYERS, values=VALUES, contexts=CONTEXTS, lambda_=5.0, norm_weight=1.0),
+    "MEMIT, contexts apart": le.MEMIT(layers=LAYERS, values=VALUES, contexts=APART, share=0.75),
+    "AlphaEdit, contexts apart": le.AlphaEdit(layers=LAYERS, values=VALUES, contexts=APART, threshold=0.9, ridge=1.0),
     "gradient step": GradientStep(),
 }
 EVERY = pytest.mark.parametrize("method", list(ALL.values()), ids=list(ALL))

@@ -36,9 +36,9 @@ def refuse(facts: Sequence[Fact], pairs: Sequence[tuple[int, int]]) -> None:
     more = f"; and {len(pairs) - _NAMED} more pairs" if len(pairs) > _NAMED else ""
     raise FactError(
         f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} of facts of one round have nearly equal keys, so that "
-        f"one solve cannot give both exactly their own value: {'; '.join(named)}{more}. Set on_collision to 'keep' "
-        "(the default), which writes each by itself, or to 'merge', write them in different rounds (facts_per_round), "
-        "or leave one out"
+        f"one solve cannot give both exactly their own value: {'; '.join(named)}{more}. Set on_collision to 'joint' "
+        "(the default), which searches their values together, to 'keep' or to 'merge', write them in different rounds "
+        "(facts_per_round), or leave one out"
     )
 
 

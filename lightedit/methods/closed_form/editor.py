@@ -53,7 +53,7 @@ class ClosedFormEditor(Editor):
         preservation: the factored preservation term of each written matrix; set by `prepare`.
         contexts: the contexts of keys and values; set by `prepare`.
         prompts: each fact's token rows, None for a fact that was merged into an earlier one; set by `prepare`.
-        round_keys: place -> the keys of the round written last, [d_in, B].
+        round_keys: place -> the keys of the round written last, [d_in, n]; see `written_keys`.
     """
 
     method: ClosedForm
@@ -68,7 +68,7 @@ class ClosedFormEditor(Editor):
         self.round_keys: dict[Place, Tensor] = {}
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
-        self._merged: set[int] = set()  # facts that share a value, which is searched in every run
+        self._merged: dict[int, list[int]] = {}  # fact -> all facts that share its value
         self._joint: dict[int, tuple[list[int], Tensor]] = {}  # fact -> the facts searched with it, and their shares
         self._rounds_written = 0
         # The optimizer needs a parameter before the first δ exists; `start` puts each chunk's δ in its place
@@ -101,8 +101,9 @@ class ClosedFormEditor(Editor):
         self.contexts = self._shared.contexts
         self.prompts = list(self._shared.prompts[: len(facts)])
         if rounds is not None:
-            self._resolve_collisions(rounds)
+            groups = self._resolve_collisions(rounds)
             self._check_independence(rounds)
+            self._join(groups)
 
     def lend_factors(self, other: "ClosedFormEditor") -> dict[Place, Preservation] | None:
         """The factors for an editor that needs the same ones; None if it needs others, or if past keys were added.
@@ -121,13 +122,14 @@ class ClosedFormEditor(Editor):
         return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 
     def give(self, results: Mapping[int, Tensor]) -> None:
-        """Take values that were found before, [d], or [2 d] for two sites; not used for merged facts."""
+        """Take values that were found before, [d], or [2 d] for two sites. Merged facts have one, that of the first."""
         self._given = dict(results)
         if self.prepared:
             self._check_given()
 
-    def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        return super().to_give([index for index in indices if index not in self._merged | self._joint.keys()])
+    def searched_with(self, index: int) -> list[int]:
+        together = self._merged.get(index) or self._joint.get(index, ([],))[0]
+        return [other for other in together if other != index]
 
     def _check_given(self) -> None:
         site, norm = self.method.site, self.lm.mlp_norm(self.method.value_layer)
@@ -139,7 +141,8 @@ class ClosedFormEditor(Editor):
                     f"{(size,)}; find it at that site"
                 )
 
-    def _resolve_collisions(self, rounds: Sequence[Sequence[int]]) -> None:
+    def _resolve_collisions(self, rounds: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], list[list[int]]]]:
+        """Refuse or merge facts whose keys nearly coincide; return those to search jointly, (round, groups) each."""
         # Edits do not change the input of the first edited layer, so its MLP's keys are read for all rounds at once;
         # if its attention is written too, they change slightly
         first = Place(self.method.layers[0])
@@ -147,18 +150,20 @@ class ClosedFormEditor(Editor):
         if not torch.isfinite(keys).all():
             raise NumericalError(f"keys at {first} hold NaN or infinity; load the model in float32")
         if self.settings.on_collision == "keep":
-            return
+            return []
         pairs: list[tuple[int, int]] = []
+        groups: list[tuple[Sequence[int], list[list[int]]]] = []
         for round_ in rounds:
             similarity = key_similarity(self.preservation[first], keys[:, round_])
             linked = (similarity >= self.settings.collision_similarity).triu(1)
             if self.settings.on_collision == "merge":
                 self._merge(round_, linked)
-            if self.settings.on_collision == "joint":
-                self._join(round_, linked)
+            if found := linked_groups(linked):
+                groups.append((round_, found))
             pairs += [(round_[one], round_[other]) for one, other in linked.nonzero().tolist()]
         if self.settings.on_collision == "error":
             refuse(self.facts, pairs)
+        return groups if self.settings.on_collision == "joint" else []
 
     def _merge(self, round_: Sequence[int], linked: Tensor) -> None:
         """Let the colliding facts of a round share one key and one value."""
@@ -168,19 +173,17 @@ class ClosedFormEditor(Editor):
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
-            self._merged.update(members)
+            self._merged.update(dict.fromkeys(members, members))
 
-    def _join(self, round_: Sequence[int], linked: Tensor) -> None:
-        """Let the colliding facts of a round be searched knowing of each other."""
-        groups = linked_groups(linked)
-        if not groups:
-            return
-        assert self._shared is not None
-        prompts = [self._shared.prompts[index] for index in round_]
-        shares = shares_written(self.lm, self.method, self.preservation, prompts)
-        for group in groups:
-            together = ([round_[i] for i in group], shares[group][:, group])
-            self._joint.update(dict.fromkeys(together[0], together))
+    def _join(self, groups: Sequence[tuple[Sequence[int], list[list[int]]]]) -> None:
+        """Let the colliding facts of each round be searched knowing of each other."""
+        for round_, of_round in groups:
+            assert self._shared is not None
+            prompts = [self._shared.prompts[index] for index in round_]
+            shares = shares_written(self.lm, self.method, self.preservation, prompts)
+            for group in of_round:
+                together = ([round_[i] for i in group], shares[group][:, group])
+                self._joint.update(dict.fromkeys(together[0], together))
 
     def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
         """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0)."""
@@ -190,6 +193,8 @@ class ClosedFormEditor(Editor):
             if len(prompts) < 2 or self.method.gamma(len(prompts)) > 0:
                 continue
             keys = self._keys_of(prompts, first)
+            if self.method.contexts.separate:
+                keys, _ = KeyWalk(self.lm, prompts, first).separate_keys()
             try:
                 low_rank_update(self.preservation[first], keys, keys[:1], 0.0)
             except ArgumentError as error:
@@ -223,8 +228,9 @@ class ClosedFormEditor(Editor):
         prompts = {index: prompt for index in wanted if (prompt := self.prompts[index]) is not None}
         if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
-            for index in (prompts.keys() & self._given.keys()) - self._merged - self._joint.keys():
-                self.results[index] = self._given[index].to(device, torch.float64)
+            for index in prompts.keys() & self._given.keys():
+                if self._given.keys() >= set(self._joint.get(index, ([],))[0]):
+                    self.results[index] = self._given[index].to(device, torch.float64)
         for index in prompts.keys() & self.results.keys():
             del prompts[index]
         self._searched = list(prompts)

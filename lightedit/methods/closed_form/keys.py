@@ -39,21 +39,23 @@ class KeyWalk:
     ) -> None:
         self.lm, self.count, self.place = lm, len(prompts), place
         self.edits = RowwiseEdits({}, torch.arange(len(prompts)))
-        # batch, fact index [r], weight in the averaged key [r], weight among the bare prompts [r]
-        self._groups: list[tuple[Batch, Tensor, Tensor, Tensor]] = []
+        # batch, and for its rows [r]: fact's index, weight in the averaged key, weight among the bare prompts, number
+        self._groups: list[tuple[Batch, Tensor, Tensor, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
         rows = [
             (i, row, weight, (number in fact.bare) / len(fact.bare))
             for i, fact in enumerate(prompts)
             for number, (row, weight) in enumerate(zip(fact.rows, fact.key_weights, strict=True))
         ]
-        bare, others = [row for row in rows if row[3]], [row for row in rows if not row[3]]
+        numbered = [(*row, number) for number, row in enumerate(rows)]
+        bare, others = [row for row in numbered if row[3]], [row for row in numbered if not row[3]]
         for part in (bare, others):
             for group in by_length([row.lookup + 1 for _, row, *_ in part], max_tokens):
                 batch = pad([part[j][1].ids[: part[j][1].lookup + 1] for j in group], lm.pad_id)
                 facts = torch.tensor([part[j][0] for j in group])
                 weights = torch.tensor([part[j][2:] for j in group], dtype=torch.float64)
-                self._groups.append((batch, facts, weights[:, 0], weights[:, 1]))
+                numbers = weights[:, 2].long()
+                self._groups.append((batch, facts, weights[:, 0], weights[:, 1], numbers))
                 block = Place(self.layer, "block")
                 with lm.capture([block], len(group), inputs=True) as states, stop_after(lm.module(block)):
                     lm.forward(batch)
@@ -77,26 +79,49 @@ class KeyWalk:
         return self._mean(place, inputs=False, bare=True)
 
     @torch.no_grad()
+    def separate_keys(self) -> tuple[Tensor, Tensor]:
+        """The key of every row by itself, times the root of its weight, and how the rows belong to the facts.
+
+        Returns:
+            K [d_in, n], and [B, n] with the root of the row's weight at the row's fact and 0 elsewhere; both float64.
+            Rows are in the order of the facts, and in a fact in that of its prompts.
+        """
+        found = [(self._states(self.place, index, inputs=True), *group[1:]) for index, group in enumerate(self._groups)]
+        device = found[0][0].device
+        order = torch.cat([numbers for *_, numbers in found]).argsort()
+        facts = torch.cat([facts for _, facts, *_ in found])[order]
+        roots = torch.cat([weights for _, _, weights, *_ in found])[order].sqrt()
+        members = torch.zeros(self.count, len(order), dtype=torch.float64)
+        members[facts, torch.arange(len(order))] = roots
+        keys = torch.cat([states for states, *_ in found])[order.to(device)]
+        return (keys * roots.to(device)[:, None]).T, members.to(device)
+
+    @torch.no_grad()
     def _mean(self, place: Place, inputs: bool, bare: bool) -> Tensor:
         """Each fact's mean input or output of `place` at the subject's last token, [width, B] float64."""
         total: Tensor | None = None
-        for (batch, facts, averaged, of_bare), hidden in zip(self._groups, self._hidden, strict=True):
+        for index, (_, facts, averaged, of_bare, _) in enumerate(self._groups):
             weights = of_bare if bare else averaged
             if not weights.any():
                 continue
-            with (
-                self.lm.with_edits(self.edits.rows(facts)),
-                self.lm.capture([place], len(batch.ids), _last(batch), inputs=inputs) as states,
-                stop_after(self.lm.module(place)),
-                self.lm.starting_at(self.layer, hidden),
-            ):
-                self.lm.forward(batch)
-            state = states[place].double()
+            state = self._states(place, index, inputs)
             if total is None:
                 total = state.new_zeros(self.count, state.shape[1])
             total.index_add_(0, facts.to(state.device), state * weights.to(state.device)[:, None])
         assert total is not None
         return total.T
+
+    def _states(self, place: Place, index: int, inputs: bool) -> Tensor:
+        """Inputs or outputs of `place` at the last token of the rows of one group, [r, width] float64."""
+        batch, facts, *_ = self._groups[index]
+        with (
+            self.lm.with_edits(self.edits.rows(facts)),
+            self.lm.capture([place], len(batch.ids), _last(batch), inputs=inputs) as states,
+            stop_after(self.lm.module(place)),
+            self.lm.starting_at(self.layer, self._hidden[index]),
+        ):
+            self.lm.forward(batch)
+        return states[place].double()
 
     @torch.no_grad()
     def advance(self, place: Place) -> None:

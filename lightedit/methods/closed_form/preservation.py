@@ -11,6 +11,8 @@ minimises tr(ΔW A ΔWᵀ) subject to ΔW K = R (ROME, Meng et al., 2022, arXiv 
 2024, arXiv 2403.14236). The system that is solved is B × B instead of d_in × d_in, and no inverse is formed.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -97,14 +99,33 @@ class Preservation:
         keys = self._within(keys)
         self._past = torch.cat([self._past, keys], dim=1)
         if self._past.shape[1] > _FOLD * len(self._factor):
-            lower = self._factor.diag() if self._factor.ndim == 1 else self._factor.tril()
-            self._factor = _cholesky(lower @ lower.T + self._past @ self._past.T)
+            self._factor = self._lower()
             self._past = self._solved = self._past[:, :0]
             return
         self._solved = torch.cat([self._solved, self._solve_factor(keys)], dim=1)
         gram = self._past.T @ self._solved
         gram.diagonal().add_(1.0)
         self._gram_factor = _cholesky(gram)
+
+    def with_keys(self, keys: Tensor) -> "Preservation":
+        """A copy that holds past keys K [d_in, B] in addition."""
+        other = copy(self)
+        other.remember(keys)
+        return other
+
+    def gram_eigenvalues(self, keys: Tensor) -> Tensor:
+        """The eigenvalues of Kᵀ (A + Kp Kpᵀ)⁻¹ K that may differ from 0, for K [d_in, B] with B above d_in, [d_in]."""
+        keys = self._within(keys)
+        lower = self._lower()
+        half = keys / lower[:, None] if lower.ndim == 1 else torch.linalg.solve_triangular(lower, keys, upper=False)
+        return torch.linalg.eigvalsh(half @ half.T)
+
+    def _lower(self) -> Tensor:
+        """The factor of A + Kp Kpᵀ; a vector if it is diagonal."""
+        if not self._past.shape[1]:
+            return self._factor
+        lower = self._factor.diag() if self._factor.ndim == 1 else self._factor.tril()
+        return _cholesky(lower @ lower.T + self._past @ self._past.T)
 
     def _solve_factor(self, keys: Tensor) -> Tensor:
         if self._factor.ndim == 1:
@@ -155,10 +176,17 @@ def low_rank_update(
     Raises:
         ArgumentError: γ = 0 and the keys are linearly dependent, so that no ΔW writes every residual exactly.
     """
+    if keys.ndim == 2 and keys.shape[1] > keys.shape[0] and (share is not None or gamma > 0):
+        if share is not None:
+            gamma = float(gamma_for_share(preservation.gram_eigenvalues(keys), share))
+        # X (γ I + Kᵀ X)⁻¹ = (A + K Kᵀ / γ)⁻¹ K / γ: the smaller system, if there are more keys than inputs
+        right = preservation.with_keys(keys / gamma**0.5).solve(keys / gamma)
+        return LowRankUpdate(residuals.to(right), right)
     solved = preservation.solve(keys)
     keys = keys.to(solved)
     if share is not None:  # X (γ I + Kᵀ X)⁻¹ = (X / γ) (I + Kᵀ X / γ)⁻¹, with a γ of its own for each solve
-        solved, gamma = solved / gamma_for_share(keys.mT @ solved, share)[..., None, None], 1.0
+        of_solves = gamma_for_share(torch.linalg.eigvalsh(keys.mT @ solved), share)
+        solved, gamma = solved / of_solves[..., None, None], 1.0
     right, pivots = preservation_memorization_solve(keys, solved, gamma)
     # A pivot is the part of a key that is orthogonal to earlier keys; rounding can leave it slightly above 0
     if not (pivots > (_DEPENDENT if gamma == 0 else 0.0)).all():
@@ -173,8 +201,8 @@ def low_rank_update(
 _SEPARABLE = 1e-4
 
 
-def gamma_for_share(gram: Tensor, share: float) -> Tensor:
-    """The γ at which a solve writes `share` of its residuals on average over facts.
+def gamma_for_share(eigenvalues: Tensor, share: float) -> Tensor:
+    """The γ at which a solve writes `share` of its residuals on average over the keys' directions.
 
     With G = Kᵀ A⁻¹ K, the update gives ΔW K = R G (γ I + G)⁻¹. The share is the mean of e / (γ + e) over the
     eigenvalues e of G: the effective degrees of freedom of a ridge regression, per fact (Hastie, Tibshirani and
@@ -183,13 +211,12 @@ def gamma_for_share(gram: Tensor, share: float) -> Tensor:
     different residuals no γ writes.
 
     Args:
-        gram: G, [..., B, B], symmetric, float64.
+        eigenvalues: those of G, [..., n], float64.
         share: from 0 to 1, both excluded.
 
     Returns:
         γ, [...] float64.
     """
-    eigenvalues = torch.linalg.eigvalsh(gram)
     counted = eigenvalues > _SEPARABLE * eigenvalues.mean(-1, keepdim=True)
     eigenvalues, odds = eigenvalues.clamp(min=0.0), (1 - share) / share
     high = (eigenvalues.amax(-1) * odds).log()

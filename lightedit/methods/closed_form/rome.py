@@ -42,6 +42,8 @@ class ROME(ClosedForm):
         super().__post_init__()
         if self.key not in ("averaged", "bare", "published"):
             raise ArgumentError(f"key is 'averaged', 'bare' or 'published', got {self.key!r}")
+        if self.contexts.separate:
+            raise ArgumentError("contexts.separate writes a key for every context, but ROME writes one; leave it out")
 
     @property
     def site(self) -> Site:

@@ -39,7 +39,7 @@ def write_facts(
         owner: name of the round's updates in the model's weights.
 
     Yields:
-        (place, change, keys [d_in, B] float64) right after the change was written.
+        (place, change, keys of `written_keys`) right after the change was written.
 
     Raises:
         NumericalError: an update holds NaN or infinity; it is not written.
@@ -47,9 +47,10 @@ def write_facts(
     walk = KeyWalk(lm, prompts, method.places[0])
     for matrix in method.places:
         walk.advance(matrix)
-        keys, residuals = _keys_and_residuals(method, walk, targets)
+        keys, members = written_keys(method, walk)
+        residuals = method.residuals(walk, keys, targets)
         # dense where the round has so many facts that factors would be larger
-        change = _solve(method, preservation[matrix], keys, residuals, walk).compact()
+        change = _as_written(_solve(method, preservation[matrix], keys, members, residuals, walk), walk).compact()
         lm.weights.add(owner, matrix, change)
         yield matrix, change, keys
 
@@ -82,37 +83,68 @@ def separate_updates(
     walk = KeyWalk(lm, prompts, method.places[0])
     for matrix in method.places:
         walk.advance(matrix)
-        keys, residuals = (columns.T.unsqueeze(-1) for columns in _keys_and_residuals(method, walk, targets))
-        update = _solve(method, preservation[matrix], keys, residuals, walk)  # each [B, d, 1]
+        keys, members = written_keys(method, walk)
+        residuals = method.residuals(walk, keys, targets)
+        keys = keys.T.unflatten(0, (walk.count, -1)).mT  # [B, d_in, rows of a fact]
+        if members is not None:
+            members = members.sum(0).unflatten(0, (walk.count, 1, -1))
+        update = _as_written(_solve(method, preservation[matrix], keys, members, residuals.T.unsqueeze(-1), walk), walk)
         walk.edits = RowwiseEdits({**walk.edits.updates, matrix: update}, walk.edits.of_row)
     return walk.edits
 
 
-def _keys_and_residuals(method: ClosedForm, walk: KeyWalk, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """K [d_in, B], and the share of the residuals R [d_out, B] that the walk's matrix takes; both float64."""
-    keys = method.keys(walk)
-    residuals = method.residuals(walk, keys, targets)
-    _check_finite(walk.place, keys, residuals)
-    return keys, residuals
+def written_keys(method: ClosedForm, walk: KeyWalk) -> tuple[Tensor, Tensor | None]:
+    """The keys at which the walk's matrix is written, [d_in, n] float64, and how they belong to the facts, [B, n].
+
+    One key a fact, and None; or with `separate` contexts, those of `KeyWalk.separate_keys`.
+    """
+    return walk.separate_keys() if method.contexts.separate else (method.keys(walk), None)
 
 
 def _solve(
-    method: ClosedForm, preservation: Preservation, keys: Tensor, residuals: Tensor, walk: KeyWalk
+    method: ClosedForm,
+    preservation: Preservation,
+    keys: Tensor,
+    members: Tensor | None,
+    residuals: Tensor,
+    walk: KeyWalk,
 ) -> LowRankUpdate:
-    """The update of the walk's matrix, in the dtype in which the model sums updates: its own, or float32 if wider."""
-    update = method.update(preservation, keys, residuals, walk)
+    """The update of the walk's matrix, float64.
+
+    With M the members, it minimises ||ΔW K - R M||²: each row's error counts with its weight. The update of n columns,
+    R M rightᵀ, has the factors R and right Mᵀ.
+
+    Args:
+        method: the method.
+        preservation: A, factored.
+        keys: K, [..., d_in, n].
+        members: M, [..., B, n]; None for one key a fact.
+        residuals: R, [..., d_out, B].
+        walk: a walk at the matrix.
+    """
+    _check_finite(walk.place, keys, residuals)
+    if members is None:
+        update = method.update(preservation, keys, residuals, walk)
+    else:
+        right = method.update(preservation, keys, residuals @ members, walk).right
+        update = LowRankUpdate(residuals.to(right), right @ members.mT)
     _check_finite(walk.place, update.left, update.right)
+    return update
+
+
+def _as_written(update: LowRankUpdate, walk: KeyWalk) -> LowRankUpdate:
+    """The update in the dtype in which the model sums updates: its own, or float32 if wider."""
     return update.to(walk.lm.weight(walk.place).device, torch.promote_types(walk.lm.dtype, torch.float32))
 
 
 @torch.no_grad()
 def read_keys(lm: LanguageModel, method: ClosedForm, prompts: Sequence[FactPrompts]) -> dict[Place, Tensor]:
-    """The keys [d_in, B] of every edited matrix under the present weights."""
+    """The keys of every edited matrix under the present weights, as `written_keys` gives them."""
     walk = KeyWalk(lm, prompts, method.places[0])
     keys = {}
     for matrix in method.places:
         walk.advance(matrix)
-        keys[matrix] = method.keys(walk)
+        keys[matrix] = written_keys(method, walk)[0]
     return keys
 
 
@@ -122,8 +154,9 @@ def shares_written(
 ) -> Tensor:
     """What the MLPs' solves of one round write, [B, B] float64: asked for δ [d, B], they deliver δ times this.
 
-    Layer l writes its spread s_l of what is left, so that all layers deliver I - (I - s_1 H_1)(I - s_2 H_2)... The
-    keys are those of the present weights; what earlier layers change in later keys is left out.
+    With K the keys of the bare prompts, at which residuals are read, layer l writes R H_l, H_l = rightᵀ K. R is its
+    spread s_l of what is left, so that all layers deliver I - (I - s_1 H_1)(I - s_2 H_2)... The keys are those of the
+    present weights; what earlier layers change in later keys is left out.
 
     Args:
         lm: the model.
@@ -136,9 +169,9 @@ def shares_written(
     for place in method.places:
         walk.advance(place)
         if place.name == method.value_place.name:
-            keys = method.keys(walk)
-            right = method.update(preservation[place], keys, one.to(keys.device), walk).right
-            left = left @ (one - method.spread(place.layer) * (right.T @ keys).cpu())
+            keys, members = written_keys(method, walk)
+            right = _solve(method, preservation[place], keys, members, one.to(keys.device), walk).right
+            left = left @ (one - method.spread(place.layer) * (right.T @ walk.keys(bare=True)).cpu())
     return one - left
 
 

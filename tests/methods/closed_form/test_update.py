@@ -297,13 +297,15 @@ def test_rome_equals_the_published_procedure_and_its_key_gives_the_value(archite
 def test_gamma_is_that_at_which_the_share_is_written(share: float) -> None:
     keys = torch.randn(3, 8, 20, dtype=torch.float64)
     gram = keys @ keys.mT
-    gamma = gamma_for_share(gram, share)
+    gamma = gamma_for_share(torch.linalg.eigvalsh(gram), share)
     system = gram + gamma[:, None, None] * torch.eye(8)
     written = (gram @ torch.linalg.inv(system)).diagonal(dim1=1, dim2=2).mean(1)
     torch.testing.assert_close(written, torch.full((3,), share, dtype=torch.float64), rtol=1e-9, atol=0)
-    one = gamma_for_share(gram[:, :1, :1], share)
+    one = gamma_for_share(gram[:, 0, :1], share)
     torch.testing.assert_close(one, gram[:, 0, 0] * (1 - share) / share)  # the leverage q: q / (γ + q) is the share
-    twins = gamma_for_share(torch.ones(2, 2, dtype=torch.float64), share)  # they count as one key of twice the leverage
+    twins = gamma_for_share(
+        torch.tensor([0.0, 2.0], dtype=torch.float64), share
+    )  # they count as one key of twice the leverage
     torch.testing.assert_close(twins, torch.tensor(2 * (1 - share) / share, dtype=torch.float64))
 
 
@@ -315,7 +317,7 @@ def test_a_share_writes_what_the_lambda_does_that_it_stands_for() -> None:
     updates = [update.dense() for update in write(lm, by_share, moments, BY_TYPE, targets).values()]
     lm.weights.remove(lm.weights.owners)
     keys = KeyWalk(lm, prompts_of(lm, BY_TYPE), Place(1)).keys()
-    lambda_ = float(gamma_for_share(keys.T @ torch.linalg.solve(moments[1].double(), keys), 0.7))
+    lambda_ = float(gamma_for_share(torch.linalg.eigvalsh(keys.T @ torch.linalg.solve(moments[1].double(), keys)), 0.7))
     same = write(lm, replace(by_share, share=None, lambda_=lambda_), moments, BY_TYPE, targets)
     assert relative(updates[0], same[1].dense()) < 1e-9
 
@@ -362,3 +364,36 @@ def test_the_residual_still_standing_is_spread_over_the_layers_that_are_left() -
     method = MEMIT(layers=(3, 4, 6))
     assert [method.spread(layer) for layer in method.layers] == [1 / 3, 1 / 2, 1]
     assert method.value_layer == 6
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize("past", [False, True])
+def test_more_keys_than_inputs_give_the_update_of_the_smaller_system(
+    share: float | None, basis: bool, past: bool
+) -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(12, 40, dtype=torch.float64) * torch.logspace(0, -1, 12, dtype=torch.float64)[:, None]
+    residuals = torch.randn(7, 40, dtype=torch.float64)
+    root = torch.randn(12, 12, dtype=torch.float64)
+    term = root @ root.T
+    terms = Preservation(term)
+    inverse = torch.linalg.inv(term)
+    if basis:
+        columns = torch.linalg.qr(root).Q[:, :9]
+        terms = Preservation(torch.full((9,), 2.0, dtype=torch.float64), columns)
+        inverse = columns @ columns.T / 2
+    if past:
+        before = 0.3 * torch.randn(12, 2, dtype=torch.float64)
+        terms.remember(before)
+        inverse = inverse - inverse @ before @ torch.linalg.inv(torch.eye(2) + before.T @ inverse @ before) @ (
+            before.T @ inverse
+        )
+    gram = keys.T @ inverse @ keys
+    gamma = 0.7
+    if share is not None:
+        kept = torch.linalg.eigvalsh(gram)[-(9 if basis else 12) :]
+        gamma = float(gamma_for_share(kept, share))
+    right = inverse @ keys @ torch.linalg.inv(gamma * torch.eye(40, dtype=torch.float64) + gram)
+    update = low_rank_update(terms, keys, residuals, 0.7, share)
+    torch.testing.assert_close(update.right, right, rtol=1e-7, atol=1e-9)
