@@ -85,7 +85,7 @@ def solve(
     known = {index: one for index, one in known.items() if one.together == searched_with(prepared, index)}
     if settings.progress_bar and method.search_inputs() is not None:
         print(f"{len(known)} of {len(facts)} values are reused", file=sys.stderr)
-    prepared.give({index: one.value for index, one in known.items()})
+    prepared.give({index: one.value for index, one in known.items()}, with_others=True)
     prepared.losses.update({index: one.loss for index, one in known.items() if one.loss is not None})
     return edit(lm, facts, method, settings=settings, callbacks=callbacks, prepared=prepared)
 

@@ -31,8 +31,8 @@ class TuningSettings:
     facts: int = 8
     depths: tuple[float, ...] = (0.1, 0.18, 0.29, 0.4)
     lr: float = 0.3
-    clamps: tuple[float, ...] = (1.0, 0.7, 1.5)
-    shares: tuple[float, ...] = (0.6, 0.75, 0.9)
+    clamps: tuple[float, ...] = (1.0, 1.5)
+    shares: tuple[float, ...] = (0.3, 0.6, 0.9)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -172,11 +172,14 @@ class Editor(ABC):
         """The run's optimizer, which is passed to `start` and `step`; None for editors without a search."""
         return None
 
-    def give(self, results: Mapping[int, Tensor]) -> None:
-        """Take search results that were found before, for facts of the first round: fact's index -> result.
+    def give(self, results: Mapping[int, Tensor], with_others: bool = False) -> None:
+        """Take search results that were found before, for facts of the first round.
 
-        They must come from the same settings, and from the weights with which the run starts. A result that depends on
-        other facts is used only if theirs are given too.
+        They must come from the same settings, and from the weights with which the run starts.
+
+        Args:
+            results: fact's index -> result. A result of facts that are searched together is used if all are given.
+            with_others: whether these were found together with the same other facts; else they are not used.
         """
         if results:
             raise ArgumentError(f"{type(self.method).__name__} has no search whose results could be given")

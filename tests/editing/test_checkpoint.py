@@ -428,8 +428,8 @@ def run(lm: le.LanguageModel, folder: Path | None) -> le.Edit:
     return le.edit(lm, FACTS, METHOD, covariance=covariance_of(lm), settings=settings, checkpoint=folder)
 
 
-# There is one solve a layer, two a round
-@pytest.mark.parametrize(("solves", "rounds"), [(1, 0), (4, 1)])
+# Three solves compare the keys of the three rounds' facts; then there is one a layer, two a round
+@pytest.mark.parametrize(("solves", "rounds"), [(1, 0), (4, 0), (7, 1)])
 def test_edit_goes_on_after_ctrl_c(
     uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solves: int, rounds: int
 ) -> None:

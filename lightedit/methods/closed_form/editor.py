@@ -68,6 +68,7 @@ class ClosedFormEditor(Editor):
         self.round_keys: dict[Place, Tensor] = {}
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
+        self._given_with_others = False
         self._merged: dict[int, list[int]] = {}  # fact -> all facts that share its value
         self._joint: dict[int, tuple[list[int], Tensor]] = {}  # fact -> the facts searched with it, and their shares
         self._rounds_written = 0
@@ -121,9 +122,9 @@ class ClosedFormEditor(Editor):
             return None
         return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 
-    def give(self, results: Mapping[int, Tensor]) -> None:
+    def give(self, results: Mapping[int, Tensor], with_others: bool = False) -> None:
         """Take values that were found before, [d], or [2 d] for two sites. Merged facts have one, that of the first."""
-        self._given = dict(results)
+        self._given, self._given_with_others = dict(results), with_others
         if self.prepared:
             self._check_given()
 
@@ -229,7 +230,8 @@ class ClosedFormEditor(Editor):
         if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
             for index in prompts.keys() & self._given.keys():
-                if self._given.keys() >= set(self._joint.get(index, ([],))[0]):
+                complete = self._given.keys() >= set(self._joint.get(index, ([],))[0])
+                if not self.searched_with(index) or (self._given_with_others and complete):
                     self.results[index] = self._given[index].to(device, torch.float64)
         for index in prompts.keys() & self.results.keys():
             del prompts[index]
