@@ -43,7 +43,7 @@ class Known:
     Attributes:
         value: the result, as `Editor.give` takes it.
         loss: the last loss of the search, in nats; None if that is not known.
-        together: the `own_text` of the other facts on which the value depends, in order.
+        together: what `searched_with` returned where the value was found.
     """
 
     value: Tensor
@@ -156,8 +156,12 @@ def solve_again(
 
 
 def searched_with(editor: Editor, index: int) -> tuple[str, ...]:
-    """The `own_text` of the other facts on which the result of a fact depends, in order."""
-    return tuple(sorted(own_text(editor.facts[other]) for other in editor.searched_with(index)))
+    """What the result of a fact depends on besides the fact and the search: other facts' `own_text`, and the method.
+
+    Empty for a fact that is searched by itself. A joint search depends on what the solve writes, so on its settings.
+    """
+    others = sorted(own_text(editor.facts[other]) for other in editor.searched_with(index))
+    return (*others, json.dumps(editor.method.to_dict())) if others else ()
 
 
 def own_text(fact: Fact) -> str:

@@ -155,6 +155,10 @@ def test_facts_searched_together_are_searched_again_when_one_of_them_changes(
     base.apply(lm)
     assert sorted(searched) == sorted(group)
     searched.clear()
+    base_of(lm, tmp_path / "base", replace(MEMIT, lambda_=50.0), on_collision=rule).apply(lm)
+    assert sorted(searched) == sorted(group)  # what the solve writes has changed
+    searched.clear()
+    base = base_of(lm, tmp_path / "base", on_collision=rule)
     base.remove(twin.text)
     base.apply(lm)
     assert searched == [THREE[0].text]
