@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,9 @@ class Contexts:
             raise ArgumentError(
                 f"{len(self.templates)} contexts need as many weights summing to 1, got {self.key_weights}"
             )
+
+
+_KEPT: WeakKeyDictionary[LanguageModel, dict[str, Contexts]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,15 @@ class ContextSettings:
             raise ArgumentError(f"bare_weight is a share, above 0 and at most 1, or None, got {self.bare_weight}")
 
     def sample(self, lm: LanguageModel) -> Contexts:
-        """Generate the prefixes with `lm` by top-5 sampling."""
+        """Generate the prefixes with `lm` by top-5 sampling; those of an unedited model are kept while it lives."""
+        if lm.weights.owners:
+            return self._sampled(lm)
+        kept = _KEPT.setdefault(lm, {})  # by repr, which holds lists too
+        if repr(self) not in kept:
+            kept[repr(self)] = self._sampled(lm)
+        return kept[repr(self)]
+
+    def _sampled(self, lm: LanguageModel) -> Contexts:
         templates = ["{}"]
         for start, count, length in self.prefixes:
             begin = lm.encode([start])[0] if start else [lm.text_start]

@@ -35,9 +35,13 @@ class _Progress(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, EditModule)
         self._before = module.fraction_done
+        module.editor.watch = lambda: self._show(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         assert isinstance(module, EditModule)
+        self._show(module)
+
+    def _show(self, module: EditModule) -> None:
         self.report(module.fraction_done - self._before, 1.0 - self._before)
 
 

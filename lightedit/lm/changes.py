@@ -1,8 +1,9 @@
 """Changes of one place of a model: a low-rank or dense update of its matrix, or an adaptor behind it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, Self
 
 import torch
@@ -173,6 +174,36 @@ class DenseUpdate(Change):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "DenseUpdate":
         return DenseUpdate(tensors.get("weight"), tensors.get("bias"))
+
+
+def total(changes: Sequence[Change]) -> LowRankUpdate | DenseUpdate:
+    """The sum of updates of one place, float32 or wider, on the first one's device. It is low-rank if all of them are.
+
+    >>> one = LowRankUpdate(torch.ones(2, 1), torch.ones(3, 1))
+    >>> total([one, one]).rank
+    2
+
+    Raises:
+        ArgumentError: one is an adaptor, which no update equals.
+    """
+    updates = [change for change in changes if isinstance(change, LowRankUpdate | DenseUpdate)]
+    if len(updates) < len(changes):
+        raise ArgumentError("an adaptor has no sum with other changes")
+    dtypes = [tensor.dtype for update in updates for tensor in update.tensors().values()]
+    device = next(iter(updates[0].tensors().values())).device
+    updates = [update.to(device, reduce(torch.promote_types, dtypes, torch.float32)) for update in updates]
+    low_rank = [update for update in updates if isinstance(update, LowRankUpdate)]
+    if len(low_rank) == len(updates):
+        left, right = (
+            torch.cat([getattr(update, name).detach() for update in low_rank], -1) for name in ("left", "right")
+        )
+        return LowRankUpdate(left, right)
+    parts: dict[str, Tensor] = {}
+    for update in updates:
+        dense = DenseUpdate(update.dense().detach()) if isinstance(update, LowRankUpdate) else update
+        for name, part in dense.tensors().items():
+            parts[name] = parts[name] + part if name in parts else part
+    return DenseUpdate(**parts)
 
 
 class Adaptor(Change):

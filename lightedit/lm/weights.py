@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm.anatomy import Anatomy
-from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate
+from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate, total
 from lightedit.lm.hooks import install
 from lightedit.lm.place import Place
 from lightedit.ops import add_low_rank_
@@ -105,17 +105,7 @@ class EditedWeights:
         changes = [change for _, change in self._changes[place]]
         if self.adaptors(place):
             raise ArgumentError(f"{place} carries an adaptor, which no change of its matrix equals")
-        low_rank = [change for change in changes if isinstance(change, LowRankUpdate)]
-        if len(low_rank) == len(changes):
-            left = torch.cat([update.left.detach().to("cpu") for update in low_rank], dim=1)
-            right = torch.cat([update.right.detach().to("cpu") for update in low_rank], dim=1)
-            wide = torch.promote_types(left.dtype, torch.float32)
-            return LowRankUpdate(left.to(wide), right.to(wide))
-        parts: dict[str, Tensor] = {}
-        for change in changes:
-            for name, part in _dense(change).tensors().items():
-                parts[name] = parts[name] + part if name in parts else part
-        return DenseUpdate(**parts)
+        return total([change.to("cpu") for change in changes])
 
     @torch.no_grad()
     def add(self, owner: Owner, place: Place, change: Change) -> None:
@@ -200,13 +190,3 @@ def _writes(change: Change, name: str) -> bool:
     if isinstance(change, DenseUpdate):
         return getattr(change, name) is not None
     return isinstance(change, LowRankUpdate) and name == "weight"
-
-
-def _dense(change: Change) -> DenseUpdate:
-    """A change of a matrix, of a bias or of both in dense form, float32 or wider, on the CPU."""
-    dtype = max((tensor.dtype for tensor in change.tensors().values()), key=lambda dtype: dtype.itemsize)
-    change = change.to("cpu", torch.promote_types(dtype, torch.float32))
-    if isinstance(change, LowRankUpdate):
-        return DenseUpdate(change.dense().detach())
-    assert isinstance(change, DenseUpdate)
-    return change

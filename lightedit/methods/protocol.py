@@ -1,7 +1,7 @@
 """The protocol of editing methods: a `Method` holds the settings, an `Editor` carries the method out in one run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -125,6 +125,7 @@ class Editor(ABC):
         rounds: the indices of each round's facts; set by `prepare`. None if each fact is edited alone and taken back.
         results: fact's index -> the result of its search; removed when the fact's round is written.
         losses: fact's index -> the last loss of its search. Facts without a search of their own have none.
+        watch: called while a round is written, whenever `facts_found` grows.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Editor(ABC):
         self.rounds: list[list[int]] | None = None
         self.results: dict[int, Tensor] = {}
         self.losses: dict[int, float] = {}
+        self.watch: Callable[[], None] = lambda: None
         self.prepared = False
 
     def prepare(

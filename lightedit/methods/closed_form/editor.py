@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightedit.data.facts import Fact, FactError
+from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, FactPrompts, check_rows, merge_prompts, tokenize_facts
 from lightedit.digests import digest
 from lightedit.errors import ArgumentError, NumericalError
@@ -17,16 +17,21 @@ from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
 from lightedit.methods.closed_form.collisions import linked_groups, refuse
-from lightedit.methods.closed_form.joint import Joint
-from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.joint import Together
+from lightedit.methods.closed_form.keys import keys_at
 from lightedit.methods.closed_form.method import ClosedForm
-from lightedit.methods.closed_form.preservation import Preservation, key_similarity, low_rank_update
+from lightedit.methods.closed_form.passes import FurtherPasses
+from lightedit.methods.closed_form.preservation import Preservation, key_similarity
 from lightedit.methods.closed_form.values import ValueOptimization
-from lightedit.methods.closed_form.writing import read_keys, separate_updates, shares_written, write_facts
+from lightedit.methods.closed_form.writing import (
+    check_independence,
+    read_keys,
+    separate_updates,
+    shares_written,
+    write_facts,
+)
 from lightedit.methods.protocol import Editor, EditorSettings, Method
 from lightedit.statistics.covariance import Covariance
-
-_KEYS_AT_ONCE = 256  # facts whose hidden states are in memory while keys are compared
 
 
 @dataclass
@@ -69,9 +74,9 @@ class ClosedFormEditor(Editor):
         self._shared: _Shared | None = None
         self._given: dict[int, Tensor] = {}
         self._given_with_others = False
-        self._merged: dict[int, list[int]] = {}  # fact -> all facts that share its value
-        self._joint: dict[int, tuple[list[int], Tensor]] = {}  # fact -> the facts searched with it, and their shares
+        self._together = Together()
         self._rounds_written = 0
+        self._in_first_pass, self._rewritten = 0, 0.0  # facts of the round that is written, and those searched again
         # The optimizer needs a parameter before the first δ exists; `start` puts each chunk's δ in its place
         self._placeholder = nn.Parameter(torch.zeros(1))
         self._search: ValueOptimization | None = None
@@ -103,7 +108,8 @@ class ClosedFormEditor(Editor):
         self.prompts = list(self._shared.prompts[: len(facts)])
         if rounds is not None:
             groups = self._resolve_collisions(rounds)
-            self._check_independence(rounds)
+            of_rounds = [[prompt for i in round_ if (prompt := self.prompts[i]) is not None] for round_ in rounds]
+            check_independence(self.lm, self.method, self.preservation, of_rounds)
             self._join(groups)
 
     def lend_factors(self, other: "ClosedFormEditor") -> dict[Place, Preservation] | None:
@@ -129,17 +135,15 @@ class ClosedFormEditor(Editor):
             self._check_given()
 
     def searched_with(self, index: int) -> list[int]:
-        together = self._merged.get(index) or self._joint.get(index, ([],))[0]
-        return [other for other in together if other != index]
+        return [other for other in self._together.facts(index) if other != index]
 
     def _check_given(self) -> None:
-        site, norm = self.method.site, self.lm.mlp_norm(self.method.value_layer)
-        size = self.lm.d_model * (2 if site == "attention+mlp" or (site == "block" and norm is not None) else 1)
+        shape = (self.method.value_size(self.lm),)
         for index, value in self._given.items():
-            if value.shape != (size,):
+            if value.shape != shape:
                 raise ArgumentError(
                     f"targets: the value of fact {index} is {tuple(value.shape)}, but {self.method.site!r} takes "
-                    f"{(size,)}; find it at that site"
+                    f"{shape}; find it at that site"
                 )
 
     def _resolve_collisions(self, rounds: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], list[list[int]]]]:
@@ -174,7 +178,7 @@ class ClosedFormEditor(Editor):
             merged = merge_prompts([self._shared.prompts[member] for member in members])
             for member in members:
                 self.prompts[member] = merged if member == members[0] else None
-            self._merged.update(dict.fromkeys(members, members))
+            self._together.merge(members)
 
     def _join(self, groups: Sequence[tuple[Sequence[int], list[list[int]]]]) -> None:
         """Let the colliding facts of each round be searched knowing of each other."""
@@ -183,38 +187,14 @@ class ClosedFormEditor(Editor):
             prompts = [self._shared.prompts[index] for index in round_]
             shares = shares_written(self.lm, self.method, self.preservation, prompts)
             for group in of_round:
-                together = ([round_[i] for i in group], shares[group][:, group])
-                self._joint.update(dict.fromkeys(together[0], together))
-
-    def _check_independence(self, rounds: Sequence[Sequence[int]]) -> None:
-        """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0)."""
-        first = Place(self.method.layers[0])
-        for number, round_ in enumerate(rounds):
-            prompts = [prompt for index in round_ if (prompt := self.prompts[index]) is not None]
-            if len(prompts) < 2 or self.method.gamma(len(prompts)) > 0:
-                continue
-            keys = self._keys_of(prompts, first)
-            if self.method.contexts.separate:
-                keys, _ = KeyWalk(self.lm, prompts, first).separate_keys()
-            try:
-                low_rank_update(self.preservation[first], keys, keys[:1], 0.0)
-            except ArgumentError as error:
-                raise FactError(
-                    f"round {number + 1} of {len(rounds)}: {error}, fewer at a time (facts_per_round), or give "
-                    "up exactness (EMMET: mu above 0)"
-                ) from error
+                self._together.join([round_[i] for i in group], shares[group][:, group])
 
     def _first_keys(self, first: Place) -> Tensor:
         """The keys of the run's facts at matrix `first`, [d_in, facts] float64, before facts are merged."""
         assert self._shared is not None
         if first not in self._shared.first_keys:
-            self._shared.first_keys[first] = self._keys_of(self._shared.prompts, first)
+            self._shared.first_keys[first] = keys_at(self.lm, self._shared.prompts, first)
         return self._shared.first_keys[first][:, : len(self.facts)]
-
-    def _keys_of(self, prompts: Sequence[FactPrompts], place: Place) -> Tensor:
-        """Keys at `place`, [d_in, B] float64, read for 256 facts at a time to bound memory."""
-        groups = [prompts[start : start + _KEYS_AT_ONCE] for start in range(0, len(prompts), _KEYS_AT_ONCE)]
-        return torch.cat([KeyWalk(self.lm, group, place).keys() for group in groups], dim=1)
 
     # Step 1
 
@@ -225,12 +205,12 @@ class ClosedFormEditor(Editor):
         """Begin the search for the values of these facts, except facts with a given value and merged ones."""
         assert optimizer is not None
         # a group of facts is searched with the first chunk that holds one of them
-        wanted = [other for index in indices for other in self._joint.get(index, ([index],))[0]]
+        wanted = [other for index in indices for other in self._together.searched(index)]
         prompts = {index: prompt for index in wanted if (prompt := self.prompts[index]) is not None}
         if not self._rounds_written:  # given values hold for the first round's weights only
             device = self.lm.weight(self.method.value_place).device
             for index in prompts.keys() & self._given.keys():
-                complete = self._given.keys() >= set(self._joint.get(index, ([],))[0])
+                complete = self._given.keys() >= set(self._together.searched(index))
                 if not self.searched_with(index) or (self._given_with_others and complete):
                     self.results[index] = self._given[index].to(device, torch.float64)
         for index in prompts.keys() & self.results.keys():
@@ -238,24 +218,16 @@ class ClosedFormEditor(Editor):
         self._searched = list(prompts)
         self._search = None
         if prompts:
-            self._search = ValueOptimization(
-                self.lm,
-                list(prompts.values()),
-                self.method.value_layer,
-                self.method.site,
-                self.method.values,
-                self.settings.max_tokens,
-                self._groups_of(self._searched),
-            )
+            self._search = self._optimization(list(prompts.values()), self._searched)
             optimizer.param_groups[0]["params"] = [self._search.delta]
             optimizer.state.clear()
             self._collect()
 
-    def _groups_of(self, searched: Sequence[int]) -> list[Joint]:
-        """The groups that are searched together, as indices of `searched`."""
-        place = {index: i for i, index in enumerate(searched)}
-        groups = {self._joint[index][0][0]: self._joint[index] for index in searched if index in self._joint}
-        return [Joint(torch.tensor([place[i] for i in members]), shares) for members, shares in groups.values()]
+    def _optimization(self, prompts: Sequence[FactPrompts], indices: Sequence[int]) -> ValueOptimization:
+        """The search for these facts in the present model."""
+        layer, site, values = self.method.value_layer, self.method.site, self.method.values
+        joint = self._together.groups(indices)
+        return ValueOptimization(self.lm, prompts, layer, site, values, self.settings.max_tokens, joint)
 
     @property
     def done(self) -> bool:
@@ -286,23 +258,56 @@ class ClosedFormEditor(Editor):
     @property
     def facts_found(self) -> float:
         at_work = 0.0 if self._search is None else float(self._search.progress.sum())
-        return len(self.results) + at_work
+        found = len(self.results) + self._in_first_pass + at_work
+        return found if self.method.passes == 1 else (found + self._rewritten) / 2
 
     # Step 2
 
     def write(self, indices: Sequence[int], owner: Owner) -> dict[Place, Change]:
         prompts, targets = self._found(indices)
-        changes: dict[Place, Change] = {}
-        self.round_keys = {}
-        for place, change, keys in write_facts(self.lm, self.method, self.preservation, prompts, targets, owner):
-            changes[place], self.round_keys[place] = change, keys
+        changes = self._written(prompts, targets, owner)
+        if self.method.passes > 1:
+            changes = self._further(indices, prompts, owner, changes)
         if self.method.reads_keys_after_writing:
             self.round_keys = read_keys(self.lm, self.method, prompts)
         self._remember()
         self._rounds_written += 1
         return changes
 
-    def separate(self, indices: Sequence[int]) -> RowwiseEdits:
+    def _written(self, prompts: Sequence[FactPrompts], targets: Tensor, owner: Owner) -> dict[Place, Change]:
+        """Solve and write; the keys are kept in `round_keys`."""
+        changes: dict[Place, Change] = {}
+        self.round_keys = {}
+        for place, change, keys in write_facts(self.lm, self.method, self.preservation, prompts, targets, owner):
+            changes[place], self.round_keys[place] = change, keys
+        return changes
+
+    def _further(
+        self, indices: Sequence[int], prompts: Sequence[FactPrompts], owner: Owner, changes: dict[Place, Change]
+    ) -> dict[Place, Change]:
+        """Take the further passes of a round that was written; returns all that is written then."""
+        searched = [index for index in indices if self.prompts[index] is not None]
+
+        def watch(search: ValueOptimization) -> None:
+            self._rewritten = float(search.progress.sum())
+            self.watch()
+
+        passes = FurtherPasses(
+            self.lm,
+            owner,
+            lambda: self._optimization(prompts, searched),
+            lambda targets: self._written(prompts, targets, owner),
+            watch,
+        )
+        self._in_first_pass = len(searched)
+        changes = passes.run(changes, self.method.passes - 1)
+        self._in_first_pass, self._rewritten = 0, 0.0
+        self.losses |= {searched[i]: loss for i, loss in passes.losses.items()}
+        return changes
+
+    def separate(self, indices: Sequence[int]) -> RowwiseEdits | None:
+        if self.method.passes > 1:  # they need the edited model
+            return None
         prompts, targets = self._found(indices)
         return separate_updates(self.lm, self.method, self.preservation, prompts, targets)
 

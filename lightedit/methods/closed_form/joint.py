@@ -7,8 +7,9 @@ the same, whatever they ask for: they find one value together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,36 @@ class Joint:
     def to(self, like: Tensor) -> "Joint":
         """On the device of `like`, with its dtype."""
         return Joint(self.members.to(like.device), self.shares.to(like))
+
+
+@dataclass
+class Together:
+    """Which facts of a run are searched with others, by their indices in the run."""
+
+    _merged: dict[int, list[int]] = field(default_factory=dict)
+    _joint: dict[int, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+    def merge(self, facts: list[int]) -> None:
+        """Let facts share one value."""
+        self._merged |= dict.fromkeys(facts, facts)
+
+    def join(self, facts: list[int], shares: Tensor) -> None:
+        """Let facts be searched knowing of each other; `shares` as in `Joint`."""
+        self._joint |= dict.fromkeys(facts, (facts, shares))
+
+    def facts(self, index: int) -> list[int]:
+        """The facts on whose texts the value of a fact depends, itself included."""
+        return self._merged.get(index) or self.searched(index)
+
+    def searched(self, index: int) -> list[int]:
+        """The facts whose values are searched with that of a fact, itself included."""
+        return self._joint[index][0] if index in self._joint else [index]
+
+    def groups(self, searched: Sequence[int]) -> list[Joint]:
+        """The groups among facts that are searched, as indices of `searched`."""
+        place = {index: i for i, index in enumerate(searched)}
+        groups = {self._joint[index][0][0]: self._joint[index] for index in searched if index in self._joint}
+        return [Joint(torch.tensor([place[i] for i in members]), shares) for members, shares in groups.values()]
 
 
 def written(delta: Tensor, joint: Sequence[Joint]) -> Tensor:

@@ -11,6 +11,8 @@ from lightedit.lm.batch import Batch, by_length, pad
 from lightedit.lm.hooks import At, stop_after
 from lightedit.lm.rowwise import RowwiseEdits
 
+_FACTS_AT_ONCE = 256  # facts whose hidden states are in memory in `keys_at`
+
 
 class KeyWalk:
     """Visits the edited matrices once, in order, and keeps the hidden states at the input of the current layer.
@@ -139,6 +141,12 @@ class KeyWalk:
             ):
                 self.lm.forward(batch)
             self._hidden[index] = states[block]
+
+
+def keys_at(lm: LanguageModel, prompts: Sequence[FactPrompts], place: Place) -> Tensor:
+    """K at one matrix, [d_in, B] float64, read for 256 facts at a time to bound memory."""
+    groups = [prompts[start : start + _FACTS_AT_ONCE] for start in range(0, len(prompts), _FACTS_AT_ONCE)]
+    return torch.cat([KeyWalk(lm, group, place).keys() for group in groups], dim=1)
 
 
 def values_of(lm: LanguageModel, place: Place, keys: Tensor) -> Tensor:

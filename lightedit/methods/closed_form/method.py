@@ -29,6 +29,9 @@ class ClosedForm(Method):
         layers: the edited layers, ascending; values are found at the last of them.
         values: settings of the value optimisation.
         contexts: how the contexts of keys and values are sampled.
+        passes: most searches of a round, each followed by a solve. After the first one, facts whose target is not yet
+            the most probable continuation are searched again in the edited model; 1 is the published way. See
+            `FurtherPasses`.
         site: where δ is added.
         keeps_past_keys: whether later rounds of a run preserve the keys of its earlier rounds.
     """
@@ -36,11 +39,14 @@ class ClosedForm(Method):
     layers: tuple[int, ...]
     values: ValueSettings = field(default_factory=ValueSettings)
     contexts: ContextSettings = field(default_factory=ContextSettings)
+    passes: int = field(default=1, kw_only=True)
 
     keeps_past_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _as_layers(self.layers))
+        if self.passes < 1:
+            raise ArgumentError(f"passes must be at least 1, got {self.passes}")
 
     @property
     def value_layer(self) -> int:
@@ -83,11 +89,16 @@ class ClosedForm(Method):
         """Whether `other` has the same preservation terms as this method when a run starts."""
         if type(other) is not type(self):
             return False
-        return replace(other, values=self.values, contexts=self.contexts) == self
+        return replace(other, values=self.values, contexts=self.contexts, passes=self.passes) == self
 
     @property
     def site(self) -> Site:
         return "block"
+
+    def value_size(self, lm: LanguageModel) -> int:
+        """Entries of a value: d, or 2 d for two sites, and for "block" with a norm after the MLP (see `Values`)."""
+        two = self.site == "attention+mlp" or (self.site == "block" and lm.mlp_norm(self.value_layer) is not None)
+        return lm.d_model * (2 if two else 1)
 
     @property
     def reads_keys_after_writing(self) -> bool:

@@ -122,6 +122,8 @@ class ValueOptimization:
     Attributes:
         delta: the parameter, [facts, d]; [facts, 2 d] for two sites; float32 or wider.
         active: which facts are still optimised, [facts] bool.
+        most_probable: whether all tokens of the target were the most probable ones in all contexts when the loss was
+            evaluated last, [facts] bool; a group of `joint` as a whole.
         tokens: the suffix tokens that were computed so far.
     """
 
@@ -145,6 +147,7 @@ class ValueOptimization:
         self._joint = [each.to(self.initial) for each in joint]
         self.delta = nn.Parameter(torch.zeros_like(self.initial))
         self.active = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self.most_probable = ~self.active
         self._before_step: Tensor | None = None  # δ before the optimizer's step, if lr is relative
         width = lm.d_model
         self._rms = (self._norms(self.initial) / width**0.5).repeat_interleave(width, dim=1)
@@ -214,9 +217,8 @@ class ValueOptimization:
             self._times = step.times
             done |= rule.done(step)
             self._nll_factor = rule.nll_factor(step)
-        for group in self._joint:
-            done[group.members] = done[group.members].all()
-        self._finish(self.active & done)
+        self.most_probable = self._as_groups((most_probable == self._tokens).all(1))
+        self.finish(self._as_groups(done))
         return self._losses
 
     @torch.no_grad()
@@ -230,7 +232,7 @@ class ValueOptimization:
         shrink = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
         self.delta.mul_(shrink.repeat_interleave(self.delta.shape[1] // len(self._places), dim=1))
         self._steps += self.active
-        self._finish(self.active & (self._steps >= self.settings.steps - 1))
+        self.finish(self.active & (self._steps >= self.settings.steps - 1))
 
     def values(self) -> Values:
         """The targets found so far."""
@@ -241,8 +243,16 @@ class ValueOptimization:
             targets = torch.cat([self._output + shift, targets], dim=1)
         return Values(targets, self.initial, self._steps.clone(), self._losses.clone())
 
+    def _as_groups(self, facts: Tensor) -> Tensor:
+        """[facts] bool, true for the facts of a group of `joint` only where it is true for all of them."""
+        for group in self._joint:
+            facts[group.members] = facts[group.members].all()
+        return facts
+
     @torch.no_grad()
-    def _finish(self, facts: Tensor) -> None:
+    def finish(self, facts: Tensor) -> None:
+        """Finish these facts, [facts] bool, with their present δ."""
+        facts = facts & self.active
         if not facts.any():
             return
         self._final[facts] = self.delta[facts]

@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightedit.data.facts import FactError
 from lightedit.data.prompts import FactPrompts
-from lightedit.errors import NumericalError
+from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change, LowRankUpdate
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
-from lightedit.methods.closed_form.keys import KeyWalk
+from lightedit.methods.closed_form.keys import KeyWalk, keys_at
 from lightedit.methods.closed_form.method import ClosedForm
-from lightedit.methods.closed_form.preservation import Preservation
+from lightedit.methods.closed_form.preservation import Preservation, low_rank_update
 
 
 @torch.no_grad()
@@ -135,6 +136,33 @@ def _solve(
 def _as_written(update: LowRankUpdate, walk: KeyWalk) -> LowRankUpdate:
     """The update in the dtype in which the model sums updates: its own, or float32 if wider."""
     return update.to(walk.lm.weight(walk.place).device, torch.promote_types(walk.lm.dtype, torch.float32))
+
+
+def check_independence(
+    lm: LanguageModel,
+    method: ClosedForm,
+    preservation: Mapping[Place, Preservation],
+    rounds: Sequence[Sequence[FactPrompts]],
+) -> None:
+    """Refuse rounds that no update can write exactly, if the method writes exactly (γ = 0).
+
+    Raises:
+        FactError: the keys of a round's facts depend on one another.
+    """
+    first = method.places[0]
+    for number, prompts in enumerate(rounds):
+        if len(prompts) < 2 or method.gamma(len(prompts)) > 0:
+            continue
+        keys = (
+            KeyWalk(lm, prompts, first).separate_keys()[0] if method.contexts.separate else keys_at(lm, prompts, first)
+        )
+        try:
+            low_rank_update(preservation[first], keys, keys[:1], 0.0)
+        except ArgumentError as error:
+            raise FactError(
+                f"round {number + 1} of {len(rounds)}: {error}, fewer at a time (facts_per_round), or give "
+                "up exactness (EMMET: mu above 0)"
+            ) from error
 
 
 @torch.no_grad()
