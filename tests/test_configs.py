@@ -202,7 +202,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_a_file_leaves_out_is_as_published(name: str) -> None:
-    assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **DEFAULTS[name]}
+    assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), "passes": 1, **DEFAULTS[name]}
 
 
 def test_every_method_has_its_defaults_in_the_table() -> None:

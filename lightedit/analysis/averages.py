@@ -31,7 +31,8 @@ class Mean(NamedTuple):
     facts: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.half_width:.3f}"
+        width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.3f}"
+        return f"{self.value:.3f}{width}"
 
 
 def mean_of(values: Sequence[float]) -> Mean:

@@ -8,6 +8,7 @@ from typing import Any
 from lightedit.analysis.averages import ANY, Mean
 from lightedit.analysis.settings import SEVERED
 from lightedit.analysis.trace import FactTrace, Trace
+from lightedit.data.words import counted
 from lightedit.figures import PALETTE, Drawing, blank, save, style
 
 TITLES = {"state": "Restored state", "mlp": "Restored MLP", "attention": "Restored attention"}
@@ -49,7 +50,7 @@ def average_map(trace: Trace) -> Drawing:
     averages = {kind: trace.averages(kind) for kind in TITLES if kind in trace.kinds}
     roles = [role for role in _ROLES if role != ANY and role in next(iter(averages.values()))]
     grids = {kind: [[mean.value for mean in own[role]] for role in roles] for kind, own in averages.items()}
-    about = f"Average indirect effects over {len(trace.facts)} facts, by layer and class of token."
+    about = f"Average indirect effects over {counted(len(trace.facts))}, by layer and class of token."
     return _maps(grids, [_ROLES[role] for role in roles], trace.settings.window, about, apart=False)
 
 
@@ -58,7 +59,7 @@ def average_lines(trace: Trace) -> Drawing:
     averages = {kind: trace.averages(kind) for kind in TITLES if kind in trace.kinds}
     roles = [role for role in _ROLES if role != ANY and any(role in own for own in averages.values())]
     with style():
-        about = f"Average indirect effects over {len(trace.facts)} facts by layer, with 95 % intervals."
+        about = f"Average indirect effects over {counted(len(trace.facts))} by layer, with 95 % intervals."
         drawing = blank((_WIDTH * len(averages), 270), about, layout="constrained")
         panels = drawing.figure.subplots(1, len(averages), sharey=True, squeeze=False)[0]
         for axes, (kind, own) in zip(panels, averages.items(), strict=True):
@@ -80,7 +81,7 @@ def severed_bars(trace: Trace) -> Drawing:
     names = {"state": "no path severed", SEVERED["attention"]: "attention severed", SEVERED["mlp"]: "MLP severed"}
     hues = {"state": "series-5", SEVERED["attention"]: "series-1", SEVERED["mlp"]: "series-2"}
     with style():
-        about = f"Indirect effects of the last subject token's states over {len(trace.facts)} facts, paths severed."
+        about = f"Indirect effects of the last subject token's states over {counted(len(trace.facts))}, paths severed."
         drawing = blank((2 * _WIDTH, 260), about, layout="constrained")
         axes = drawing.figure.subplots()
         for index, kind in enumerate(name for name in names if name in trace.kinds):

@@ -9,6 +9,7 @@ from typing import Any, Self
 from lightedit.analysis.averages import ANY, CLASSES, Mean, mean_of, profiles
 from lightedit.analysis.prompts import TokenClass
 from lightedit.analysis.settings import TraceSettings
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.runs.tables import write_table
@@ -142,7 +143,7 @@ class Trace:
     def __str__(self) -> str:
         left = f", {len(self.left_out)} that the model does not know left out" if self.left_out else ""
         return (
-            f"{len(self.facts)} facts traced{left}; P {self.p_clean.value:.3f}, P* {self.p_corrupted.value:.3f}, "
+            f"{counted(len(self.facts))} traced{left}; P {self.p_clean.value:.3f}, P* {self.p_corrupted.value:.3f}, "
             f"average total effect {self.total_effect}"
         )
 

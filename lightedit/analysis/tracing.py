@@ -18,6 +18,7 @@ from lightedit.analysis.restoring import Branch, restored, state_branches, windo
 from lightedit.analysis.settings import SEVERED, TraceSettings
 from lightedit.analysis.trace import FactTrace, Trace
 from lightedit.data.fact import Fact, FactError
+from lightedit.data.words import counted
 from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.arguments import check_model
@@ -78,7 +79,7 @@ def trace(
             kept = stack.enter_context(kept_records(Path(checkpoint), "trace", inputs))
         found = {} if kept is None else {i: FactTrace.from_dict(record) for i, record in kept.records.items()}
         rest = [index for index in chosen if index not in found]
-        report = stack.enter_context(progress(f"tracing {len(chosen)} facts", settings.progress_bar))
+        report = stack.enter_context(progress(f"tracing {counted(len(chosen))}", settings.progress_bar))
         for number, index in enumerate(rest, start=1):
             found[index] = _trace_one(lm, chosen[index], level, settings)
             if kept is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightedit as le
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 
 _HELP = (
@@ -75,7 +76,7 @@ class _Switch:
         if not self.edits:
             return "no edits were given"
         facts = sum(len(edit.facts) for edit in self.edits)
-        return f"edits of {facts} facts: {self.state}"
+        return f"edits of {counted(facts)}: {self.state}"
 
     @property
     def state(self) -> str:

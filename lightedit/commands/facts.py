@@ -5,6 +5,7 @@ from pathlib import Path
 import lightedit as le
 from lightedit.commands.shared import covariance_of, read_served
 from lightedit.data.facts import FactError
+from lightedit.data.words import counted
 from lightedit.editing.summary import count_held
 from lightedit.editing.tuning import tuned_method
 from lightedit.errors import ArgumentError, RunFailedError
@@ -35,9 +36,7 @@ def add(
     opened = le.FactBase(base)
     before = len(opened)
     opened.add(read_served(facts, None, format, chat=chat, end_turn=end_turn, separator=separator))
-    print(
-        f"added {len(opened) - before} facts, {len(opened)} now; write them with: lightedit facts apply --base {base}"
-    )
+    print(f"added {counted(len(opened) - before)}, {len(opened)} now; {_WRITE} {base}")
 
 
 def replace(base: Path, fact: str, target: str | None = None, by: Path | None = None) -> None:
@@ -72,7 +71,7 @@ def remove(base: Path, fact: str) -> None:
     """
     opened = le.FactBase(base)
     opened.remove(fact)
-    print(f"removed {fact!r}, {len(opened)} facts now; {_WRITE} {base}")
+    print(f"removed {fact!r}, {counted(len(opened))} now; {_WRITE} {base}")
 
 
 def show(base: Path) -> None:
@@ -90,7 +89,7 @@ def show(base: Path) -> None:
     gone = [] if edit is None else [fact for fact in edit.facts if fact not in set(opened)]
     for fact in gone:
         print(f"{'removed':11}  {fact.text} -> {fact.target_new} (still in the edit)")
-    print(f"{len(opened)} facts" + (f"; the edit is in {base / 'edit'}" if edit is not None else ""))
+    print(f"{counted(len(opened))}" + (f"; the edit is in {base / 'edit'}" if edit is not None else ""))
 
 
 def apply(
@@ -126,6 +125,6 @@ def apply(
     opened.covariance = covariance_of(model, [chosen], covariance)
     edit = opened.apply(model)
     print(edit)
-    print(f"saved the edit of {len(edit.facts)} facts in {base / 'edit'}")
+    print(f"saved the edit of {counted(len(edit.facts))} in {base / 'edit'}")
     if not edit.held:
         raise RunFailedError(f"the edit is saved, but {count_held(edit.outcomes)}")

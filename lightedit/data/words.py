@@ -1,4 +1,4 @@
-"""Where a text mentions a name, as a whole word or within one."""
+"""Words of texts: where a name is mentioned, as a whole word or within one, and how things are counted."""
 
 import re
 import unicodedata
@@ -25,3 +25,12 @@ def _joins(left: str, right: str) -> bool:
     return all(
         char and (char.isalnum() or char == "_" or unicodedata.category(char).startswith("M")) for char in (left, right)
     ) and not any(unicodedata.name(char, "").startswith(_UNSPACED) for char in (left, right))
+
+
+def counted(number: int, noun: str = "fact") -> str:
+    """The number of things in words.
+
+    >>> counted(1), counted(1200)
+    ('1 fact', '1,200 facts')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightedit.data.facts import Fact
 from lightedit.data.lookup import place_of, with_target
+from lightedit.data.words import counted
 from lightedit.editing.outcomes import Damage, Outcome
 from lightedit.editing.summary import count_held, lines_of
 from lightedit.errors import LightEditError, MissingFileError
@@ -88,7 +89,7 @@ class Edit:
 
     def __str__(self) -> str:
         """What the run wrote, one line a fact, and what changed elsewhere."""
-        wrote = f"{self.record.method.get('name', 'a method')} wrote {len(self.facts)} facts into {self.model}"
+        wrote = f"{self.record.method.get('name', 'a method')} wrote {counted(len(self.facts))} into {self.model}"
         if not self.outcomes:
             return f"{wrote}, layers {self.layers}"
         title = f"{wrote}, layers {self.layers}: {count_held(self.outcomes)}"

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightedit.data.fact import Fact, served_as
 from lightedit.data.modules import FactsDataModule
 from lightedit.data.prompts import check_facts_fit
+from lightedit.data.words import counted
 from lightedit.editing.artefact import Edit
 from lightedit.editing.checkpoint import RoundCheckpoint
 from lightedit.editing.module import EditModule
@@ -134,7 +135,7 @@ def edit(
     if covariance is None and prepared is None:
         covariance = covariance_for(lm, [method], progress_bar=settings.progress_bar)
     module = EditModule(lm, method, covariance=covariance, settings=settings, prepared=prepared)
-    with progress(f"editing {len(data.facts)} facts", settings.progress_bar) as report, quiet_lightning():
+    with progress(f"editing {counted(len(data.facts))}", settings.progress_bar) as report, quiet_lightning():
         watching = [_Progress(report), *([Outcomes()] if settings.outcomes else []), *callbacks]
         if checkpoint is not None:
             watching.append(RoundCheckpoint(checkpoint))

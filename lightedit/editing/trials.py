@@ -7,11 +7,16 @@ from typing import Any, Self
 import yaml
 
 from lightedit.data.prompts import ContextSettings
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.methods.closed_form.memit import MEMIT
+from lightedit.methods.closed_form.stopping import MostProbable
 from lightedit.methods.closed_form.values import ValueSettings
 
-FORMAT = 2
+FORMAT = 3
+# Most facts are done after about 20 steps; facts about one subject need more
+_STEPS = 60
+_STOPPING = MostProbable(extra_steps=15)
 _FIGURES = ("held", "PS", "NS")
 
 
@@ -146,10 +151,17 @@ class Tuning:
             "clamp_norm_factor": best.clamp,
             "kl_factor": method.values.kl_factor,
             "weight_decay": method.values.weight_decay,
+            "stopping": {"extra_steps": _STOPPING.extra_steps},
         }
-        settings = {"layers": list(best.layers), "share": best.share, "contexts": {"separate": True}, "values": values}
+        settings = {
+            "layers": list(best.layers),
+            "share": best.share,
+            "passes": method.passes,
+            "contexts": {"separate": True},
+            "values": values,
+        }
         content = {"lm": self.model, "dtype": dtype, "method": {"class_path": "lightedit.MEMIT", "init_args": settings}}
-        head = f"# tuned on {self.settings.facts} facts: {figures} (NS {best.NS_before:.1f} before)\n"
+        head = f"# tuned on {counted(self.settings.facts)}: {figures} (NS {best.NS_before:.1f} before)\n"
         return head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,9 +177,10 @@ class Tuning:
 
 
 def method_with(settings: TuningSettings, layers: Sequence[int], clamp: float, share: float) -> MEMIT:
-    """MEMIT with these settings."""
-    values = ValueSettings(lr=settings.lr, relative_lr=True, clamp_norm_factor=clamp)
-    return MEMIT(tuple(layers), values=values, contexts=ContextSettings(separate=True), share=share)
+    """MEMIT with these settings. Facts that do not hold after one pass get a second one."""
+    lr = settings.lr
+    values = ValueSettings(lr=lr, relative_lr=True, clamp_norm_factor=clamp, steps=_STEPS, stopping=_STOPPING)
+    return MEMIT(tuple(layers), values=values, contexts=ContextSettings(separate=True), share=share, passes=2)
 
 
 def _tuples(value: Any) -> Any:

@@ -143,7 +143,7 @@ class _Search:
         for layers, share in tried:
             if (layers, clamp, share) in made:
                 continue
-            method = method_with(self.settings, layers, clamp, share)
+            method = replace(method_with(self.settings, layers, clamp, share), passes=1)  # the settings' own merits
             editor = method.editor(self.lm, covariance=self.covariance, settings=self.run_settings)
             editor.prepare(self.facts, self.rounds, first)
             editor.give(values)

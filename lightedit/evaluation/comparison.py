@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightedit.data.fact import Fact, Serving
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.metrics import RecordScores
 from lightedit.metrics.functional import unchanged
@@ -20,7 +21,7 @@ def check_same_facts(facts: Sequence[Fact], before: Sequence[Mapping[str, Any]])
     """
     if len(facts) != len(before):
         raise ArgumentError(
-            f"before: it evaluated {len(before)} facts, and here are {len(facts)}; evaluate the same ones"
+            f"before: it evaluated {counted(len(before))}, and here are {len(facts)}; evaluate the same ones"
         )
     for number, (fact, record) in enumerate(zip(facts, before, strict=True)):
         fields = {name: getattr(fact, name) for name in ("prompt", "subject", "target_new", "target_true")}

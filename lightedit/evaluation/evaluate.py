@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.data.fact import Fact, FactError, Serving, served_as
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.evaluation.comparison import check_same_facts, with_unchanged
 from lightedit.evaluation.harness import check_harness, harness_scores
@@ -87,7 +88,7 @@ def evaluate(
     windows = None if settings.text is None else held_out_windows(lm, settings.text)
     # before the facts, because its data may not be available
     others = harness_scores(lm, settings.harness, settings.harness_limit, settings.batch_size)
-    with progress(f"scoring {len(facts)} facts", settings.progress_bar) as report:
+    with progress(f"scoring {counted(len(facts))}", settings.progress_bar) as report:
         if checkpoint is None:
             records = score_facts(lm, facts, settings=settings, report=report)
         else:

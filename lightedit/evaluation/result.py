@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
 from lightedit.metrics.scores import METRICS
@@ -67,7 +68,7 @@ class Evaluation:
         heads = ["score"] if before is None else ["before", "after"]
         found = list(dict.fromkeys(name for column in columns for name in column.scores))
         names = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
-        lines = [[f"%, {len(self.records)} facts", *heads]]
+        lines = [[f"%, {counted(len(self.records))}", *heads]]
         lines += [[label(name), *(column._cell(name) for column in columns)] for name in names]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         return "\n".join(

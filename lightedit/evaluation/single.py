@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightedit.data.fact import Fact, FactError, served_as
 from lightedit.data.modules import chunks_by_suffix
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.evaluation.evaluate import check_comparison, summarize
 from lightedit.evaluation.kept_scores import KeptScores, kept_scores
@@ -88,7 +89,7 @@ def evaluate_single(
             inputs = editor.run_inputs() | {"generate": settings.generate}
             kept = stack.enter_context(kept_scores(Path(checkpoint), inputs))
         records: dict[int, RecordScores] = {} if kept is None else dict(kept.records)
-        title = f"editing and scoring {len(facts)} facts, each alone"
+        title = f"editing and scoring {counted(len(facts))}, each alone"
         report = stack.enter_context(progress(title, settings.progress_bar))
         optimizer = editor.make_optimizer()
         unscored = [index for index in range(len(facts)) if index not in records]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
@@ -95,21 +96,17 @@ def _summary(run: ReportedRun) -> Html:
         scores = run.after or run.before
         if scores is None and run.trace is not None:
             return element("p", element("b", element("bdi", run.name)), f": {run.trace}.", class_="lead")
-        what = f"scores of {_count(len(scores.records))}" if scores is not None else "figures of a log"
+        what = f"scores of {counted(len(scores.records))}" if scores is not None else "figures of a log"
     else:
         name = edit.record.method.get("name")
         rounds = "one round" if len(edit.rounds) == 1 else f"{len(edit.rounds)} rounds"
         layers = ", ".join(map(str, edit.layers))
-        what = f"{name} wrote {_count(len(edit.facts))} into {edit.model} in {rounds}, layers {layers}"
+        what = f"{name} wrote {counted(len(edit.facts))} into {edit.model} in {rounds}, layers {layers}"
     stopped = edit.record.stopped if edit is not None else None
     return group(
         element("p", element("b", element("bdi", run.name)), ": ", what, ".", class_="lead"),
         element("p", element("b", "Ended early: "), str(stopped), class_="warning") if stopped else None,
     )
-
-
-def _count(facts: int) -> str:
-    return "1 fact" if facts == 1 else f"{facts:,} facts"
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
+from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.methods.protocol import Method
 
@@ -52,7 +53,7 @@ class Run:
         settings = [f"{field}={shown(value)}" for field, value in self.settings.items()]
         rounds = [] if self.facts_per_round == self.facts else [f"{self.facts_per_round} a round"]
         rounds += ["each alone"] if self.round_limit == "single" else []
-        return ", ".join([self.name, *settings, f"{self.facts} facts", *rounds])
+        return ", ".join([self.name, *settings, counted(self.facts), *rounds])
 
 
 def shown(value: Any) -> str:

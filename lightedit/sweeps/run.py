@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.data.facts import Fact, FactError, check_facts, distinct_facts
+from lightedit.data.words import counted
 from lightedit.digests import digest
 from lightedit.editing.run import edit, prepare, rounds_of
 from lightedit.editing.settings import RunSettings
@@ -215,7 +216,7 @@ class _Sweep:
             return
         folder, facts = self.out / "unedited", self.facts
         # always all facts, because the scores that an earlier process kept are of all facts
-        with progress(f"scoring {len(facts)} facts before", self.settings.progress_bar) as report:
+        with progress(f"scoring {counted(len(facts))} before", self.settings.progress_bar) as report:
             records = score_and_keep(self.lm, facts, folder, settings=self.evaluation, report=report)
         seconds = KeptScores(folder).seconds
         for count in missing:

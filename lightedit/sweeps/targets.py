@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightedit.data.facts import Fact
 from lightedit.data.modules import chunks_by_suffix
+from lightedit.data.words import counted
 from lightedit.digests import digest
 from lightedit.editing.settings import RunSettings
 from lightedit.errors import ArgumentError
@@ -97,7 +98,7 @@ class TargetStore:
         searcher.prepare(self.facts[: max(missing) + 1], None, like=editor)
         optimizer = searcher.make_optimizer()
         done, seconds = 0, 0.0
-        with progress(f"values of {len(missing)} facts", self.settings.progress_bar) as report:
+        with progress(f"values of {counted(len(missing))}", self.settings.progress_bar) as report:
             for chunk in chunks_by_suffix(self.facts, missing, self.settings.facts_per_chunk):
                 started = time.perf_counter()
                 search(searcher, chunk, optimizer, subprogress(report, done, len(chunk), len(missing)))

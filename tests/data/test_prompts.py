@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +16,8 @@ from lightedit.data.prompts import (
     tokenize_facts,
 )
 from lightedit.data.served import encode_targets
-from lightedit.lm import LanguageModel
+from lightedit.lm import LanguageModel, Place
+from lightedit.lm.changes import LowRankUpdate
 from tests.models import BOS, EOS, tiny_model, tiny_tokenizer
 
 KINDS = ["bytelevel", "bytelevel-bos", "sentencepiece", "unigram"]
@@ -167,8 +169,25 @@ def test_contexts_start_bare_hold_one_slot_each_and_are_weighed(templates, weigh
 def test_sampling_contexts_follows_the_seed() -> None:
     lm, settings = language_model(), ContextSettings()
     first = settings.sample(lm)
-    assert settings.sample(lm) == first
+    assert settings.sample(language_model()) == first
     assert replace(settings, seed=100).sample(lm).templates != first.templates
+
+
+def test_contexts_of_an_unedited_model_are_sampled_once_and_those_of_an_edited_one_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, settings = language_model(), ContextSettings(prefixes=(("The", 2, 10), ("", 1, 10)))
+    first = settings.sample(lm)
+    torch.manual_seed(0)
+    size = lm.weight(Place(1)).shape
+    lm.weights.add(("x", 0), Place(1), LowRankUpdate(torch.randn(size[0], 4), torch.randn(size[1], 4)))
+    edited = settings.sample(lm)
+    assert edited.templates != first.templates
+    lm.weights.remove([("x", 0)])
+    monkeypatch.setattr(lm, "generate", lambda *_, **__: pytest.fail("sampled again"))
+    assert settings.sample(lm) == first
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        replace(settings, seed=1).sample(lm)
 
 
 @pytest.mark.parametrize("bare_weight", [0.5, 0.2, None])

@@ -116,7 +116,8 @@ def test_a_config_makes_the_same_method(lm: le.LanguageModel, tmp_path: Path) ->
     content = yaml.safe_load(result.config("float32"))
     assert content["lm"] == "tiny" and content["dtype"] == "float32"
     settings = content["method"]["init_args"]
-    values = le.ValueSettings(**settings.pop("values"))
+    values = settings.pop("values")
+    values = le.ValueSettings(**values | {"stopping": le.MostProbable(**values["stopping"])})
     contexts = ContextSettings(**settings.pop("contexts"))
     assert content["method"]["class_path"] == "lightedit.MEMIT"
     assert le.MEMIT(**settings, values=values, contexts=contexts) == result.method

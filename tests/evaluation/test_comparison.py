@@ -112,7 +112,7 @@ def test_an_unchanged_model_retains_everything_also_beside_a_saved_evaluation(lm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda records: records[:1], "it evaluated 1 facts, and here are 2"),
+        (lambda records: records[:1], "it evaluated 1 fact, and here are 2"),
         (lambda records: records[::-1], "the subject of its record 0 is 'Italy', that of the fact is 'France'"),
         (lambda records: [records[0] | {"target_new": "Bonn"}, records[1]], "the target_new of its record 0 is 'Bonn'"),
         (
