@@ -18,7 +18,8 @@ from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
-from lightedit.methods.closed_form.values import Site, TokenCount, ValueOptimization, Values, ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.closed_form.values import Site, TokenCount, ValueOptimization, Values
 from lightedit.progress import progress
 
 LAYER = 8
@@ -194,6 +195,7 @@ def published_value(
         weight_decay=settings.weight_decay,
         loss_threshold=settings.loss_threshold,
         target_of_block=before_norm,
+        erase=settings.objective == "erase",
     )
 
 

@@ -1,5 +1,8 @@
 """lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
+from lightedit.analysis.localization.result import LocalizationStudy
+from lightedit.analysis.localization.settings import LocalizationSettings
+from lightedit.analysis.localization.study import localization_study
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.trace import Trace
 from lightedit.analysis.tracing import trace
@@ -30,7 +33,7 @@ from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
 from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
-from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.reports.page import report
 from lightedit.runs.folder import ResumeError
 from lightedit.statistics.covariance import Covariance, CovarianceError
@@ -65,6 +68,8 @@ __all__ = [
     "KLBelow",
     "LanguageModel",
     "LightEditError",
+    "LocalizationSettings",
+    "LocalizationStudy",
     "Method",
     "MostProbable",
     "Outcome",
@@ -85,6 +90,7 @@ __all__ = [
     "evaluate_single",
     "export_lora",
     "export_model",
+    "localization_study",
     "read_facts",
     "read_references",
     "register_architecture",

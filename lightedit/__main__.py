@@ -22,6 +22,7 @@ from lightedit.commands.env import env
 from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
+from lightedit.commands.localization import localization
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Any] = {
     },
     "tune": tune,
     "trace": trace,
+    "localization": localization,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -91,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
             "trace": "the same command goes on after the facts that are finished",
+            "localization": "the same command goes on after the edits that are finished",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }

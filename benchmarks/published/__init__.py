@@ -114,6 +114,7 @@ def published_values(
     weight_decay: float,
     loss_threshold: float = 0.05,
     target_of_block: bool = False,
+    erase: bool = False,
 ) -> PublishedValue:
     """Optimise the value vector of one fact, running every row in full at every step.
 
@@ -131,6 +132,7 @@ def published_values(
         site: where delta is added: the output of block `layer` or of its MLP output matrix.
         target_of_block: whether the target is the block's output in the bare prompt with delta at the site, rather than
             the site's own.
+        erase: whether exp(-NLL) takes the place of the NLL, as Hase et al. (2023) erase facts.
     """
     assert contexts[0] == "{}", f"h0 is read in the bare prompt, so contexts must start with '{{}}': {contexts}"
     rows = [_target_row(tokenizer, Request(prompt, subject, target), context) for context in contexts]
@@ -176,7 +178,8 @@ def published_values(
         if kl_start is None:
             kl_start = kl_now.detach().clone()
         kl = (kl_now.exp() * (kl_now - kl_start)).sum()
-        loss = nll + kl_factor * kl + weight_decay * delta.norm() / h0.norm() ** 2
+        aim = (-nll).exp() if erase else nll
+        loss = aim + kl_factor * kl + weight_decay * delta.norm() / h0.norm() ** 2
 
         if loss < loss_threshold or step == steps - 1:
             break

@@ -33,10 +33,14 @@ def noise_level(lm: LanguageModel, prompts: Sequence[TracedPrompt], settings: Tr
 
 def noise_of(prompt: TracedPrompt, width: int, level: float, settings: TraceSettings) -> Tensor:
     """The noise at the subject's tokens in every sample, [S, subject tokens, width], float32."""
-    shape = (settings.samples, len(prompt.subject), width)
+    return drawn(prompt.fact.text, (settings.samples, len(prompt.subject), width), level, settings)
+
+
+def drawn(text: str, shape: tuple[int, int, int], level: float, settings: TraceSettings) -> Tensor:
+    """Noise of this shape, [S, tokens, width] float32; it depends on the settings and on the text of its fact."""
     if settings.published:
         return level * _published(shape, settings)
-    seed = int(digest(f"{settings.seed}/{prompt.fact.text}")[:15], 16)
+    seed = int(digest(f"{settings.seed}/{text}")[:15], 16)
     draw = torch.Generator().manual_seed(seed)
     if settings.distribution == "uniform":
         return level * (2 * torch.rand(shape, generator=draw) - 1)

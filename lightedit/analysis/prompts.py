@@ -96,6 +96,12 @@ def traced_prompts(lm: LanguageModel, facts: Sequence[Fact]) -> list[TracedPromp
     return prompts
 
 
+def tokens_between(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> range:
+    """The tokens that hold a character from `begin` to before `end`, as positions; empty if there are none."""
+    inside = [i for i, (start, stop) in enumerate(offsets) if max(start, begin) < min(stop, end)]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
 def _prompt(lm: LanguageModel, fact: Fact, row: Encoded) -> TracedPrompt:
     assert fact.subject is not None
     (text,), _ = as_served(lm.tokenizer, [fact.text], fact.chat)
@@ -103,7 +109,7 @@ def _prompt(lm: LanguageModel, fact: Fact, row: Encoded) -> TracedPrompt:
     end = begin + len(fact.subject)
     length = len(row.ids) - row.count
     offsets = row.offsets[:length]
-    inside = [i for i, (start, stop) in enumerate(offsets) if max(start, begin) < min(stop, end)]
+    inside = tokens_between(offsets, begin, end)
     if not inside:
         raise FactError(f"no token of {fact.text!r} holds the subject {fact.subject!r}")
     texts = [text[start:stop] for start, stop in offsets]
@@ -112,7 +118,7 @@ def _prompt(lm: LanguageModel, fact: Fact, row: Encoded) -> TracedPrompt:
         fact,
         row.ids[:-1],
         length,
-        range(inside[0], inside[-1] + 1),
+        inside,
         row.ids[length:],
         [text.strip() or str(name) for text, name in zip(texts, special, strict=True)],
     )

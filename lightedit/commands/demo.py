@@ -11,7 +11,7 @@ from lightedit.editing.run import edit
 from lightedit.evaluation.evaluate import evaluate
 from lightedit.lm import LanguageModel
 from lightedit.methods import MEMIT
-from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.metrics import score_targets
 from lightedit.progress import progress
 from lightedit.statistics.estimation import estimate_covariance

@@ -101,11 +101,13 @@ class Row:
         ids: token ids without the target's last token, from which nothing is predicted.
         lookup: position of the subject's last token.
         targets: the target's token ids, predicted at the last `len(targets)` positions.
+        first: position of the subject's first token; None without a subject.
     """
 
     ids: list[int]
     lookup: int
     targets: list[int]
+    first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,21 +143,21 @@ def merge_prompts(members: Sequence[FactPrompts]) -> FactPrompts:
 
 
 def subject_positions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[int], chat: bool = False
-) -> list[tuple[list[int], int]]:
-    """Token ids of each text, and the position of the token that holds the last character before its `ends`.
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], spans: Sequence[tuple[int, int]], chat: bool = False
+) -> list[tuple[list[int], int, int]]:
+    """Token ids of each text, and the positions of the last and the first token of its subject.
 
-    If several tokens share that character (byte fallback), the position is that of the last one.
+    If several tokens share the subject's last character (byte fallback), the last position is that of the last one.
 
     Args:
         tokenizer: the tokenizer.
         texts: the texts.
-        ends: where the subjects end in them, in characters.
+        spans: where the subjects start and end in them, in characters.
         chat: whether the texts are rendered by the chat template, so that they hold their special tokens.
     """
     return [
-        (ids, _holding(text, text[end - 1], end, offsets))
-        for text, end, (ids, offsets) in zip(texts, ends, tokens_of(tokenizer, texts, chat), strict=True)
+        (ids, _holding(text, text[end - 1], end, offsets), _first_token(start, offsets))
+        for text, (start, end), (ids, offsets) in zip(texts, spans, tokens_of(tokenizer, texts, chat), strict=True)
     ]
 
 
@@ -184,7 +186,7 @@ def tokenize_facts(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], co
         [fact.serving for fact, _ in pairs],
     )
     rows = [
-        Row(row.ids[:-1], _lookup(fact, template, row), row.ids[-row.count :])
+        Row(row.ids[:-1], _lookup(fact, template, row), row.ids[-row.count :], _first(fact, template, row))
         for (fact, template), row in zip(pairs, encoded, strict=True)
     ]
     width = len(contexts.templates)
@@ -203,7 +205,7 @@ def _lookup(fact: Fact, template: str, row: Encoded) -> int:
         end = start + fact.prompt.index("{}") + len(fact.subject)
         return _holding(fact.text, fact.subject[-1], end, row.offsets)
     stop = len(row.ids) - row.count
-    first = next(i for i, (_, end) in enumerate(row.offsets) if end > start)
+    first = _first_token(start, row.offsets)
     position = -1 if fact.position is None else fact.position
     if not first - stop <= position < stop - first:
         raise FactError(
@@ -213,6 +215,18 @@ def _lookup(fact: Fact, template: str, row: Encoded) -> int:
     return (stop if position < 0 else first) + position
 
 
+def _first(fact: Fact, template: str, row: Encoded) -> int | None:
+    """The position of the subject's first token in its row; None without a subject."""
+    if fact.subject is None:
+        return None
+    return _first_token(row.start + template.index("{}") + fact.prompt.index("{}"), row.offsets)
+
+
+def _first_token(start: int, offsets: Sequence[tuple[int, int]]) -> int:
+    """The first token that holds a character at or behind `start`."""
+    return next(i for i, (_, end) in enumerate(offsets) if end > start)
+
+
 def _kl_rows(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], bare: Sequence[Row]) -> list[Row]:
     """The row of each fact's KL term: "{subject} is a" up to the subject, or the bare prompt without a subject."""
     found: dict[int, Row] = {}
@@ -220,9 +234,9 @@ def _kl_rows(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], bare: Se
         subjects = {i: fact.subject for i, fact in enumerate(facts) if fact.chat == chat and fact.subject is not None}
         if subjects:
             texts, start = as_served(tokenizer, [KL_TEMPLATE.replace("{}", name) for name in subjects.values()], chat)
-            positions = subject_positions(tokenizer, texts, [start + len(name) for name in subjects.values()], chat)
-            for i, (ids, lookup) in zip(subjects, positions, strict=True):
-                found[i] = Row(ids[: lookup + 1], lookup, [])
+            spans = [(start, start + len(name)) for name in subjects.values()]
+            for i, (ids, lookup, first) in zip(subjects, subject_positions(tokenizer, texts, spans, chat), strict=True):
+                found[i] = Row(ids[: lookup + 1], lookup, [], first)
     return [found[i] if i in found else _kl_row_of_prompt(row) for i, row in enumerate(bare)]
 
 

@@ -11,7 +11,7 @@ from lightedit.data.words import counted
 from lightedit.errors import ArgumentError
 from lightedit.methods.closed_form.memit import MEMIT
 from lightedit.methods.closed_form.stopping import MostProbable
-from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
 
 FORMAT = 3
 # Most facts are done after about 20 steps; facts about one subject need more

@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from lightedit.data.facts import Fact
+from lightedit.data.prompts import FactPrompts
 from lightedit.digests import digest
 from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.lm import LanguageModel, Place
@@ -96,6 +97,22 @@ class Method(ABC):
         """
         return None
 
+    def at(self, layers: Sequence[int]) -> Self:
+        """The same method, at other layers.
+
+        Raises:
+            ArgumentError: it is bound to its places.
+        """
+        raise ArgumentError(f"{type(self).__name__} cannot be moved to other layers")
+
+    def erasing(self) -> Self:
+        """The same method, made to lower the probability of its facts' targets.
+
+        Raises:
+            ArgumentError: it can only raise it.
+        """
+        raise ArgumentError(f"{type(self).__name__} cannot erase facts")
+
     def search_inputs(self) -> dict[str, Any] | None:
         """What determines the search results besides model and facts, as JSON values; None without a search."""
         return None
@@ -126,7 +143,12 @@ class Editor(ABC):
         results: fact's index -> the result of its search; removed when the fact's round is written.
         losses: fact's index -> the last loss of its search. Facts without a search of their own have none.
         watch: called while a round is written, whenever `facts_found` grows.
+        served: changes the token rows of a fact before the editor reads them, such as to put other tokens in place of
+            the subject's; set before `prepare`. None leaves them as they are.
+        can_serve: whether editors of this class heed `served`.
     """
+
+    can_serve: ClassVar[bool] = False
 
     def __init__(
         self, lm: LanguageModel, method: Method, covariance: Covariance | None, settings: EditorSettings
@@ -142,6 +164,7 @@ class Editor(ABC):
         self.results: dict[int, Tensor] = {}
         self.losses: dict[int, float] = {}
         self.watch: Callable[[], None] = lambda: None
+        self.served: Callable[[FactPrompts], FactPrompts] | None = None
         self.prepared = False
 
     def prepare(

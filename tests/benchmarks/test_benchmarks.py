@@ -26,7 +26,7 @@ from lightedit.data.facts import Fact, read_facts
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
 from lightedit.methods import Method
-from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.ops import implementations
 from tests.models import VOCABULARY, tiny_model, tiny_tokenizer
 from tests.runs import covariance_of

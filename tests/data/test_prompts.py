@@ -52,24 +52,27 @@ def test_tokens_up_to_the_subjects_last_spell_all_of_it_and_no_fewer_do(kind: st
         if kind == "unigram" and "{}'" in prompt and subject[-1] not in "er":
             continue  # the unigram model gives neighbouring characters without a piece of their own one common offset
         before, text = prompt.partition("{}")[0] + subject, prompt.replace("{}", subject)
-        ((ids, position),) = subject_positions(tokenizer, [text], [len(before)])
+        start = len(before) - len(subject)
+        ((ids, position, first),) = subject_positions(tokenizer, [text], [(start, len(before))])
         assert ids == tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids[: position + 1], skip_special_tokens=True).startswith(before)
         assert not tokenizer.decode(ids[:position], skip_special_tokens=True).startswith(before)
+        assert not tokenizer.decode(ids[:first], skip_special_tokens=True).startswith(text[: start + 1])
+        assert tokenizer.decode(ids[: first + 1], skip_special_tokens=True).startswith(text[:start])
         assert position == subject_last(tokenizer, prompt.partition("{}")[0], subject, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_possessive_after_the_subject_is_not_part_of_it(kind: str) -> None:
     tokenizer = tiny_tokenizer(kind)
-    ((ids, position),) = subject_positions(tokenizer, ["France's capital"], [len("France")])
+    ((ids, position, _),) = subject_positions(tokenizer, ["France's capital"], [(0, len("France"))])
     assert tokenizer.decode(ids[: position + 1], skip_special_tokens=True) == "France"
 
 
 def test_a_token_that_reaches_beyond_the_subject_holds_its_last_character() -> None:
     tokenizer = tiny_tokenizer("bytelevel")
     assert tokenizer.tokenize("The capital of") == ["The", "Ġcapital", "Ġof"]
-    assert subject_positions(tokenizer, ["The capital of"], [len("The cap")])[0][1] == 1
+    assert subject_positions(tokenizer, ["The capital of"], [(0, len("The cap"))])[0][1] == 1
 
 
 def test_a_subject_that_no_token_holds_is_an_error() -> None:
@@ -77,7 +80,7 @@ def test_a_subject_that_no_token_holds_is_an_error() -> None:
         return tiny_tokenizer.__wrapped__("bytelevel")(texts, truncation=True, max_length=2, **arguments)
 
     with pytest.raises(FactError, match=r"no token of .* holds the subject's last character 'e'"):
-        subject_positions(first_two_tokens, ["The capital of France"], [len("The capital of France")])
+        subject_positions(first_two_tokens, ["The capital of France"], [(15, len("The capital of France"))])
 
 
 # Targets

@@ -61,6 +61,7 @@ class ClosedFormEditor(Editor):
         round_keys: place -> the keys of the round written last, [d_in, n]; see `written_keys`.
     """
 
+    can_serve = True
     method: ClosedForm
     covariance: Covariance
 
@@ -103,6 +104,8 @@ class ClosedFormEditor(Editor):
             contexts = self.method.contexts.sample(self.lm)
             prompts = tokenize_facts(self.lm.tokenizer, facts, contexts)
             check_rows(self.lm, prompts)
+            if self.served is not None:
+                prompts = [self.served(each) for each in prompts]
             self._shared = _Shared(list(facts), contexts, prompts)
         self.contexts = self._shared.contexts
         self.prompts = list(self._shared.prompts[: len(facts)])
@@ -124,7 +127,8 @@ class ClosedFormEditor(Editor):
 
     def lend_prompts(self, other: "ClosedFormEditor") -> _Shared | None:
         """Contexts and prompts for an editor with equal contexts, whose facts are the first ones of this editor."""
-        if self._shared is None or self.method.contexts != other.method.contexts:
+        same = self.method.contexts == other.method.contexts and self.served == other.served
+        if self._shared is None or not same:
             return None
         return self._shared if self._shared.facts[: len(other.facts)] == other.facts else None
 

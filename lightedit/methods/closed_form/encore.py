@@ -9,7 +9,7 @@ from lightedit.methods.closed_form.editor import ClosedFormEditor
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.stopping import MostProbable
-from lightedit.methods.closed_form.values import ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from lightedit.methods.closed_form.behind_norm import before_norm, behind_norm, 
 from lightedit.methods.closed_form.collisions import equal_keys, refuse
 from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.preservation import IndefiniteTermError, Preservation, low_rank_update
-from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.closed_form.values import Site
 from lightedit.methods.protocol import EditorSettings, Method
 from lightedit.statistics.covariance import Covariance, CovarianceError
 
@@ -47,6 +48,10 @@ class ClosedForm(Method):
         object.__setattr__(self, "layers", _as_layers(self.layers))
         if self.passes < 1:
             raise ArgumentError(f"passes must be at least 1, got {self.passes}")
+        if self.passes > 1 and self.values.objective == "erase":
+            raise ArgumentError(
+                "passes: further ones raise the target's probability, and objective 'erase' lowers it; give 1"
+            )
 
     @property
     def value_layer(self) -> int:
@@ -66,6 +71,15 @@ class ClosedForm(Method):
     @property
     def covariance_places(self) -> tuple[Place, ...]:
         return self.places
+
+    def at(self, layers: Sequence[int]) -> Self:
+        return replace(self, layers=tuple(layers))
+
+    def erasing(self) -> Self:
+        """See `Method.erasing`. As published, no loss ends the search early."""
+        return replace(
+            self, values=replace(self.values, objective="erase", stopping=None, loss_threshold=0.0), passes=1
+        )
 
     def check(self, lm: LanguageModel) -> None:
         lm.check_layers(self.layers)

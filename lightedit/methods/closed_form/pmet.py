@@ -12,7 +12,8 @@ from lightedit.methods.closed_form.keys import KeyWalk
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.methods.closed_form.preservation import Preservation
 from lightedit.methods.closed_form.stopping import KLBelow
-from lightedit.methods.closed_form.values import Site, ValueSettings
+from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.closed_form.values import Site
 from lightedit.methods.protocol import Editor
 from lightedit.statistics.covariance import Covariance
 

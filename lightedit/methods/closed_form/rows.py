@@ -59,6 +59,13 @@ class Rows:
         """Tokens of all rows, padding included."""
         return self.batch.ids.numel()
 
+    @property
+    def reads_target(self) -> Tensor:
+        """Whether each row reads tokens of a target, else the KL term, [rows] bool."""
+        found = torch.zeros_like(self.fact, dtype=torch.bool)
+        found[self.at[0][: len(self.targets)]] = True
+        return found
+
     def keep(self, rows: Tensor) -> "Rows":
         """The rectangle without the rows for which `rows`, [rows] bool, is False."""
         index = rows.nonzero().squeeze(1)

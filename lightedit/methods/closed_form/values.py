@@ -13,49 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from lightedit.data.prompts import FactPrompts
-from lightedit.errors import ArgumentError, NumericalError
+from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.place import Name
+from lightedit.methods.closed_form.erasing import Erased
 from lightedit.methods.closed_form.joint import Joint, written
 from lightedit.methods.closed_form.rows import Rows, capture_rows, first_block, head_states, passes
-from lightedit.methods.closed_form.stopping import Evaluated, KLBelow, MostProbable
+from lightedit.methods.closed_form.stopping import Evaluated
+from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.ops import target_nll_kl
 from lightedit.progress import Report
 
 Site = Literal["block", "mlp", "attention+mlp"]
 _NAMES: dict[Site, tuple[Name, ...]] = {"block": ("block",), "mlp": ("mlp",), "attention+mlp": ("attention_out", "mlp")}
-
-
-@dataclass(frozen=True)
-class ValueSettings:
-    """Settings of the value optimisation.
-
-    Attributes:
-        lr: Adam's learning rate: about how far one step moves each coordinate of δ.
-        relative_lr: whether `lr` is a share of h0's root mean square, so that it carries over between models and
-            layers; False takes it in the model's own scale, as published.
-        steps: most evaluations of the loss; no step follows the last one, as in the published code.
-        clamp_norm_factor: bound of ||δ|| / ||h0|| after each step, where h0 is the unedited activation.
-        kl_factor: weight of KL(edited || unedited) at the subject's last token of "{subject} is a".
-        weight_decay: weight of ||δ|| / ||h0||² (the norm of δ is not squared).
-        loss_threshold: a fact is done once its loss is below this.
-        stopping: a further rule that ends the search for a fact; none by default.
-    """
-
-    lr: float = 0.5
-    steps: int = 25
-    clamp_norm_factor: float = 0.75
-    kl_factor: float = 0.0625
-    weight_decay: float = 0.5
-    loss_threshold: float = 0.05
-    stopping: MostProbable | KLBelow | None = None
-    relative_lr: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.steps >= 1 and self.clamp_norm_factor > 0):  # which NaN fails, too
-            raise ArgumentError(f"lr, steps and clamp_norm_factor must be positive, got {self}")
-        if not all(value >= 0 for value in (self.kl_factor, self.weight_decay, self.loss_threshold)):
-            raise ArgumentError(f"kl_factor, weight_decay and loss_threshold must not be negative, got {self}")
 
 
 @dataclass(frozen=True)
@@ -197,12 +167,17 @@ class ValueOptimization:
         losses = losses.detach()
         self._before_step = self.delta.detach().clone() if self.settings.relative_lr else None
         kl, most_probable = torch.zeros_like(losses), torch.zeros_like(self._tokens)
+        erased = Erased(self.delta, self._joint) if self.settings.objective == "erase" else None
         for together in passes(self.lm, self._rows, self._max_tokens):
-            nll_of_pass, kl_of_pass = self._loss(together, most_probable)
+            nll_of_pass, kl_of_pass = self._loss(together, most_probable, erased)
             partial = self._nll_factor * nll_of_pass + kl_of_pass
             partial.sum().backward()
             losses += partial.detach()
             kl += kl_of_pass.detach()
+            if erased is not None:
+                erased.nll += nll_of_pass.detach()
+        if erased is not None:
+            losses += erased.finish()
         bad = (~torch.isfinite(losses) & self.active).nonzero().squeeze(1).tolist()
         if bad:
             fact = self.prompts[bad[0]].fact
@@ -271,12 +246,12 @@ class ValueOptimization:
     def _weight_decay(self) -> Tensor:
         return self.settings.weight_decay * (self._norms(self.delta) / self._norms(self.initial).square()).sum(1)
 
-    def _loss(self, together: list[Rows], most_probable: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, together: list[Rows], most_probable: Tensor, erased: Erased | None) -> tuple[Tensor, Tensor]:
         """The contributions of one pass's rows to each fact's NLL and weighted KL, each [facts].
 
         Adds to `most_probable` [facts, contexts] the number of target tokens that are the most probable ones.
         """
-        hidden, shifts = self._with_delta(together)
+        hidden, shifts = self._with_delta(together, erased)
         states, reads = head_states(self.lm, together, hidden, first_block(self._places), shifts)
         for rows in together:
             self.tokens.real += int(rows.batch.mask[:, -rows.length :].sum())
@@ -291,16 +266,17 @@ class ValueOptimization:
         zeros = self.delta.new_zeros(len(self.prompts))
         return zeros.index_add(0, fact[:count], loss[:count]), zeros.index_add(0, fact[count:], loss[count:])
 
-    def _with_delta(self, together: list[Rows]) -> tuple[list[Tensor], dict[Place, Tensor]]:
+    def _with_delta(self, together: list[Rows], erased: Erased | None) -> tuple[list[Tensor], dict[Place, Tensor]]:
         """The hidden states at which a pass starts, [rows, suffix, d] each, and the shifts inside the edited block.
 
         A single δ is part of the states, which are the block's output. Two δ are returned as shifts, by place.
         """
         delta = written(self.delta, self._joint)
+        of_rows = [delta[rows.fact] if erased is None else erased.of_rows(rows, delta) for rows in together]
         if len(self._places) > 1:
-            shifts = torch.cat([delta[rows.fact] for rows in together]).chunk(len(self._places), dim=1)
+            shifts = torch.cat(of_rows).chunk(len(self._places), dim=1)
             return [rows.hidden for rows in together], dict(zip(self._places, shifts, strict=True))
-        return [self._at_output(rows, delta[rows.fact]) for rows in together], {}
+        return [self._at_output(rows, shift) for rows, shift in zip(together, of_rows, strict=True)], {}
 
     def _at_output(self, rows: Rows, delta: Tensor) -> Tensor:
         """The edited block's output with δ [rows, d] at the subject's last token, [rows, suffix, d]."""

@@ -10,7 +10,8 @@ from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import LanguageModel
 from lightedit.lm.batch import rectangles
-from lightedit.methods.closed_form.values import ValueSettings, optimize_values
+from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.closed_form.values import optimize_values
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 CONTEXTS = Contexts(("{}", "The river is long. {}", "I think so. {}"), (0.5, 0.25, 0.25))
