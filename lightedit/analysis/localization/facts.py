@@ -89,7 +89,7 @@ def known(
     Raises:
         FactError: it knows none.
     """
-    logs = log_probabilities(lm, [Scored([*prompt.ids, prompt.targets[-1]], len(prompt.targets)) for prompt in prompts])
+    logs = log_probabilities(lm, [Scored(prompt.ids, prompt.targets) for prompt in prompts])
     chosen = {i: math.exp(log) for i, log in enumerate(logs) if math.exp(log) >= settings.min_probability}
     if settings.continuation_tokens and chosen:
         asked = [prompts[i].ids[: prompts[i].length] for i in chosen]

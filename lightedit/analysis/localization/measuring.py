@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,15 +27,20 @@ _LARGEST_NLL = 80.0  # per token, so that a perplexity is finite
 
 @dataclass(frozen=True)
 class Scored:
-    """A row of which the last tokens are scored.
+    """A row after which tokens are scored.
 
     Attributes:
-        ids: token ids.
-        count: number of the tokens that are scored, at the end of `ids`.
+        ids: token ids that the model reads.
+        targets: m token ids, which are predicted at the last m positions.
     """
 
     ids: list[int]
-    count: int
+    targets: list[int]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], count: int) -> Self:
+        """The row of a text whose last `count` tokens are scored."""
+        return cls(list(ids[:-1]), list(ids[-count:]))
 
 
 @dataclass(frozen=True)
@@ -75,22 +81,23 @@ def rows_of(lm: LanguageModel, fact: Fact, texts: Sequence[Sequence[int]], noise
     encoded = encode_served(lm.tokenizer, prompts, [fact.target_new] * len(prompts), [fact.serving] * len(prompts))
     rows: list[list[Scored]] = []
     for number, (prompt, row) in enumerate(zip(prompts, encoded, strict=True)):
+        plain = Scored.of(row.ids, row.count)
         if noised is None:
-            rows.append([Scored(row.ids, row.count)])
+            rows.append([plain])
             continue
         begin = row.start + (fact.prompt.index("{}") if not number else prompt.rfind(fact.subject))
         offsets = row.offsets[: len(row.ids) - row.count]
         subject = tokens_between(offsets, begin, begin + len(fact.subject)) if fact.subject in prompt else range(0)
         if subject:
-            rows.append([Scored(ids, row.count) for ids in noised.samples(fact, row.ids, subject)])
+            rows.append([Scored(ids, plain.targets) for ids in noised.samples(fact, plain.ids, subject)])
         else:  # a paraphrase of the fact without its subject cannot be noised
-            rows.append([] if number == 1 and fact.paraphrase_prompts else [Scored(row.ids, row.count)])
+            rows.append([] if number == 1 and fact.paraphrase_prompts else [plain])
     rest = iter(rows[1:])
     return Rows(
         rows[0],
         next(rest) if fact.paraphrase_prompts else [],
         next(rest) if fact.neighborhood_prompts else [],
-        [Scored(ids, len(ids) - 1) for ids in _essence(lm, fact, texts, noised)],
+        _essence(lm, fact, texts, noised),
     )
 
 
@@ -101,18 +108,23 @@ def essence_prompt(fact: Fact) -> str:
 
 def _essence(
     lm: LanguageModel, fact: Fact, texts: Sequence[Sequence[int]], noised: NoisedSubjects | None
-) -> list[list[int]]:
-    if noised is None or not texts:
-        return [list(ids) for ids in texts]
+) -> list[Scored]:
+    plain = [Scored.of(ids, len(ids) - 1) for ids in texts]
+    if noised is None or not plain:
+        return plain
     (prompt,), start = as_served(lm.tokenizer, [essence_prompt(fact)], False)
     ((_, last, first),) = subject_positions(lm.tokenizer, [prompt], [(start, start + len(str(fact.subject)))])
-    return [noised.row(fact, ids, range(first, last + 1), sample) for sample, ids in enumerate(texts)]
+    subject = range(first, last + 1)
+    return [
+        Scored(noised.row(fact, row.ids, subject, sample), row.targets)  # the words that are scored stay the same
+        for sample, row in enumerate(plain)
+    ]
 
 
 def check_rows(lm: LanguageModel, rows: Rows) -> None:
     """Raise ArgumentError if the model cannot run a row; for rows without noise."""
-    lm.check_rows([row.ids[:-1] for row in rows.all])
-    lm.check_tokens([row.ids for row in rows.all])
+    lm.check_rows([row.ids for row in rows.all])
+    lm.check_tokens([row.targets for row in rows.all])
 
 
 def measure(lm: LanguageModel, facts: Sequence[Rows], edits: RowwiseEdits | None = None) -> list[Measured]:
@@ -137,7 +149,7 @@ def measure(lm: LanguageModel, facts: Sequence[Rows], edits: RowwiseEdits | None
     for fact in facts:
         rewrite, paraphrase, neighborhood = (mean(x) for x in (fact.rewrite, fact.paraphrase, fact.neighborhood))
         assert rewrite is not None
-        nlls = [-next(found) / text.count for text in fact.essence]
+        nlls = [-next(found) / len(text.targets) for text in fact.essence]
         perplexity = fmean([math.exp(min(nll, _LARGEST_NLL)) for nll in nlls]) if nlls else None
         measured.append(Measured(rewrite, paraphrase, neighborhood, perplexity))
     return measured
@@ -156,12 +168,12 @@ def log_probabilities(lm: LanguageModel, rows: Sequence[Scored], edits: RowwiseE
     found = [0.0] * len(rows)
     for group in by_length([len(row.ids) for row in rows], _TOKENS):
         members = [rows[i] for i in group]
-        at = [(i, p - 1) for i, row in enumerate(members) for p in range(len(row.ids) - row.count, len(row.ids))]
+        at = [(i, len(row.ids) - m) for i, row in enumerate(members) for m in range(len(row.targets), 0, -1)]
         row_index, positions = torch.tensor(at).T
         with lm.with_edits(edits.rows(group)), lm.before_head(len(members), (row_index, positions)) as states:
-            lm.forward(pad([row.ids[:-1] for row in members], lm.pad_id))
-        targets = torch.tensor([token for row in members for token in row.ids[len(row.ids) - row.count :]])
-        logs = _log_probability(lm, states[0], targets).split([row.count for row in members])
+            lm.forward(pad([row.ids for row in members], lm.pad_id))
+        targets = torch.tensor([token for row in members for token in row.targets])
+        logs = _log_probability(lm, states[0], targets).split([len(row.targets) for row in members])
         for index, own in zip(group, logs, strict=True):
             found[index] = float(own.sum())
     if any(map(math.isnan, found)):

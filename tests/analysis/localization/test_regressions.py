@@ -63,7 +63,13 @@ def test_the_clustered_test_asks_for_the_effects_coefficients() -> None:
     unrelated = regression("injection", "ROME", "rewrite", values, layers, effects, facts)
     assert unrelated.p_clustered > 0.05
     related = regression(
-        "injection", "ROME", "rewrite", [v + 3 * e for v, e in zip(values, effects, strict=True)], layers, effects, facts
+        "injection",
+        "ROME",
+        "rewrite",
+        [v + 3 * e for v, e in zip(values, effects, strict=True)],
+        layers,
+        effects,
+        facts,
     )
     assert related.p_clustered < 1e-6 and related.p < 1e-6 and related.both > related.layer + 0.1
 
@@ -83,5 +89,3 @@ def test_without_statsmodels_the_command_that_installs_it_is_named(monkeypatch: 
     monkeypatch.setattr(regressions, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"pip install 'lightedit\[study\]'"):
         table()
-
-

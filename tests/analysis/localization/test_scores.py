@@ -27,7 +27,8 @@ def test_erasing_counts_as_a_share_of_the_probability_that_was_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "score"), [(0.2, 0.2, 1.0), (0.2, 1.0, 0.0), (0.9, 0.0, 0.0), (0.9, 0.45, 0.5), (0.5, 0.75, 0.5)]
+    ("before", "after", "score"),
+    [(0.2, 0.2, 1.0), (0.2, 1.0, 0.0), (0.9, 0.0, 0.0), (0.9, 0.45, 0.5), (0.5, 0.75, 0.5)],
 )
 def test_a_neighbour_loses_the_share_of_its_largest_possible_change(before: float, after: float, score: float) -> None:
     assert neighborhood_score(before, after) == pytest.approx(score)
@@ -48,7 +49,12 @@ def test_the_overall_score_is_the_mean_of_three_or_four() -> None:
 
 def test_a_score_without_texts_is_missing_and_so_is_the_overall_score() -> None:
     found = scores("erasure", Measured(0.4, None, 0.5, None), Measured(0.1, None, 0.5, None))
-    assert (found.rewrite, found.paraphrase, found.neighborhood, found.essence) == (pytest.approx(0.75), None, 1.0, None)
+    assert (found.rewrite, found.paraphrase, found.neighborhood, found.essence) == (
+        pytest.approx(0.75),
+        None,
+        1.0,
+        None,
+    )
     assert found.overall is None
 
 

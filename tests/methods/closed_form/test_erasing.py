@@ -70,9 +70,9 @@ def test_erasing_lowers_the_probability_that_the_method_would_raise(method: le.M
             return float(lm.model(torch.tensor([lm.encode([fact.text])[0]])).logits[0, -1].softmax(-1)[token])
 
     with torch.no_grad():
-        lm.model.lm_head.weight[token] += lm.model.model(
-            torch.tensor([lm.encode([fact.text])[0]])
-        ).last_hidden_state[0, -1] / lm.d_model**0.5
+        lm.model.lm_head.weight[token] += (
+            lm.model.model(torch.tensor([lm.encode([fact.text])[0]])).last_hidden_state[0, -1] / lm.d_model**0.5
+        )
     lm = le.LanguageModel(lm.model, lm.tokenizer)
     before = probability()
     settings = le.RunSettings(outcomes=False, progress_bar=False)
