@@ -15,8 +15,8 @@ UNKNOWN = le.Fact("The song of the {} was", "radio", "city")
 LAYERS = 3
 
 
-def knowing_model(facts: list[le.Fact] = KNOWN, layers: int = LAYERS) -> le.LanguageModel:
-    """A tiny model that continues the prompts of these facts with " the"."""
+def knowing_model(facts: list[le.Fact] = KNOWN, layers: int = LAYERS, logit: float = 12.0) -> le.LanguageModel:
+    """A tiny model that continues the prompts of these facts with " the", whose logit there is `logit`."""
     model = tiny_model("llama", layers=layers)
     lm = le.LanguageModel(model, tiny_tokenizer("bytelevel"))
     (answer,) = lm.encode([" the"])[0]
@@ -26,7 +26,7 @@ def knowing_model(facts: list[le.Fact] = KNOWN, layers: int = LAYERS) -> le.Lang
             hidden = model.model(torch.tensor([lm.encode([fact.text])[0]])).last_hidden_state[0, -1]
             states.append(hidden)
         together = torch.stack(states)
-        model.lm_head.weight[answer] = torch.linalg.lstsq(together, torch.full((len(facts),), 12.0)).solution
+        model.lm_head.weight[answer] = torch.linalg.lstsq(together, torch.full((len(facts),), logit)).solution
     return le.LanguageModel(model, tiny_tokenizer("bytelevel"))
 
 

@@ -27,7 +27,7 @@ FACTS = [
 ]
 UNKNOWN = le.Fact("The song of the {} was", "radio", "the", target_true="city")
 LAYER_NUMBERS = tuple(range(LAYERS))
-VALUES = le.ValueSettings(lr=0.3, steps=4, clamp_norm_factor=2.0)
+VALUES = le.ValueSettings(lr=0.5, steps=6, clamp_norm_factor=4.0)
 METHODS = {
     "ROME": le.ROME(layers=(0,), values=VALUES, contexts=ContextSettings(prefixes=(("", 2, 4),), bare_weight=None)),
     "MEMIT": le.MEMIT(layers=(0, 1), values=VALUES, contexts=ContextSettings(prefixes=(("The", 1, 5),)), share=0.9),
@@ -40,7 +40,7 @@ SETTINGS = le.LocalizationSettings(
     min_probability=0.0,
     continuation_tokens=4,
     essence_texts=2,
-    essence_tokens=8,
+    essence_tokens=12,
     facts_per_chunk=2,
     progress_bar=False,
 )
@@ -50,7 +50,7 @@ __all__ = ["FACTS", "LAYER_NUMBERS", "METHODS", "SETTINGS", "UNKNOWN", "knowing"
 
 def knowing() -> le.LanguageModel:
     """A tiny model that says "the" to the prompts of these facts."""
-    return knowing_model([le.Fact(fact.prompt, fact.subject, "the") for fact in FACTS])
+    return knowing_model([le.Fact(fact.prompt, fact.subject, "the") for fact in FACTS], logit=7.0)
 
 
 def with_settings(**changed: object) -> le.LocalizationSettings:
