@@ -22,6 +22,7 @@ from lightedit.commands.env import env
 from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
+from lightedit.commands.hidden_states import hidden_states
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Any] = {
     },
     "tune": tune,
     "trace": trace,
+    "hidden-states": hidden_states,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -91,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
             "trace": "the same command goes on after the facts that are finished",
+            "hidden-states": "the same command goes on after the prompts that are finished",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }
@@ -108,7 +111,7 @@ def _of_union(error: ValueError) -> str | None:
 
 
 def _with_options(given: list[str]) -> list[str]:
-    """The arguments, with an option before those that may stand without: the runs of `report`, the model of `chat`.
+    """The arguments, with an option before those that may stand without: runs of `report`, the model of `chat`, edits.
 
     >>> _with_options(["chat", "smollm2", "--edits", "a", "b", "--plain"])
     ['chat', '--lm=smollm2', '--edits+=a', '--edits+=b', '--plain']
@@ -119,11 +122,11 @@ def _with_options(given: list[str]) -> list[str]:
     if given[:1] == ["chat"]:
         model = _leading(given[1:])
         given = ["chat", *[f"--lm={name}" for name in model], *given[1 + len(model) :]]
-        if "--edits" in given:
-            place = given.index("--edits")
-            folders = _leading(given[place + 1 :])
-            if not folders[:1] or not folders[0].startswith("["):
-                given[place : place + 1 + len(folders)] = [f"--edits+={folder}" for folder in folders]
+    if given[:1] in (["chat"], ["hidden-states"]) and "--edits" in given:
+        place = given.index("--edits")
+        folders = _leading(given[place + 1 :])
+        if not folders[:1] or not folders[0].startswith("["):
+            given[place : place + 1 + len(folders)] = [f"--edits+={folder}" for folder in folders]
     return given
 
 
