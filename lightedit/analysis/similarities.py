@@ -77,10 +77,12 @@ class HiddenStates:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of hidden_states.csv."""
         for part in SUBLAYERS:
-            for layer, both in enumerate(zip(*(self.means(name, part) for name in MEASURES), strict=True)):
-                values = {name: mean.value for name, mean in zip(MEASURES, both, strict=True)}
-                halves = {f"{name}_half_width": _known(mean.half_width) for name, mean in zip(MEASURES, both, strict=True)}
-                yield {"layer": layer, "part": part, **values, **halves, "facts": len(self.prompts)}
+            means = {name: self.means(name, part) for name in MEASURES}
+            for layer in range(self.n_layers):
+                row: dict[str, Any] = {"layer": layer, "part": part}
+                row |= {name: means[name][layer].value for name in MEASURES}
+                row |= {f"{name}_half_width": _known(means[name][layer].half_width) for name in MEASURES}
+                yield row | {"facts": len(self.prompts)}
 
     def __str__(self) -> str:
         kind = "parallel" if self.parallel else "sequential"

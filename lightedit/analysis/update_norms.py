@@ -155,6 +155,6 @@ def _norm(where: str, changes: Sequence[Change]) -> float:
     try:
         whole = total(changes)
     except ArgumentError as error:
-        raise ArgumentError(f"{where} is changed by an adaptor, which adds to no matrix; leave this edit out") from error
+        raise ArgumentError(f"{where} is changed by an adaptor, which adds to no matrix; leave it out") from error
     # many rounds of factors take more numbers than the matrix itself
     return (whole.compact() if isinstance(whole, LowRankUpdate) else whole).norm()

@@ -9,8 +9,8 @@ from lightedit.reports.inline import svg
 from lightedit.reports.reading import ReportedRun
 
 _ABOUT = (
-    "At each prompt's last token, what enters attention and MLP is compared with what leaves them: by their cosine, and "
-    "by the share of their most probable vocabulary tokens that both have in common."
+    "At each prompt's last token, what enters attention and MLP is compared with what leaves them: by their cosine, "
+    "and by the share of their most probable vocabulary tokens that both have in common."
 )
 _HEADS = ("layer", "part", "cosine", "Jaccard")
 

@@ -25,8 +25,8 @@ def settings(**changed: object) -> le.HiddenStateSettings:
     return le.HiddenStateSettings(**{"top": 20, "progress_bar": False, **changed})
 
 
-def a_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> le.LanguageModel:
-    return le.LanguageModel(tiny_model(architecture, layers=LAYERS, dtype=dtype), tiny_tokenizer("bytelevel"))
+def a_model(architecture: str = "llama") -> le.LanguageModel:
+    return le.LanguageModel(tiny_model(architecture, layers=LAYERS), tiny_tokenizer("bytelevel"))
 
 
 @pytest.fixture(scope="module")
@@ -39,36 +39,44 @@ def found(lm: le.LanguageModel) -> le.HiddenStates:
     return le.hidden_states(lm, PROMPTS, settings=settings())
 
 
-def assert_equal(prompt: Similarities, expected: dict[str, list[tuple[float, float]]]) -> None:
+def assert_equal(prompt: Similarities, expected: dict[str, list[tuple[float, float]]], within: float = 1e-6) -> None:
     for part, by_layer in expected.items():
-        assert prompt.cosine[part] == pytest.approx([cosine for cosine, _ in by_layer], abs=1e-6)
+        assert prompt.cosine[part] == pytest.approx([cosine for cosine, _ in by_layer], abs=within)
         assert prompt.jaccard[part] == pytest.approx([common for _, common in by_layer], abs=1e-6)
 
 
 # Right values
 
+PASSES = {False: {2048: 1e-6}, True: {1: 1e-6, 2048: 1e-4}}
+"""Whether it is Gemma -> tokens of a pass -> tolerance. The gain of 300 behind Gemma's tiny MLPs makes the roundings in
+which passes of several prompts differ from those of one that much larger."""
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batched_similarities_equal_a_plain_loop_over_prompts(architecture: str) -> None:
-    lm = a_model(architecture, torch.float64)
-    found = le.hidden_states(lm, PROMPTS, settings=settings())
-    assert found.parallel == (architecture in PARALLEL)
-    for text, prompt in zip(PROMPTS, found.prompts, strict=True):
-        assert prompt.prompt == text
-        assert_equal(prompt, plain(lm.model, lm.encode([text])[0], 20))
+    lm = a_model(architecture)
+    expected = [plain(lm.model, lm.encode([text])[0], 20) for text in PROMPTS]
+    for tokens, within in PASSES[architecture.startswith("gemma")].items():
+        found = le.hidden_states(lm, PROMPTS, settings=settings(tokens_per_pass=tokens))
+        assert found.parallel == (architecture in PARALLEL)
+        assert [prompt.prompt for prompt in found.prompts] == PROMPTS
+        for prompt, own in zip(found.prompts, expected, strict=True):
+            assert_equal(prompt, own, within)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_published_similarities_equal_the_published_steps(architecture: str) -> None:
-    lm = a_model(architecture, torch.float64)
-    found = le.hidden_states(lm, PROMPTS[:2], settings=settings(published=True))
-    for text, prompt in zip(PROMPTS, found.prompts, strict=False):
-        assert_equal(prompt, published(lm.model, lm.tokenizer, lm.encode([text])[0], 20))
+    lm = a_model(architecture)
+    expected = [published(lm.model, lm.tokenizer, lm.encode([text])[0], 20) for text in PROMPTS[:2]]
+    for tokens, within in PASSES[architecture.startswith("gemma")].items():
+        found = le.hidden_states(lm, PROMPTS[:2], settings=settings(published=True, tokens_per_pass=tokens))
+        for prompt, own in zip(found.prompts, expected, strict=True):
+            assert_equal(prompt, own, within)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2", "llama", "gptj"])
 def test_outputs_before_a_norm_and_the_blocks_input_are_options(architecture: str) -> None:
-    lm = a_model(architecture, torch.float64)
+    lm = a_model(architecture)
     ids = lm.encode(PROMPTS[:1])[0]
     for chosen in ({"after_norm": False}, {"mlp_input": "block"}, {"after_norm": False, "mlp_input": "block"}):
         (prompt,) = le.hidden_states(lm, PROMPTS[:1], settings=settings(**chosen)).prompts
@@ -117,9 +125,7 @@ def test_tokens_are_those_after_the_final_norm() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_last_blocks_output_gives_the_models_own_tokens(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_blocks_output_gives_the_models_own_tokens(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = a_model(architecture)
     batch = pad(lm.encode(PROMPTS[1:2]), lm.pad_id)
     with torch.no_grad(), lm.capture([Place(LAYERS - 1, "block")], 1) as states:
