@@ -118,7 +118,7 @@ def _encoded(lm: LanguageModel, prompts: Sequence[Fact | str]) -> tuple[list[str
 
 def _inputs(lm: LanguageModel, rows: Sequence[Sequence[int]], settings: HiddenStateSettings) -> dict[str, Any]:
     """What determines the result."""
-    kept = {name: value for name, value in asdict(settings).items() if name != "progress_bar"}
+    kept = {name: value for name, value in asdict(settings).items() if name not in ("progress_bar", "tokens_per_pass")}
     prompts = {"facts": digest(json.dumps(rows), {})}
     return {**fingerprint_inputs(lm, []), **prompts, **computing(lm), "settings": kept}
 

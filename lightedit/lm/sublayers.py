@@ -141,7 +141,7 @@ class _Probe:
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
-    """Whether two captured states are the same numbers, in whatever shape."""
+    """Whether two captured states are the same numbers, in whatever shape, once both have the dtype of `other`."""
     if one is None or one.numel() != other.numel():
         return False
-    return torch.equal(one.flatten(), other.flatten().to(one.device))
+    return torch.equal(one.flatten().to(other), other.flatten())
