@@ -23,6 +23,7 @@ from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
 from lightedit.commands.hidden_states import hidden_states
+from lightedit.commands.parsing import Parser, of_union
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_options(given)
     try:
         _check_method(given)
-        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given), epilog=EXIT_CODES)
+        arguments = with_booleans(given)
+        auto_cli(COMMANDS, arguments, as_positional=False, parser_class=Parser, prog="lightedit", epilog=EXIT_CODES)
     except RunFailedError as error:
         print(f"lightedit: {error}", file=sys.stderr)
         sys.exit(3)
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightedit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:
-        if (reason := _of_union(error)) is None:
+        if (reason := of_union(error)) is None:
             raise
         print(f"lightedit: error: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -100,14 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = kept.get(given[0] if given else "", "nothing was written")
         print(f"lightedit: interrupted; {state}", file=sys.stderr)
         sys.exit(130)
-
-
-def _of_union(error: ValueError) -> str | None:
-    """What the parser says of an option that may be left out, such as --method; None if the error is another."""
-    lines = str(error).splitlines()
-    if not lines or not lines[0].startswith("Does not validate against any of the Union subtypes"):
-        return None
-    return next((line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")), lines[0])
 
 
 def _with_options(given: list[str]) -> list[str]:
