@@ -1,11 +1,15 @@
 """lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
+from lightedit.analysis.hidden_settings import HiddenStateSettings
+from lightedit.analysis.hidden_states import hidden_states
 from lightedit.analysis.localization.result import LocalizationStudy
 from lightedit.analysis.localization.settings import LocalizationSettings
 from lightedit.analysis.localization.study import localization_study
 from lightedit.analysis.settings import TraceSettings
+from lightedit.analysis.similarities import HiddenStates
 from lightedit.analysis.trace import Trace
 from lightedit.analysis.tracing import trace
+from lightedit.analysis.update_norms import UpdateNorms, update_norms
 from lightedit.data.builtin import builtin_facts
 from lightedit.data.fact import served_as
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
@@ -65,6 +69,8 @@ __all__ = [
     "FactsDataModule",
     "Health",
     "HealthLimits",
+    "HiddenStateSettings",
+    "HiddenStates",
     "KLBelow",
     "LanguageModel",
     "LightEditError",
@@ -82,6 +88,7 @@ __all__ = [
     "TraceSettings",
     "TuningSettings",
     "UnsupportedModelError",
+    "UpdateNorms",
     "ValueSettings",
     "builtin_facts",
     "edit",
@@ -90,6 +97,7 @@ __all__ = [
     "evaluate_single",
     "export_lora",
     "export_model",
+    "hidden_states",
     "localization_study",
     "read_facts",
     "read_references",
@@ -99,6 +107,7 @@ __all__ = [
     "sweep",
     "trace",
     "tune",
+    "update_norms",
     "write_facts",
     "write_references",
 ]

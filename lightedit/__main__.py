@@ -22,7 +22,9 @@ from lightedit.commands.env import env
 from lightedit.commands.evaluate import evaluate
 from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
+from lightedit.commands.hidden_states import hidden_states
 from lightedit.commands.localization import localization
+from lightedit.commands.parsing import Parser, of_union
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
@@ -45,6 +47,7 @@ COMMANDS: dict[str, Any] = {
     },
     "tune": tune,
     "trace": trace,
+    "hidden-states": hidden_states,
     "localization": localization,
     "covariance": covariance,
     "evaluate": evaluate,
@@ -73,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_options(given)
     try:
         _check_method(given)
-        auto_cli(COMMANDS, as_positional=False, prog="lightedit", args=with_booleans(given), epilog=EXIT_CODES)
+        arguments = with_booleans(given)
+        auto_cli(COMMANDS, arguments, as_positional=False, parser_class=Parser, prog="lightedit", epilog=EXIT_CODES)
     except RunFailedError as error:
         print(f"lightedit: {error}", file=sys.stderr)
         sys.exit(3)
@@ -83,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightedit: error: {error}", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:
-        if (reason := _of_union(error)) is None:
+        if (reason := of_union(error)) is None:
             raise
         print(f"lightedit: error: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -93,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
             "trace": "the same command goes on after the facts that are finished",
+            "hidden-states": "the same command goes on after the prompts that are finished",
             "localization": "the same command goes on after the edits that are finished",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
@@ -102,16 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _of_union(error: ValueError) -> str | None:
-    """What the parser says of an option that may be left out, such as --method; None if the error is another."""
-    lines = str(error).splitlines()
-    if not lines or not lines[0].startswith("Does not validate against any of the Union subtypes"):
-        return None
-    return next((line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")), lines[0])
-
-
 def _with_options(given: list[str]) -> list[str]:
-    """The arguments, with an option before those that may stand without: the runs of `report`, the model of `chat`.
+    """The arguments, with an option before those that may stand without: runs of `report`, the model of `chat`, edits.
 
     >>> _with_options(["chat", "smollm2", "--edits", "a", "b", "--plain"])
     ['chat', '--lm=smollm2', '--edits+=a', '--edits+=b', '--plain']
@@ -122,11 +119,11 @@ def _with_options(given: list[str]) -> list[str]:
     if given[:1] == ["chat"]:
         model = _leading(given[1:])
         given = ["chat", *[f"--lm={name}" for name in model], *given[1 + len(model) :]]
-        if "--edits" in given:
-            place = given.index("--edits")
-            folders = _leading(given[place + 1 :])
-            if not folders[:1] or not folders[0].startswith("["):
-                given[place : place + 1 + len(folders)] = [f"--edits+={folder}" for folder in folders]
+    if given[:1] in (["chat"], ["hidden-states"]) and "--edits" in given:
+        place = given.index("--edits")
+        folders = _leading(given[place + 1 :])
+        if not folders[:1] or not folders[0].startswith("["):
+            given[place : place + 1 + len(folders)] = [f"--edits+={folder}" for folder in folders]
     return given
 
 

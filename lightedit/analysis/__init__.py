@@ -1,1 +1,1 @@
-"""Where a model keeps what it knows: causal tracing."""
+"""Where a model keeps what it knows: causal tracing, hidden states, and the norms of updates."""

@@ -24,6 +24,7 @@ _OF_WRITING = {
     "norm_weight": "smaller",
     "threshold": "larger",
     "mu": "smaller",
+    "passes": "more",
 }
 
 

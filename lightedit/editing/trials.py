@@ -53,7 +53,7 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """The figures of one combination of settings.
+    """The figures of one combination of settings, after one pass.
 
     Attributes:
         layers: the edited layers; values are found at the last.

@@ -145,11 +145,12 @@ def _outside_attention(block: nn.Module, prefix: str = "") -> Iterator[tuple[str
     for name, part in block.named_children():
         if isinstance(part, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             yield from _outside_attention(part, f"{prefix}{name}.")
-        elif not _mixes_tokens(name, part) or _is_norm(part):
+        elif not _mixes_tokens(name, part) or is_norm(part):
             yield f"{prefix}{name}", part
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
     return "norm" in type(module).__name__.lower() and not any(True for _ in _linear_maps(module))
 
 
@@ -243,7 +244,7 @@ def _norm_after_mlp(model: PreTrainedModel, found: Architecture) -> str | None:
         matrix = block.get_submodule(found.paths["mlp"])
         handles.append(matrix.register_forward_hook(lambda _, __, out, layer=layer: made.update({layer: out})))
         for name, part in block.named_modules():
-            if _is_norm(part):
+            if is_norm(part):
                 handles.append(
                     part.register_forward_pre_hook(lambda _, a, layer=layer, name=name: entered(layer, name, a))
                 )

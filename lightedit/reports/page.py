@@ -9,6 +9,7 @@ from lightedit.errors import ArgumentError, MissingFileError
 from lightedit.files import whole_file
 from lightedit.reports.curves import curves_section
 from lightedit.reports.facts import facts_section
+from lightedit.reports.hidden import hidden_states_section
 from lightedit.reports.html import Html, element, group
 from lightedit.reports.outcomes import outcomes_section
 from lightedit.reports.reading import ReportedRun, read_runs
@@ -23,6 +24,7 @@ _SECTIONS = (
     ("Over the rounds", "rounds"),
     ("Facts", "facts"),
     ("Causal tracing", "traces"),
+    ("Hidden states", "hidden-states"),
     ("Settings and provenance", "settings"),
 )
 # Forbids the page to load anything, in case escaping failed somewhere
@@ -38,7 +40,8 @@ def report(
 
     The file holds the outcome of every fact, with the model's words before and after; the scores before and after the
     edit, with their intervals; curves of retention, norms and drift for runs with rounds; the best, median and worst
-    facts with the model's answers to their prompts; causal traces; settings and provenance. It is self-contained.
+    facts with the model's answers to their prompts; causal traces and studies of hidden states; settings and
+    provenance. It is self-contained.
 
     Args:
         runs: one folder or file, or several; see `read_runs`.
@@ -76,7 +79,10 @@ def page(runs: Sequence[ReportedRun]) -> Html:
         element("title", title),
         element("style", Html(style)),
     )
-    parts = (outcomes_section, scores_section, curves_section, facts_section, traces_section, settings_section)
+    parts = (
+        *(outcomes_section, scores_section, curves_section, facts_section),
+        *(traces_section, hidden_states_section, settings_section),
+    )
     sections = [section(runs) for section in parts]
     links = [
         element("a", name, href=f"#{target}")
@@ -94,8 +100,9 @@ def _summary(run: ReportedRun) -> Html:
     edit = run.edit
     if edit is None:
         scores = run.after or run.before
-        if scores is None and run.trace is not None:
-            return element("p", element("b", element("bdi", run.name)), f": {run.trace}.", class_="lead")
+        study = run.trace or run.hidden_states
+        if scores is None and study is not None:
+            return element("p", element("b", element("bdi", run.name)), f": {study}.", class_="lead")
         what = f"scores of {counted(len(scores.records))}" if scores is not None else "figures of a log"
     else:
         name = edit.record.method.get("name")

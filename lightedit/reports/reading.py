@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightedit.analysis.similarities import STATES_FILE, HiddenStates
 from lightedit.analysis.trace import FILE, Trace
 from lightedit.editing.artefact import Edit
 from lightedit.errors import ArgumentError, MissingFileError
@@ -30,6 +31,7 @@ class ReportedRun:
         retention: rows of retention.csv, see `EditModule`.
         health: rows of health.csv, see `Health`.
         trace: a causal trace.
+        hidden_states: a study of hidden states.
     """
 
     name: str
@@ -39,14 +41,15 @@ class ReportedRun:
     retention: Sequence[dict[str, Any]] = ()
     health: Sequence[dict[str, Any]] = ()
     trace: Trace | None = None
+    hidden_states: HiddenStates | None = None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
     """Read runs. Each path is one of these:
 
     - a folder with an edit (edit.json and edit.safetensors), with evaluations of the model before and after it
-      (before.json, after.json), with tables of a log (retention.csv, health.csv), or with a causal trace (trace.json).
-      Any of these may be missing;
+      (before.json, after.json), with tables of a log (retention.csv, health.csv), with a causal trace (trace.json), or
+      with a study of hidden states (hidden_states.json). Any of these may be missing;
     - the JSON file of one evaluation, which may include the unedited model's;
     - a folder of such JSON files, which stands for all of them.
 
@@ -67,7 +70,7 @@ def _places(path: Path) -> list[Path]:
     """The path itself, or the JSON files of a folder of evaluations."""
     if not path.exists():
         raise MissingFileError(f"{path}: there is no such run; {_WAY_OUT}")
-    known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv", FILE)
+    known = ("edit.json", "before.json", "after.json", "retention.csv", "health.csv", FILE, STATES_FILE)
     if path.is_file() or any((path / name).is_file() for name in known):
         return [path]
     files = sorted(path.glob("*.json"))
@@ -100,6 +103,7 @@ def _read(place: Path, name: str) -> ReportedRun:
         _table(place / "retention.csv", edit),
         _table(place / "health.csv", edit),
         Trace.load(place) if (place / FILE).is_file() else None,
+        HiddenStates.load(place) if (place / STATES_FILE).is_file() else None,
     )
 
 

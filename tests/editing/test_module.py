@@ -17,7 +17,7 @@ from lightedit.data.prompts import ContextSettings
 from lightedit.editing.retention import curves
 from lightedit.editing.run import prepare
 from lightedit.lm import Place
-from lightedit.methods.closed_form import editor
+from lightedit.methods.closed_form import keys
 from lightedit.methods.closed_form.keys import values_of
 from lightedit.methods.closed_form.preservation import Preservation
 from tests.models import tiny_model, tiny_tokenizer
@@ -344,7 +344,7 @@ def test_facts_of_equal_tokens_up_to_the_key_are_refused_before_statistics(lm: l
 
 
 def test_colliding_keys_are_found_a_few_facts_at_a_time(lm: le.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(editor, "_KEYS_AT_ONCE", 2)
+    monkeypatch.setattr(keys, "_FACTS_AT_ONCE", 2)
     facts = [*FACTS, replace(FACTS[0], prompt="The capital of {} is")]
     settings = le.RunSettings(on_collision="error")
     with pytest.raises(le.FactError, match=r"1 pair .*fact 1 .* and fact 6 "):

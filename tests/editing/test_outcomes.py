@@ -228,7 +228,7 @@ def test_a_search_that_ended_too_early_is_told_from_a_weak_edit() -> None:
     weak, early = said.split("; ")[1:]
     assert "1 of 3 facts hold" in said
     assert "the search reached the target of 'The capital of land 1 is'" in weak
-    assert "smaller lambda_ (5)" in weak and "fewer facts at a time (facts_per_round, 3 now)" in weak
+    assert "smaller lambda_ (5), more passes (1)" in weak and "fewer facts at a time (facts_per_round, 3 now)" in weak
     assert "on_collision" not in weak and "steps" not in weak
     assert "the search did not reach the target of 'The capital of land 2 is'" in early and "5.2 nats" in early
     assert "more values.steps (5)" in early and "higher values.lr (0.3)" in early and "lambda_" not in early

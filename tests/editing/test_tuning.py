@@ -60,14 +60,15 @@ def test_one_layer_and_a_sixth_of_the_blocks_are_tried_at_each_depth() -> None:
     assert windows == {0: [(0,)], 4: [(4,), (3, 4)], 6: [(6,), (5, 6)]}
 
 
-def test_a_trial_scores_what_an_edit_with_its_settings_does(lm: le.LanguageModel) -> None:
+def test_a_trial_scores_what_an_edit_with_its_settings_does_in_one_pass(lm: le.LanguageModel) -> None:
     result = found(lm)
     covariance = le.estimate_covariance(lm, [1, 2], cache=True, progress_bar=False)
     settings = le.RunSettings(progress_bar=False, outcomes=False)
     for one in result.trials[1::2]:
         method = Tuning(lm.name, lm.fingerprint, SETTINGS, (one,)).method
         assert (method.layers, method.share, method.values.clamp_norm_factor) == (one.layers, one.share, one.clamp)
-        edit = le.edit(lm, FACTS, method, covariance=covariance, settings=settings)
+        assert method.passes == 2
+        edit = le.edit(lm, FACTS, replace(method, passes=1), covariance=covariance, settings=settings)
         scores = le.evaluate(lm, FACTS, settings=le.EvaluationSettings(progress_bar=False)).scores
         edit.revert(lm)
         assert (one.held, one.PS, one.NS) == (scores["efficacy_accuracy"], scores["PS"], scores["NS"])
