@@ -32,7 +32,9 @@ def effect_lines(study: LocalizationStudy) -> Drawing:
         _line(f"{window} layer{'s' * (window > 1)}", dict(enumerate(study.effects_by_layer(window))), series)
         for series, window in enumerate(study.settings.windows)
     ]
-    panel = Panel("Tracing effect by restored MLPs", lines, _layers(study), Axis("tracing effect", base=0.0))
+    most = study.settings.largest_effect
+    y = Axis("tracing effect", limits=None if most is None else (0.0, most), base=0.0)
+    panel = Panel("Tracing effect by restored MLPs", lines, _layers(study), y)
     return line_chart([panel], (2 * _PANEL[0], _PANEL[1] + 40), legend_columns=len(lines))
 
 
@@ -53,6 +55,7 @@ def peaks(study: LocalizationStudy) -> Drawing:
             axes.set(title=f"window {window}", xlabel="layer")
             axes.set_xticks(range(0, study.n_layers, 5 if study.n_layers > 10 else 1))
         panels[0].set_ylabel("facts")
+        panels[0].yaxis.get_major_locator().set_params(integer=True)
     return drawing
 
 
@@ -67,9 +70,12 @@ def score_lines(study: LocalizationStudy, score: Score) -> Drawing:
             panels.append(Panel(TITLES[problem], lines, _layers(study), Axis(f"{score} score", limits=(0.0, 1.0))))
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    return line_chart(
+    drawing = line_chart(
         panels, (_PANEL[0] * columns, _PANEL[1] * rows + 30), columns, legend_columns=max(1, len(study.methods))
     )
+    for axes in drawing.figure.axes[len(panels) :]:  # the grid's last row may not be full
+        axes.set_axis_off()
+    return drawing
 
 
 def against_effects(study: LocalizationStudy, problem: Problem, method: str) -> Drawing:
