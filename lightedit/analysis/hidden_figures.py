@@ -41,5 +41,6 @@ def _panel(found: HiddenStates, measure: Measure, title: str) -> Panel:
         lines.append(Line(NAMES[part], points, series, series, widths))
         halves = [0.0 if math.isnan(mean.half_width) else mean.half_width for mean in means]
         ends += [mean.value + sign * half for mean, half in zip(means, halves, strict=True) for sign in (-1, 1)]
-    low, high = math.floor(10 * min(ends)) / 10, math.ceil(10 * max(*ends, 0.01)) / 10  # whole intervals are seen
+    low = 0.0 if measure == "jaccard" else math.floor(10 * min(ends)) / 10
+    high = math.ceil(10 * max(*ends, 0.01)) / 10  # whole intervals are seen
     return Panel(title, lines, Axis("layer", whole=True), Axis(_LABELS[measure], (low, high)))
