@@ -185,7 +185,7 @@ CONTEXTS = {
     "separate": False,
 }
 ROME_CONTEXTS = {"prefixes": (("", 10, 5), ("", 10, 10)), "bare_weight": None, "seed": 0, "separate": False}
-PLAIN = {"loss_threshold": 0.05, "stopping": None, "relative_lr": False}
+PLAIN = {"loss_threshold": 0.05, "stopping": None, "relative_lr": False, "objective": "reach"}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ROME": {"values": ROME_VALUES | PLAIN, "contexts": ROME_CONTEXTS, "key": "averaged"},
