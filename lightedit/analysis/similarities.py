@@ -1,6 +1,5 @@
 """What the study of hidden states finds: of each prompt, and averaged over prompts."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +9,8 @@ from typing import Any, Literal, Self, get_args
 
 from lightedit.analysis.averages import Mean, mean_of
 from lightedit.analysis.hidden_settings import HiddenStateSettings
+from lightedit.analysis.saved import read_record, write_record
 from lightedit.data.words import counted
-from lightedit.errors import ArgumentError, MissingFileError
-from lightedit.files import whole_file
 from lightedit.runs.tables import write_table
 
 _FORMAT = 1
@@ -104,9 +102,7 @@ class HiddenStates:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / STATES_TABLE, list(self.rows()))
-        with whole_file(folder / STATES_FILE) as unfinished:
-            record = {"format": _FORMAT} | asdict(self)
-            unfinished.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        write_record(folder / STATES_FILE, _FORMAT, asdict(self))
         return folder
 
     @classmethod
@@ -117,18 +113,10 @@ class HiddenStates:
             MissingFileError: the folder holds no hidden_states.json.
             ArgumentError: the file is damaged or of another version.
         """
-        file = Path(folder) / STATES_FILE
-        if not file.is_file():
-            raise MissingFileError(f"{file}: there is no such file; lightedit hidden-states --out writes it")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record.pop("format") != _FORMAT:
-                raise ValueError("it is of another version")
+        with read_record(Path(folder) / STATES_FILE, _FORMAT, "hidden-states", "compute it again") as record:
             settings = HiddenStateSettings(**record["settings"])
             prompts = tuple(Similarities.from_dict(prompt) for prompt in record["prompts"])
             return cls(**{**record, "settings": settings, "prompts": prompts})
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ArgumentError(f"{file} is damaged ({error}); compute it again, or delete it") from error
 
 
 def _known(value: float) -> float | None:

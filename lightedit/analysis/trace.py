@@ -1,6 +1,5 @@
 """What causal tracing finds: of each fact, and averaged over facts."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any, Self
 
 from lightedit.analysis.averages import ANY, CLASSES, Mean, mean_of, profiles
 from lightedit.analysis.prompts import TokenClass
+from lightedit.analysis.saved import read_record, write_record
 from lightedit.analysis.settings import TraceSettings
 from lightedit.data.words import counted
-from lightedit.errors import ArgumentError, MissingFileError
-from lightedit.files import whole_file
 from lightedit.runs.tables import write_table
 
 _FORMAT = 1
@@ -156,9 +154,7 @@ class Trace:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / TABLE, [row for fact in self.facts for row in fact.rows()])
-        record = {"format": _FORMAT} | asdict(self) | {"facts": [fact.to_dict() for fact in self.facts]}
-        with whole_file(folder / FILE) as unfinished:
-            unfinished.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        write_record(folder / FILE, _FORMAT, asdict(self) | {"facts": [fact.to_dict() for fact in self.facts]})
         return folder
 
     @classmethod
@@ -169,15 +165,7 @@ class Trace:
             MissingFileError: the folder holds no trace.json.
             ArgumentError: the file is damaged or of another version.
         """
-        file = Path(folder) / FILE
-        if not file.is_file():
-            raise MissingFileError(f"{file}: there is no such file; lightedit trace --out writes it")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record.pop("format") != _FORMAT:
-                raise ValueError("it is of another version")
+        with read_record(Path(folder) / FILE, _FORMAT, "trace", "trace again") as record:
             facts = tuple(FactTrace.from_dict(fact) for fact in record["facts"])
             settings = TraceSettings(**record["settings"])
             return cls(**{**record, "settings": settings, "facts": facts, "left_out": tuple(record["left_out"])})
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ArgumentError(f"{file} is damaged ({error}); trace again, or delete it") from error

@@ -1,6 +1,5 @@
 """What a localisation study finds: the scores of every edit, and the regressions over them."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from lightedit.analysis.localization.facts import StudiedFact
 from lightedit.analysis.localization.regressions import Regression, regression
 from lightedit.analysis.localization.scores import Measured, Scores, scores
 from lightedit.analysis.localization.settings import LocalizationSettings, Problem
+from lightedit.analysis.saved import read_record, write_record
 from lightedit.data.words import counted
-from lightedit.errors import ArgumentError, MissingFileError
-from lightedit.files import whole_file
 from lightedit.runs.tables import write_table
 
 Score = Literal["rewrite", "paraphrase", "neighborhood", "essence", "overall"]
@@ -170,9 +168,7 @@ class LocalizationStudy:
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / TABLE, list(self.rows()))
         write_table(folder / EFFECTS, list(self.effect_rows()))
-        with whole_file(folder / FILE) as unfinished:
-            record = {"format": _FORMAT} | asdict(self)
-            unfinished.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        write_record(folder / FILE, _FORMAT, asdict(self))
         return folder
 
     @classmethod
@@ -183,13 +179,7 @@ class LocalizationStudy:
             MissingFileError: the folder holds no localization.json.
             ArgumentError: the file is damaged or of another version.
         """
-        file = Path(folder) / FILE
-        if not file.is_file():
-            raise MissingFileError(f"{file}: there is no such file; lightedit localization --out writes it")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record.pop("format") != _FORMAT:
-                raise ValueError("it is of another version")
+        with read_record(Path(folder) / FILE, _FORMAT, "localization", "repeat the study") as record:
             read = {
                 "settings": LocalizationSettings(**record["settings"]),
                 "facts": tuple(StudiedFact.from_dict(fact) for fact in record["facts"]),
@@ -198,8 +188,6 @@ class LocalizationStudy:
                 "left_out": tuple(record["left_out"]),
             }
             return cls(**{**record, **read})
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ArgumentError(f"{file} is damaged ({error}); repeat the study, or delete it") from error
 
 
 SCORES: Sequence[Score] = get_args(Score)
