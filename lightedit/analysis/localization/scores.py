@@ -40,7 +40,7 @@ class Scores:
 def rewrite_score(problem: Problem, before: float, after: float) -> float:
     """How much of what could be gained was gained, at least 0 (Hase et al., 2023).
 
-    >>> rewrite_score("injection", 0.2, 0.6), rewrite_score("erasure", 0.2, 0.05), rewrite_score("forcing", 0.2, 0.1)
+    >>> rewrite_score("injection", 0.5, 0.75), rewrite_score("erasure", 0.5, 0.125), rewrite_score("forcing", 0.5, 0.25)
     (0.5, 0.75, 0.0)
 
     Args:
