@@ -53,7 +53,7 @@ def evaluate(
         evaluation: settings of the scoring.
         compare: also score the unedited model, for a column of its own and for metrics that compare with it, such as
             retain accuracy.
-        held_out: a file of other facts, which were not edited, for TRR and ERR.
+        held_out: a file of other facts, in the same format, which were not edited, for TRR and ERR.
         references: CounterFact's attribute_snippets.json, for RS; or own, for texts that the unedited model generates
             (RS_own). Needs evaluation.generate.
         protocol: model scores the model on all facts; single scores each fact after method has edited it alone into
@@ -73,7 +73,7 @@ def evaluate(
     _check_out(out)
     read = partial(read_served, chat=chat, end_turn=end_turn, separator=separator)
     chosen = read(facts, limit, format)
-    others = [] if held_out is None else read(held_out)
+    others = [] if held_out is None else read(held_out, None, format)
     check_held_out(chosen, others)
     evaluation.check()
     texts = None if references in (None, "own") else read_references(references, chosen)

@@ -1,7 +1,7 @@
 """Finding a fact in a list by its text, and giving it another target."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 
 from lightedit.data.facts import Fact, FactError
@@ -38,3 +38,17 @@ def with_target(fact: Fact, new: Fact | str) -> Fact:
     true = fact.target_true
     kept = None if true is not None and true.casefold() == new.casefold() else true
     return replace(fact, target_new=new, target_true=kept, target_id=None)
+
+
+def with_more(fact: Fact, other: Fact) -> Fact:
+    """The fact with what `other`, a record of the same text and target, says beyond the defaults.
+
+    >>> known = Fact("The capital of {} is", "France", "Rome", relation="capital")
+    >>> with_more(known, Fact("The capital of France is", target_new="Rome", target_true="Paris")).target_true
+    'Paris'
+    """
+    key = ("prompt", "subject", "position")  # where the fact's key is read: all three belong together
+    says_where = other.subject is not None or other.position is not None
+    others = {field.name: getattr(other, field.name) for field in fields(Fact) if field.name not in key}
+    given = {name: value for name, value in others.items() if value != getattr(Fact, name, None)}
+    return replace(fact, **given, **({name: getattr(other, name) for name in key} if says_where else {}))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from lightedit.data.facts import Fact, FactError
-from lightedit.data.lookup import place_of, with_target
+from lightedit.data.lookup import place_of, with_more, with_target
 from lightedit.data.modules import Chunk
 from lightedit.digests import digest
 from lightedit.editing.again import Known, check_together, instead_of, own_text, searched_with, solve
@@ -84,19 +84,24 @@ class FactBase:
         return Edit.load(folder) if (folder / "edit.json").is_file() else None
 
     def add(self, facts: Sequence[Fact]) -> None:
-        """Add facts. A fact that is there already is left out with a warning.
+        """Add facts.
+
+        Of a fact that is there already with this target, with a warning, only those other fields are taken over that
+        the new record has, such as paraphrases.
 
         Raises:
             FactError: a fact with the same text, served alike, and another target is there.
         """
         found = list(self._state.facts)
-        known = {(fact.text, fact.serving): fact for fact in found}
+        known = {(fact.text, fact.serving): index for index, fact in enumerate(found)}
         for fact in [facts] if isinstance(facts, Fact) else facts:
-            if (there := known.get((fact.text, fact.serving))) is None:
+            index = known.setdefault((fact.text, fact.serving), len(found))
+            if index == len(found):
                 found.append(fact)
-                known[fact.text, fact.serving] = fact
-            elif there.target_new == fact.target_new:
-                warnings.warn(f"{fact.text!r} -> {fact.target_new!r} is there already, and left out", stacklevel=2)
+            elif (there := found[index]).target_new == fact.target_new:
+                found[index] = with_more(there, fact)
+                done = "left out" if found[index] == there else "its other fields are taken over"
+                warnings.warn(f"{fact.text!r} -> {fact.target_new!r} is there already; {done}", stacklevel=2)
             else:
                 raise FactError(
                     f"{fact.text!r} is there already with the target {there.target_new!r}, not {fact.target_new!r}; "

@@ -255,7 +255,7 @@ def test_an_interrupted_search_goes_on_with_the_values_that_were_found(
 def test_a_fact_that_is_there_is_left_out_or_to_be_replaced(lm: le.LanguageModel, tmp_path: Path) -> None:
     base = base_of(lm, tmp_path / "base")
     base.add(THREE)
-    with pytest.warns(UserWarning, match="'The capital of France' -> 'Rome' is there already, and left out"):
+    with pytest.warns(UserWarning, match="'The capital of France' -> 'Rome' is there already; left out"):
         base.add([THREE[0], FACTS[3]])
     assert list(base) == FACTS[:4]
     with pytest.raises(le.FactError, match="already with the target 'Rome', not 'Bonn'; replace it"):
@@ -263,6 +263,15 @@ def test_a_fact_that_is_there_is_left_out_or_to_be_replaced(lm: le.LanguageModel
     with pytest.raises(le.FactError, match="is there already; replace or remove that one"):
         base.replace(THREE[1], THREE[0])
     assert list(base) == FACTS[:4]
+
+
+def test_a_fact_that_is_there_takes_over_what_a_new_record_says(lm: le.LanguageModel, tmp_path: Path) -> None:
+    base = base_of(lm, tmp_path / "base")
+    base.add([replace(THREE[0], paraphrase_prompts=("France is ruled from",))])
+    with pytest.warns(UserWarning, match="is there already; its other fields are taken over"):
+        base.add([le.Fact(THREE[0].text, target_new=THREE[0].target_new, relation="capital")])
+    (found,) = base
+    assert found == replace(THREE[0], paraphrase_prompts=("France is ruled from",), relation="capital")
 
 
 def test_a_fact_that_is_not_there_names_the_closest(lm: le.LanguageModel, tmp_path: Path) -> None:
