@@ -27,7 +27,7 @@ class Outcomes(RoundCallback):
     def on_prepared(self, trainer: Trainer, module: LightningModule) -> None:
         """Ask the model before the run's first round."""
         assert isinstance(module, EditModule)
-        self._observed = Observed(module.lm, module.data().facts)
+        self._observed = Observed(module.lm, module.data().facts, module.method.erases)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the model again, and warn if facts do not hold."""

@@ -43,7 +43,8 @@ class Outcome:
         before: the unedited model's greedy continuation of the fact's prompt, without the prompt.
         after: the edited model's. It is empty if that model gives NaN or infinity.
         held: whether `after` begins with the new target, as `generation_success` counts it. A fact with `end_turn`
-            holds only if nothing follows the target.
+            holds only if nothing follows the target. After an edit that erases, whether `after` does not begin with the
+            target.
         probability: probability per token (geometric mean) of the new target after the prompt, in the edited model;
             None if that is NaN.
         rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
@@ -101,13 +102,14 @@ class Observed:
     Args:
         lm: the model, with its weights before the edit.
         facts: the facts to be edited.
+        erases: whether the edit is to make the targets improbable.
 
     Raises:
         NumericalError: the model gives NaN or infinity.
     """
 
-    def __init__(self, lm: LanguageModel, facts: Sequence[Fact]) -> None:
-        self.lm, self.facts = lm, list(facts)
+    def __init__(self, lm: LanguageModel, facts: Sequence[Fact], erases: bool = False) -> None:
+        self.lm, self.facts, self.erases = lm, list(facts), erases
         self.chat = all(fact.chat for fact in facts)
         prompts = untouched_prompts(facts)
         lengths = map(len, encode(lm, prompts, [self.chat] * len(prompts)))
@@ -129,7 +131,7 @@ class Observed:
         targets = [fact.target_new for fact in facts]
         begins = generation_success(said, targets).tolist()
         held = [
-            bool(start) and (not fact.end_turn or text.strip() == fact.target_new)
+            (bool(start) and (not fact.end_turn or text.strip() == fact.target_new)) != self.erases
             for fact, text, start in zip(facts, said, begins, strict=True)
         ]
         texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]

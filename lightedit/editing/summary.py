@@ -14,6 +14,7 @@ REACHED = 0.7
 
 At a mean loss of ln 2 = 0.69 per token, tokens of the target have a probability of one half.
 """
+_ERASED = 0.5  # the same of a search that erases, whose loss is the probability of a target's token
 
 # Settings of methods that make a search stronger, and those that make the written edit hold better
 _OF_SEARCH = {"steps": "more", "lr": "higher", "clamp_norm_factor": "larger"}
@@ -77,10 +78,12 @@ def advice(
     if not failed:
         return None
     values = method.get("values") or {}
-    bound = max(REACHED, values.get("loss_threshold") or 0.0)
+    erases = _erases(method)
+    bound = _ERASED if erases else max(REACHED, values.get("loss_threshold") or 0.0)
+    begins, states, unit = ("does not begin", "still states", "") if erases else ("begins", "does not state", " nats")
     unreached = [outcome for outcome in failed if outcome.loss is not None and outcome.loss > bound]
     unwritten = [outcome for outcome in failed if outcome not in unreached]
-    parts = [f"{count_held(outcomes)} (the model's own continuation begins with the target)"]
+    parts = [f"{count_held(outcomes)} (the model's own continuation {begins} with the target)"]
     if any(outcome.probability is None for outcome in failed):
         parts.append("the edited model gives NaN or infinity: revert the edit, and write more weakly")
     elif unwritten:
@@ -95,19 +98,23 @@ def advice(
             ways.append(f"fewer facts at a time (facts_per_round, {most} now)")
         ways.append(f"other layers ({_present(method['layers'])})" if "layers" in method else "other settings")
         searched = "the search reached the target" if unwritten[0].loss is not None else "the edit was written"
-        parts.append(f"{searched} of {_named(unwritten)}, but the model does not state it: try {_listed(ways)}")
+        parts.append(f"{searched} of {_named(unwritten)}, but the model {states} it: try {_listed(ways)}")
     if unreached:
         ways = [f"{way} values.{name} ({_present(values[name])})" for name, way in _OF_SEARCH.items() if name in values]
         ways.append(f"another last layer ({_present(method.get('layers'))})")
         loss = max(outcome.loss or 0.0 for outcome in unreached)
-        parts.append(f"the search did not reach the target of {_named(unreached)} (loss up to {loss:.2g} nats): "
+        parts.append(f"the search did not reach the target of {_named(unreached)} (loss up to {loss:.2g}{unit}): "
                      f"try {_listed(ways)}")  # fmt: skip
     return "; ".join(parts)
 
 
+def _erases(method: Mapping[str, Any]) -> bool:
+    return (method.get("values") or {}).get("objective") == "erase"
+
+
 def _is_set(method: Mapping[str, Any], name: str) -> bool:
-    """Whether the setting is there and has an effect: λ has none beside a share, and μ none at 0."""
-    if name == "lambda_" and method.get("share") is not None:
+    """Whether the setting can be changed to an effect: λ not beside a share, μ not at 0, passes not in erasing."""
+    if (name == "lambda_" and method.get("share") is not None) or (name == "passes" and _erases(method)):
         return False
     return method.get(name) is not None and not (name == "mu" and not method[name])
 

@@ -113,6 +113,11 @@ class Method(ABC):
         """
         raise ArgumentError(f"{type(self).__name__} cannot erase facts")
 
+    @property
+    def erases(self) -> bool:
+        """Whether edits lower the probability of targets; see `erasing`."""
+        return False
+
     def search_inputs(self) -> dict[str, Any] | None:
         """What determines the search results besides model and facts, as JSON values; None without a search."""
         return None

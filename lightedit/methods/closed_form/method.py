@@ -48,7 +48,7 @@ class ClosedForm(Method):
         object.__setattr__(self, "layers", _as_layers(self.layers))
         if self.passes < 1:
             raise ArgumentError(f"passes must be at least 1, got {self.passes}")
-        if self.passes > 1 and self.values.objective == "erase":
+        if self.passes > 1 and self.erases:
             raise ArgumentError(
                 "passes: further ones raise the target's probability, and objective 'erase' lowers it; give 1"
             )
@@ -80,6 +80,10 @@ class ClosedForm(Method):
         return replace(
             self, values=replace(self.values, objective="erase", stopping=None, loss_threshold=0.0), passes=1
         )
+
+    @property
+    def erases(self) -> bool:
+        return self.values.objective == "erase"
 
     def check(self, lm: LanguageModel) -> None:
         lm.check_layers(self.layers)

@@ -10,6 +10,7 @@ from benchmarks.values import published_value
 from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.methods.closed_form.joint import Joint
 from lightedit.methods.closed_form.values import ValueOptimization, optimize_values
+from lightedit.metrics import score_targets
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import MEMIT, ROME, covariance_of
 
@@ -59,29 +60,43 @@ def test_the_gradient_is_that_of_the_loss_for_facts_that_are_searched_together_t
     assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / 2e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [ROME, MEMIT], ids=["ROME", "MEMIT"])
-def test_erasing_lowers_the_probability_that_the_method_would_raise(method: le.Method) -> None:
+FACT = le.Fact("The capital of {}", "France", "the")
+
+
+def saying_the() -> le.LanguageModel:
+    """A model that continues the text of `FACT` with its target."""
     lm = language_model()
     (token,) = lm.encode([" the"])[0]
-    fact = le.Fact("The capital of {}", "France", "the")
-
-    def probability() -> float:
-        with torch.no_grad():
-            return float(lm.model(torch.tensor([lm.encode([fact.text])[0]])).logits[0, -1].softmax(-1)[token])
-
     with torch.no_grad():
-        lm.model.lm_head.weight[token] += (
-            lm.model.model(torch.tensor([lm.encode([fact.text])[0]])).last_hidden_state[0, -1] / lm.d_model**0.5
-        )
-    lm = le.LanguageModel(lm.model, lm.tokenizer)
-    before = probability()
-    settings = le.RunSettings(outcomes=False, progress_bar=False)
+        state = lm.model.model(torch.tensor([lm.encode([FACT.text])[0]])).last_hidden_state[0, -1]
+        lm.model.lm_head.weight[token] += state / lm.d_model**0.5
+    return le.LanguageModel(lm.model, lm.tokenizer)
+
+
+@pytest.mark.parametrize("method", [ROME, MEMIT], ids=["ROME", "MEMIT"])
+def test_erasing_lowers_the_probability_that_the_method_would_raise(method: le.Method) -> None:
+    lm = saying_the()
+    before = score_targets(lm, [FACT.text], ["the"]).nll.neg().exp().item()
     found = {}
+    bare = le.ContextSettings(prefixes=())
+    method = replace(method, contexts=bare, values=replace(method.values, steps=60))
     for name, one in (("raised", method), ("erased", method.erasing())):
-        edit = le.edit(lm, [fact], one, covariance=covariance_of(lm, one.covariance_places), settings=settings)
-        found[name] = probability()
+        covariance = covariance_of(lm, one.covariance_places)
+        edit = le.edit(lm, [FACT], one, covariance=covariance, settings=le.RunSettings(progress_bar=False))
+        (found[name],) = edit.outcomes
         edit.revert(lm)
-    assert found["erased"] < before < found["raised"]
+    assert found["erased"].probability < before < found["raised"].probability
+    assert found["erased"].held and not found["erased"].after.startswith(" the")
+    assert found["raised"].held and found["raised"].after.startswith(" the")
+
+
+def test_an_erasure_that_did_not_take_says_so() -> None:
+    lm, method = saying_the(), replace(MEMIT.erasing(), lambda_=1e9)
+    with pytest.warns(UserWarning, match="still states it: try smaller lambda_") as warned:
+        edit = le.edit(lm, [FACT], method, covariance=covariance_of(lm, method.covariance_places))
+    (said,) = [str(one.message) for one in warned if "still states" in str(one.message)]
+    assert "0 of 1 fact holds (the model's own continuation does not begin with the target)" in said
+    assert "passes" not in said and not edit.held
 
 
 def test_what_waits_for_the_target_cannot_erase() -> None:
