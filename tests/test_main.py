@@ -1,6 +1,7 @@
 """The command line, end to end on a tiny model in a folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lightedit.__main__ import EXIT_CODES, main
 from lightedit.evaluation import evaluate as evaluating
 from lightedit.evaluation import scoring, single
 from lightedit.lm import Place
+from tests.chat import chat_tokenizer
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import covariance_of, scored, scored_single
 
@@ -362,6 +364,28 @@ def test_a_fact_base_is_filled_changed_listed_and_applied(place: Path, capsys: p
         (["apply", "--lm", "nowhere", "--base", "nothing"], "nothing holds no facts"),
     ):
         assert message in fails(capsys, ["facts", arguments[0], "--base", "base", *arguments[1:]])
+
+
+@pytest.mark.parametrize("way", ["edit", "facts"])
+def test_facts_as_plain_text_in_a_model_with_a_chat_template_are_pointed_out(
+    place: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    quick = [*QUICK, "--method.values.steps", "1"]
+    note = "note: model has a chat template, and all facts are written as plain text"
+
+    def written(*chat: str) -> str:
+        if way == "edit":
+            edits(["edit", "--lm", "model", "--facts", "facts.jsonl", *quick, "--out", f"x{len(chat)}", *chat])
+        else:
+            main(["facts", "add", "--base", f"base{len(chat)}", "--facts", "facts.jsonl", *chat])
+            edits(["facts", "apply", "--base", f"base{len(chat)}", "--lm", "model", *quick])
+        return capsys.readouterr().err
+
+    assert "chat template" not in written()
+    for folder in ("x0", "base0"):
+        shutil.rmtree(folder, ignore_errors=True)
+    chat_tokenizer("bytelevel").save_pretrained("model")
+    assert note in written() and note not in written("--chat")
 
 
 # How a run ends

@@ -10,13 +10,14 @@ from lightedit.errors import ArgumentError
 
 _HELP = (
     "A line is answered. An empty line, or /on and /off, switches the edits; /both answers with them and without them; "
-    "/quit ends."
+    "/chat serves lines in the chat template, /plain continues them as text; /quit ends."
 )
 
 
 def chat(
     lm: str,
     edits: list[Path] | None = None,
+    chat: bool = False,
     plain: bool = False,
     max_new_tokens: int = 60,
     top_k: int | None = None,
@@ -26,14 +27,16 @@ def chat(
 ) -> None:
     """Ask a model in the terminal, with edits switched on and off: lightedit chat smollm2 --edits edits/first.
 
-    Each line is a question of its own; earlier lines are forgotten. A model with a chat template answers it as a turn
-    of the user, any other model continues it. An empty line, /on and /off switch the edits, /both answers with and
-    without them, /quit ends. Lines may also come from a pipe.
+    Each line is a question of its own; earlier lines are forgotten. It is served as the facts of the edits are: in the
+    model's chat template, or as text that the model continues. Without edits, a model with a chat template answers in
+    it. An empty line, /on and /off switch the edits, /both answers with and without them, /chat and /plain change how
+    lines are served, /quit ends. Lines may also come from a pipe.
 
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file; may stand before all options without --lm.
         edits: folders of saved edits, one after the other, which are applied in that order.
-        plain: continue lines as they are, without the chat template.
+        chat: serve lines in the chat template, whatever the edits' facts.
+        plain: continue lines as they are, without the chat template, whatever the edits' facts.
         max_new_tokens: most tokens of an answer.
         top_k: sample from this many most probable tokens; by default the most probable one is taken.
         seed: seed of the sampling.
@@ -42,18 +45,28 @@ def chat(
     """
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+    if chat and plain:
+        raise ArgumentError("--chat and --plain exclude each other; give one of them")
     saved = [le.Edit.load(folder) for folder in edits or []]
     model = le.LanguageModel.load(lm, dtype, device)
     for one in saved:
         one.check_model(model)
     switch = _Switch(model, saved)
-    in_template = not plain and bool(model.tokenizer.chat_template)
-    print(f"{model.name}: {'answers in its chat template' if in_template else 'continues plain text'}. {_HELP}")
+    has_template = bool(model.tokenizer.chat_template)
+    if chat and not has_template:
+        raise ArgumentError(f"--chat: the tokenizer of {model.name} has no chat template; leave it out")
+    in_facts = {fact.chat for edit in saved for fact in edit.facts} or {has_template}
+    in_template = chat or (not plain and in_facts == {True})
+    print(f"{model.name} {_served(in_template)}. {_HELP}")
     print(switch)
     for line in _lines(switch):
         command = _command(line)
         if command == "quit":
             break
+        if command in ("chat", "plain"):
+            in_template = command == "chat" and has_template
+            print(_served(in_template) if in_template == (command == "chat") else f"{model.name} has no chat template")
+            continue
         if command is not None:
             switch.set(command)
             print(_HELP if command == "help" else switch)
@@ -62,6 +75,10 @@ def chat(
             switch.turn(on)
             said = _answer(model, line, in_template, max_new_tokens, top_k, seed)
             print(f"[{'edited' if on else 'unedited'}] {said}" if saved else said, flush=True)
+
+
+def _served(in_template: bool) -> str:
+    return "answers in its chat template" if in_template else "continues lines as plain text"
 
 
 class _Switch:
@@ -111,10 +128,10 @@ def _lines(switch: _Switch) -> Iterator[str]:
 
 
 def _command(line: str) -> str | None:
-    """The command in a line: on, off, both, switch, quit or help; None for a question."""
+    """The command in a line: on, off, both, switch, chat, plain, quit or help; None for a question."""
     if not line.startswith("/"):
         return None if line else "switch"
-    return line[1:] if line in ("/on", "/off", "/both", "/quit") else "help"
+    return line[1:] if line in ("/on", "/off", "/both", "/chat", "/plain", "/quit") else "help"
 
 
 def _answer(

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of, read_served, remove_runs
+from lightedit.commands.shared import covariance_of, note_template, read_served, remove_runs
 from lightedit.data.prompts import check_facts_fit
 from lightedit.data.texts import read_texts
 from lightedit.data.words import counted
@@ -107,6 +107,7 @@ def edit(
     if result.before is not None:
         print(result.before.table() if result.after is None else result.after.table(result.before))
     print(f"saved the edit of {counted(len(result.facts))} in {out}")
+    note_template(model, result.facts, "--chat")
     if result.record.stopped is not None or not result.held:
         less = result.record.stopped or count_held(result.outcomes)
         raise RunFailedError(f"the edit is saved, but it does less than was asked: {less}")

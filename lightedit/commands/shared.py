@@ -1,5 +1,6 @@
 """Functions that several commands share."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def read_served(
 ) -> list[le.Fact]:
     """The facts of a file, served as the options --chat, --end_turn and --separator say."""
     return served_as(le.read_facts(path, limit, format), chat=chat, end_turn=end_turn, separator=separator)
+
+
+def note_template(model: le.LanguageModel, facts: Sequence[le.Fact], way: str) -> None:
+    """Say on standard error that facts were written as plain text into a model that is made to be asked in a chat."""
+    if model.tokenizer.chat_template and not any(fact.chat for fact in facts):
+        print(
+            f"note: {model.name} has a chat template, and all facts are written as plain text. Asked in a chat, it may "
+            f"not state them; {way} writes them in the template",
+            file=sys.stderr,
+        )
 
 
 def covariance_of(model: le.LanguageModel, methods: Sequence[le.Method], folder: Path | None) -> le.Covariance | None:

@@ -58,6 +58,9 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]]
     records: list[dict[str, Any]]
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self, before: "Evaluation | None" = None) -> str:
         """The scores as aligned text, one metric a line, with half the width of its interval.
 

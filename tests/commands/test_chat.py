@@ -1,6 +1,7 @@
 """`lightedit chat`: a model asked in the terminal, with its edit and without."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_a_model_with_a_chat_template_answers_in_it_unless_told_otherwise(place,
     assert in_chat != plain
     assert talk(monkeypatch, capsys, ASKED) == [in_chat]
     assert talk(monkeypatch, capsys, ASKED, "--plain") == [plain]
+    assert talk(monkeypatch, capsys, f"/plain\n{ASKED}\n/chat\n{ASKED}\n") == [
+        *("continues lines as plain text", plain, "answers in its chat template", in_chat)
+    ]
+
+
+def test_lines_are_served_as_the_facts_of_the_edits_are(place, monkeypatch, capsys) -> None:
+    chat_tokenizer("bytelevel").save_pretrained("model")
+    lm = le.LanguageModel.load("model")
+    le.Edit.load("first").apply(lm)
+    in_chat, plain = (lm.complete(ASKED, chat=chat, max_new_tokens=6).strip() for chat in (True, False))
+    assert in_chat != plain
+    assert talk(monkeypatch, capsys, ASKED, "--edits", "first") == [f"[edited] {plain}"]
+    assert talk(monkeypatch, capsys, ASKED, "--edits", "first", "--chat") == [f"[edited] {in_chat}"]
+    served = json.loads((place / "first" / "edit.json").read_text())
+    for fact in served["facts"]:
+        fact["chat"] = True
+    (place / "first" / "edit.json").write_text(json.dumps(served))
+    assert talk(monkeypatch, capsys, ASKED, "--edits", "first") == [f"[edited] {in_chat}"]
+    assert talk(monkeypatch, capsys, ASKED, "--edits", "first", "--plain") == [f"[edited] {plain}"]
 
 
 def test_lines_may_come_from_a_pipe(place) -> None:
@@ -95,6 +115,8 @@ def test_wrong_arguments_are_refused(place, capsys) -> None:
     for arguments, message in (
         (["--edits", "missing"], "missing"),
         (["--max_new_tokens", "0"], "max_new_tokens: got 0, expected at least 1"),
+        (["--chat", "--plain"], "--chat and --plain exclude each other"),
+        (["--chat"], "has no chat template"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["chat", "model", *arguments])

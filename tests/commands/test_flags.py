@@ -63,7 +63,7 @@ FLAGS = {
     "sweep": {*MODEL, *RUN, *EVALUATION, *SERVED, *FACTS, "--methods", "--methods.help", "--out", "--counts",
               "--facts_per_round", "--grid", "--skip", "--limit", "--covariance"},
     "report": {"--runs", "--out", "--overwrite"},
-    "chat": {*MODEL, "--edits", "--plain", "--max_new_tokens", "--top_k", "--seed"},
+    "chat": {*MODEL, "--edits", "--chat", "--plain", "--max_new_tokens", "--top_k", "--seed"},
     "env": {"--models"},
 }  # fmt: skip
 

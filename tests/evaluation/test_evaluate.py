@@ -353,6 +353,7 @@ def test_generations_are_saved_and_read_back(lm, tmp_path):
 def test_table_tells_the_unit_of_generation_entropy():
     found = Evaluation({"ES": 50.0, "GE": 612.34}, {"ES": (40.0, 60.0), "GE": (600.0, 624.68)}, [{}] * 3)
     lines = found.table().splitlines()
+    assert str(found) == found.table()
     assert lines[-1].split() == ["GE", "(bits", "×", "100)", "612.3", "±", "12.3"]
     assert len({len(line) for line in lines[1:]}) == 1
 
