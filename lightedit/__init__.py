@@ -1,10 +1,13 @@
 """lightedit: edit facts in transformer language models; evaluate, save, export and revert the edits."""
 
+from lightedit.analysis.found_neurons import Neurons
 from lightedit.analysis.hidden_settings import HiddenStateSettings
 from lightedit.analysis.hidden_states import hidden_states
 from lightedit.analysis.localization.result import LocalizationStudy
 from lightedit.analysis.localization.settings import LocalizationSettings
 from lightedit.analysis.localization.study import localization_study
+from lightedit.analysis.neuron_settings import NeuronSettings
+from lightedit.analysis.neurons import neurons
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.similarities import HiddenStates
 from lightedit.analysis.trace import Trace
@@ -35,9 +38,10 @@ from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
-from lightedit.methods import EMMET, ENCORE, MEMIT, PMET, ROME, AlphaEdit, Method
+from lightedit.methods import EMMET, ENCORE, KN, MEMIT, PMET, ROME, AlphaEdit, Method
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.neurons.search import NeuronSearch
 from lightedit.reports.page import report
 from lightedit.runs.folder import ResumeError
 from lightedit.statistics.covariance import Covariance, CovarianceError
@@ -49,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMMET",
     "ENCORE",
+    "KN",
     "MEMIT",
     "PMET",
     "ROME",
@@ -78,6 +83,9 @@ __all__ = [
     "LocalizationStudy",
     "Method",
     "MostProbable",
+    "NeuronSearch",
+    "NeuronSettings",
+    "Neurons",
     "Outcome",
     "Outcomes",
     "References",
@@ -99,6 +107,7 @@ __all__ = [
     "export_model",
     "hidden_states",
     "localization_study",
+    "neurons",
     "read_facts",
     "read_references",
     "register_architecture",

@@ -24,6 +24,7 @@ from lightedit.commands.export import export
 from lightedit.commands.facts import add, apply, remove, replace, show
 from lightedit.commands.hidden_states import hidden_states
 from lightedit.commands.localization import localization
+from lightedit.commands.neurons import neurons
 from lightedit.commands.parsing import Parser, of_union
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Any] = {
     "trace": trace,
     "hidden-states": hidden_states,
     "localization": localization,
+    "neurons": neurons,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -99,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "trace": "the same command goes on after the facts that are finished",
             "hidden-states": "the same command goes on after the prompts that are finished",
             "localization": "the same command goes on after the edits that are finished",
+            "neurons": "the same command goes on after the facts that are finished",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }

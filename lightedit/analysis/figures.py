@@ -142,14 +142,14 @@ def _maps(
         for axes, (kind, grid) in zip(panels, grids.items(), strict=True):
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
-                    _cell(axes, x, y, value, tops[kind], _HUES[kind])
+                    draw_cell(axes, x, y, value, tops[kind], _HUES[kind])
             axes.set(xlim=(-0.5, len(grid[0]) - 0.5), ylim=(len(rows) - 0.5, -0.5))
             axes.set_yticks(range(len(rows)), rows)
             _layers(axes, len(grid[0]), f"{_title(kind, window)}, 0 to {tops[kind]:.2g}")
     return drawing
 
 
-def _cell(axes: Any, x: int, y: int, value: float, top: float, hue: str) -> None:
+def draw_cell(axes: Any, x: int, y: int, value: float, top: float, hue: str) -> None:
     """One cell: the hue of its sign, as opaque as its value is large. A page's dark colours then suit it, too."""
     from matplotlib.patches import Rectangle
 

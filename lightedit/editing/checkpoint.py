@@ -152,6 +152,7 @@ class KeptRound:
             "stopped": round_.stopped,
             "tables": round_.tables,
             "losses": round_.losses,
+            "notes": round_.notes,
             "changes": settings,
             "run": self.run,
             "ended": self.ended,

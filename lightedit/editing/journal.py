@@ -24,6 +24,7 @@ class Round:
         tables: this round's rows of the run's tables, by name of the table.
         losses: the last loss of each fact's search, in order; None for a fact without one.
         values: fact's index -> result of its search, if this is the first round; see `Edit.values`.
+        notes: what each fact's outcome is to say besides, in order; None for nothing.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Round:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     losses: list[float | None] = field(default_factory=list)
     values: dict[int, Tensor] = field(default_factory=dict)
+    notes: list[str | None] = field(default_factory=list)
 
 
 class RoundCallback(Callback):

@@ -46,6 +46,7 @@ class EditModule(LightningModule):
             written; "origin", the round in which the scored facts were written, both counted from 1; "facts", their
             number; and their scores in percent. Also written to retention.csv in the first logger's folder.
         losses: the last loss of each written fact's search, in the order of `edit.facts`; None for a fact without one.
+        notes: what each written fact's outcome is to say besides, in the same order; None for nothing.
         fraction_done: share of all facts that are found or written; a fact in progress counts as the share of its
             steps.
 
@@ -65,13 +66,15 @@ class EditModule(LightningModule):
         super().__init__()
         check_model_and_method(lm, method)
         self.automatic_optimization = False
-        self.lm, self.method = lm, method
+        self.lm = lm
         self.covariance = covariance if prepared is None else prepared.covariance
         self.settings = settings
         self.editor = prepared or method.editor(lm, covariance=covariance, settings=settings)
+        self.method = self.editor.method  # which may have been bound to the layers of `lm`
         self.edit: Edit | None = None
         self.retention: list[dict[str, Any]] = []
         self.losses: list[float | None] = []
+        self.notes: list[str | None] = []
         self._unscored: FloatingPointError | None = None  # why validation failed after this round
         self._seconds = {"values": 0.0, "update": 0.0}
         self._seconds_before = dict(self._seconds)
@@ -93,7 +96,7 @@ class EditModule(LightningModule):
         self._rounds = data.rounds
         self.edit = Edit.begin(self.editor)
         self.retention = self.edit.tables.setdefault("retention", [])
-        self.losses = []
+        self.losses, self.notes = [], []
         for callback in self._round_callbacks():
             callback.on_prepared(self.trainer, self)
         try:
@@ -137,6 +140,7 @@ class EditModule(LightningModule):
         for name, rows in round_.tables.items():
             self.edit.tables.setdefault(name, []).extend(rows)
         self.losses += round_.losses
+        self.notes += round_.notes or [None] * round_.facts
         self.edit.values |= round_.values
         self.edit.record.stopped = round_.stopped
         self._seconds = dict(round_.seconds)
@@ -193,6 +197,7 @@ class EditModule(LightningModule):
             raise
         self.edit.values |= {index: compact(value) for index, value in values.items()}
         self.losses += [_finite(self.editor.losses.get(index)) for index in indices]
+        self.notes += [self.editor.notes.get(index) for index in indices]
         self.lm.weights.made_on[self.edit.id] = self.edit.record.on_top_of
         self.edit.rounds.append(changes)
         self.edit.facts_in_round.append(len(indices))
@@ -218,7 +223,7 @@ class EditModule(LightningModule):
         self.lm.weights.remove([self.edit.owner(len(self.edit.rounds) - 1)])
         self.edit.rounds.pop()
         del self.edit.facts[-self.edit.facts_in_round.pop() :]
-        del self.losses[len(self.edit.facts) :]
+        del self.losses[len(self.edit.facts) :], self.notes[len(self.edit.facts) :]
         if not self.edit.rounds:
             self.edit.values.clear()
         self.retention[:] = [row for row in self.retention if row["round"] <= len(self.edit.rounds)]
@@ -264,6 +269,7 @@ class EditModule(LightningModule):
             tables,
             self.losses[-self.edit.facts_in_round[-1] :],
             dict(self.edit.values) if number == 1 else {},
+            self.notes[-self.edit.facts_in_round[-1] :],
         )
 
     def teardown(self, stage: str) -> None:

@@ -35,10 +35,10 @@ class Outcomes(RoundCallback):
         assert self._observed is not None
         edit = pl_module.edit
         try:
-            edit.outcomes = self._observed.outcomes(pl_module.losses)
+            edit.outcomes = self._observed.outcomes(pl_module.losses, pl_module.notes)
             edit.damage = self._observed.damage()
         except NumericalError:
-            edit.outcomes, edit.damage = self._observed.unknown(pl_module.losses), ()
+            edit.outcomes, edit.damage = self._observed.unknown(pl_module.losses, pl_module.notes), ()
         self._observed = None
         on_collision = pl_module.editor.settings.on_collision
         if warning := advice(edit.outcomes, edit.record.method, edit.facts_in_round, on_collision):

@@ -49,6 +49,7 @@ class Outcome:
             None if that is NaN.
         rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
         loss: the last loss of the fact's search, in nats; None without a search of its own.
+        note: what else the editor says of the fact, such as that nothing was written; None for nothing.
     """
 
     fact: Fact
@@ -58,6 +59,7 @@ class Outcome:
     probability: float | None
     rank: int | None
     loss: float | None = None
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the fact, ready for JSON."""
@@ -118,8 +120,8 @@ class Observed:
         self._continued = self._continue()
         self._log_probs = self._next_token()
 
-    def outcomes(self, losses: Sequence[float | None]) -> tuple[Outcome, ...]:
-        """The outcomes of the first `len(losses)` facts, whose searches ended with these losses.
+    def outcomes(self, losses: Sequence[float | None], notes: Sequence[str | None] = ()) -> tuple[Outcome, ...]:
+        """The outcomes of the first `len(losses)` facts, whose searches ended with these losses, and of their notes.
 
         Raises:
             NumericalError: the edited model gives NaN or infinity.
@@ -137,15 +139,16 @@ class Observed:
         texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
         scores = score_targets(self.lm, texts, targets, servings=servings)
         probabilities, ranks = scores.nll.neg().exp().tolist(), scores.rank.tolist()
+        notes = notes or [None] * len(losses)
         return tuple(
-            Outcome(fact, self._said[i], said[i], held[i], probabilities[i], ranks[i], losses[i])
+            Outcome(fact, self._said[i], said[i], held[i], probabilities[i], ranks[i], losses[i], notes[i])
             for i, fact in enumerate(facts)
         )
 
-    def unknown(self, losses: Sequence[float | None]) -> tuple[Outcome, ...]:
+    def unknown(self, losses: Sequence[float | None], notes: Sequence[str | None] = ()) -> tuple[Outcome, ...]:
         """The outcomes of these facts in a model that gives NaN or infinity."""
-        rows = zip(self.facts, self._said, losses, strict=False)
-        return tuple(Outcome(fact, said, "", False, None, None, loss) for fact, said, loss in rows)
+        rows = zip(self.facts, self._said, losses, notes or [None] * len(losses), strict=False)
+        return tuple(Outcome(fact, said, "", False, None, None, loss, note) for fact, said, loss, note in rows)
 
     def damage(self) -> tuple[Damage, ...]:
         """What has changed at the other prompts, the largest KL first.

@@ -55,6 +55,8 @@ def lines_of(outcomes: Sequence[Outcome], damage: Sequence[Damage]) -> list[str]
         failed = sum(not outcome.held for outcome in rest)
         what = f"of which {failed} do not hold" if failed else "which hold"
         lines.append(f"... and {len(rest)} more, {what}; edit.outcomes and the report have all")
+    for note in dict.fromkeys(outcome.note for outcome in ordered if outcome.note):
+        lines.append(f"{_named([outcome for outcome in ordered if outcome.note == note])}: {note}")
     if damage:
         changed = [(cut(row.prompt, _PROMPT), cut(row.before, _SAID), cut(row.after, _SAID), f"{row.kl:.3g}")
                    for row in damage[:_PROMPTS]]  # fmt: skip
@@ -82,7 +84,8 @@ def advice(
     bound = _ERASED if erases else max(REACHED, values.get("loss_threshold") or 0.0)
     begins, states, unit = ("does not begin", "still states", "") if erases else ("begins", "does not state", " nats")
     unreached = [outcome for outcome in failed if outcome.loss is not None and outcome.loss > bound]
-    unwritten = [outcome for outcome in failed if outcome not in unreached]
+    unwritten = [outcome for outcome in failed if outcome not in unreached and outcome.note is None]
+    noted = [outcome for outcome in failed if outcome.note is not None]
     parts = [f"{count_held(outcomes)} (the model's own continuation {begins} with the target)"]
     if any(outcome.probability is None for outcome in failed):
         parts.append("the edited model gives NaN or infinity: revert the edit, and write more weakly")
@@ -99,6 +102,8 @@ def advice(
         ways.append(f"other layers ({_present(method['layers'])})" if "layers" in method else "other settings")
         searched = "the search reached the target" if unwritten[0].loss is not None else "the edit was written"
         parts.append(f"{searched} of {_named(unwritten)}, but the model {states} it: try {_listed(ways)}")
+    if noted:
+        parts.append(f"{_named(noted)}: {noted[0].note}")
     if unreached:
         ways = [f"{way} values.{name} ({_present(values[name])})" for name, way in _OF_SEARCH.items() if name in values]
         ways.append(f"another last layer ({_present(method.get('layers'))})")
@@ -109,7 +114,7 @@ def advice(
 
 
 def _erases(method: Mapping[str, Any]) -> bool:
-    return (method.get("values") or {}).get("objective") == "erase"
+    return (method.get("values") or {}).get("objective") == "erase" or method.get("mode") in ("erase", "suppress")
 
 
 def _is_set(method: Mapping[str, Any], name: str) -> bool:

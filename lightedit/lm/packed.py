@@ -65,6 +65,24 @@ class Span:
         """
         return cls(len(seen), seen.shape[1], None, _additive(seen, dtype), positions)
 
+    @classmethod
+    def of_alternatives(cls, mask: Tensor, length: int, cache: PrefixCache | None, dtype: torch.dtype) -> "Span":
+        """Build a span of rows that each hold `length` alternatives of one token, which follows the row's prefix.
+
+        Each alternative sees the prefix and itself. They share the prefix's keys and values, which are not copied.
+
+        Args:
+            mask: real tokens of the prefix, [rows, prefix]; padding is on the left.
+            length: number of alternatives.
+            cache: prefix cache of the rows, if they have prefixes.
+            dtype: dtype of the mask.
+        """
+        rows, before = mask.shape
+        itself = torch.eye(length, dtype=torch.bool, device=mask.device).expand(rows, -1, -1)
+        seen = torch.cat([mask[:, None, :].expand(-1, length, -1), itself], dim=2)
+        positions = torch.arange(before + length, device=mask.device).clamp(max=before)
+        return cls(rows, length, cache, _additive(seen, dtype), positions[None])
+
     def visible(self, window: int | None) -> Tensor:
         """The mask, cut to the last `window` tokens of a layer with sliding-window attention; None for all."""
         if window is None or window >= self.mask.shape[-1]:

@@ -6,8 +6,11 @@ from lightedit.methods.closed_form.encore import ENCORE
 from lightedit.methods.closed_form.memit import MEMIT
 from lightedit.methods.closed_form.pmet import PMET
 from lightedit.methods.closed_form.rome import ROME
+from lightedit.methods.neurons.kn import KN
 from lightedit.methods.protocol import Method
 
-METHODS: dict[str, type[Method]] = {method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE)}
+METHODS: dict[str, type[Method]] = {
+    method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, KN)
+}
 
-__all__ = ["EMMET", "ENCORE", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method"]
+__all__ = ["EMMET", "ENCORE", "KN", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method"]

@@ -147,6 +147,7 @@ class Editor(ABC):
         rounds: the indices of each round's facts; set by `prepare`. None if each fact is edited alone and taken back.
         results: fact's index -> the result of its search; removed when the fact's round is written.
         losses: fact's index -> the last loss of its search. Facts without a search of their own have none.
+        notes: fact's index -> what its outcome is to say of the search or the write, such as that nothing was written.
         watch: called while a round is written, whenever `facts_found` grows.
         served: changes the token rows of a fact before the editor reads them, such as to put other tokens in place of
             the subject's; set before `prepare`. None leaves them as they are.
@@ -168,6 +169,7 @@ class Editor(ABC):
         self.rounds: list[list[int]] | None = None
         self.results: dict[int, Tensor] = {}
         self.losses: dict[int, float] = {}
+        self.notes: dict[int, str] = {}
         self.watch: Callable[[], None] = lambda: None
         self.served: Callable[[FactPrompts], FactPrompts] | None = None
         self.prepared = False

@@ -32,6 +32,7 @@ ALL: dict[str, le.Method] = {
     "MEMIT, contexts apart": le.MEMIT(layers=LAYERS, values=VALUES, contexts=APART, share=0.75),
     "AlphaEdit, contexts apart": le.AlphaEdit(layers=LAYERS, values=VALUES, contexts=APART, threshold=0.9, ridge=1.0),
     "gradient step": GradientStep(),
+    "KN": le.KN(layers=LAYERS, search=le.NeuronSearch(points=4, threshold=0.05, prompts="prompt")),
 }
 EVERY = pytest.mark.parametrize("method", list(ALL.values()), ids=list(ALL))
 MODELS = pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_facts_about_one_subject_are_merged_where_the_method_knows_keys(method: 
     lm = model()
     twin = le.Fact("The capital of {} is near", "France", "Madrid")
     facts = [*FACTS[:2], twin]
-    if rounds(method, 3) < 3 or isinstance(method, GradientStep):
+    if rounds(method, 3) < 3 or isinstance(method, GradientStep | le.KN):
         assert run(lm, method, facts, size=3).facts == facts  # nothing collides
         return
     with pytest.raises(le.FactError, match="nearly equal keys"):
