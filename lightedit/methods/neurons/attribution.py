@@ -116,7 +116,7 @@ def _scaled_name(lm: LanguageModel, layers: Sequence[int], before_activation: bo
         name = next((name for name in ("mlp_gate", "mlp_in") if name in lm.architecture.names), None)
         if name is None:
             raise UnsupportedModelError(f"{lm.name} has no matrix before the MLP's activation; leave published out")
-        return name  # type: ignore[return-value]
+        return name
     for place in map(Place, layers):
         if lm.weights.adaptors(place):
             raise UnsupportedModelError(

@@ -268,11 +268,12 @@ class KN(Method):
     editor_type: ClassVar[type[Editor]] = KNEditor
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(int(layer) for layer in self.layers)
+        given: Any = self.layers
+        if given is not None:
+            layers = (given,) if isinstance(given, int) else tuple(int(layer) for layer in given)
             if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
                 raise ArgumentError(
-                    f"layers must be ascending, distinct and not negative, or None for all, got {self.layers!r}"
+                    f"layers must be ascending, distinct and not negative, or None for all, got {given!r}"
                 )
             object.__setattr__(self, "layers", layers)
         for name, known in (("mode", Mode), ("embeddings", Embeddings), ("erase_with", EraseWith)):
