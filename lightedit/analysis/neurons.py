@@ -129,9 +129,8 @@ def _search_one(
     size = settings.tokens_per_pass or tokens_of_a_pass(lm)
     found = find_neurons(lm, asked, layers, settings.search, published=settings.published, max_tokens=size)
     rows = zip(found.neurons.tolist(), found.attributions.tolist(), found.shares.tolist(), strict=True)
-    own = sorted(
-        (Neuron(layer, j, value, share) for (layer, j), value, share in rows), key=lambda each: -each.attribution
-    )
+    own = [Neuron(layer, index, value, share) for (layer, index), value, share in rows]
+    own.sort(key=lambda neuron: -neuron.attribution)
     answer = lm.continuation(asked.prompts[0], asked.answers[0])
     return FactNeurons(
         fact.text, answer, found.probability, len(asked.prompts), found.share, tuple(own), found.by_layer

@@ -76,9 +76,9 @@ def test_the_attributions_of_a_layer_sum_to_what_the_probability_loses_without_i
             assert float(found.scores[layer][number].sum()) == pytest.approx(lost, abs=1e-3 * scale)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])
+@pytest.mark.parametrize(("architecture", "within"), [("gemma2", 2e-3), ("olmo2", 1e-6)])  # one gain of gemma2 is 300
 def test_behind_a_norm_neurons_share_what_the_norm_gives_in_the_proportions_of_the_mlps_output(
-    architecture: str,
+    architecture: str, within: float
 ) -> None:
     lm = a_model(architecture, torch.float64)
     points = midpoints(5)
@@ -93,7 +93,7 @@ def test_behind_a_norm_neurons_share_what_the_norm_gives_in_the_proportions_of_t
             of_norm = integrated_gradients(lm.model, query.ids, query.target, norm, "output", points.tolist())
             shares = lm.weight(place) * keys[place] / outputs[place].T  # of each neuron in each output, [d_out, d_in]
             expected = of_norm @ shares
-            assert found.scores[layer][number] == pytest.approx(expected, abs=1e-4 * float(expected.abs().max()))
+            assert found.scores[layer][number] == pytest.approx(expected, abs=within * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
