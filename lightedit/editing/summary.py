@@ -26,6 +26,7 @@ _OF_WRITING = {
     "threshold": "larger",
     "mu": "smaller",
     "passes": "more",
+    "add": "larger",
 }
 
 
@@ -118,7 +119,12 @@ def _erases(method: Mapping[str, Any]) -> bool:
 
 
 def _is_set(method: Mapping[str, Any], name: str) -> bool:
-    """Whether the setting can be changed to an effect: λ not beside a share, μ not at 0, passes not in erasing."""
+    """Whether the setting can be changed to an effect.
+
+    λ cannot beside a share, μ at 0, passes in erasing, KN's add where nothing is added or it is published.
+    """
+    if name == "add" and (method.get("mode") != "update" or method.get("published")):
+        return False
     if (name == "lambda_" and method.get("share") is not None) or (name == "passes" and _erases(method)):
         return False
     return method.get(name) is not None and not (name == "mu" and not method[name])
