@@ -41,10 +41,12 @@ class Attributions:
     Attributes:
         scores: for each layer, the attribution of each neuron, [n, d_in], float32 or wider, on the CPU.
         p: the probability of each query's token, [n].
+        activations: for each layer, the neurons themselves, [n, d_in], on the CPU.
     """
 
     scores: tuple[Tensor, ...]
     p: Tensor
+    activations: tuple[Tensor, ...]
 
 
 def midpoints(points: int) -> Tensor:
@@ -95,16 +97,20 @@ def attribute(
     together = max(1, room // len(points))
     order = sorted(range(len(queries)), key=lambda index: len(queries[index].ids))
     scores: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     p = []
     for start in range(0, len(order), together):
         members = [queries[index] for index in order[start : start + together]]
         clean = _run_clean(lm, members, layers, name)
         p.append(clean.p)
+        for layer in layers:
+            states[layer].append((clean.keys or clean.outputs)[Place(layer, name)].cpu())
         for group in _layer_groups(layers, lm.n_layers, len(members) * len(points), room):
             for layer, gradient in _gradients(lm, clean, group, points, name).items():
                 scores[layer].append(_scores(lm, clean, layer, gradient / len(points), name))
     back = torch.tensor(order).argsort()
-    found = Attributions(tuple(torch.cat(scores[layer])[back] for layer in layers), torch.cat(p)[back])
+    whole, activations = (tuple(torch.cat(of[layer])[back] for layer in layers) for of in (scores, states))
+    found = Attributions(whole, torch.cat(p)[back], activations)
     if not all(part.isfinite().all() for part in (found.p, *found.scores)):
         raise NumericalError("an attribution is NaN or infinite; load the model in float32")
     return found

@@ -56,7 +56,7 @@ class Asked:
 class KNEditor(Editor):
     """The editor of `KN`. A step of its search attributes one fact; a round is written from the weights it began with.
 
-    Results of the search are layer and index of each of a fact's neurons, [n, 2].
+    Results of the search are the layer, the index and the sign of the activation of each of a fact's neurons, [n, 3].
 
     Attributes:
         asked: each fact's prompts and objects; set by `prepare`.
@@ -138,7 +138,8 @@ class KNEditor(Editor):
             published=method.published,
             max_tokens=self.settings.max_tokens,
         )
-        self.results[index], self._old[index] = found.neurons, old
+        sign = torch.where(found.activations < 0, -1, 1)[:, None]
+        self.results[index], self._old[index] = torch.cat([found.neurons, sign], dim=1), old
         del self._queue[0]
         return {"neurons": torch.tensor(float(len(found.neurons)))}
 
@@ -191,15 +192,15 @@ class KNEditor(Editor):
         weight = self.lm.weight(place)
         wide = torch.promote_types(weight.dtype, torch.float32)
         for index, neurons in found.items():
-            own = neurons[neurons[:, 0] == place.layer, 1]
+            own, sign = neurons[neurons[:, 0] == place.layer, 1:].T
             if len(own):
-                change = self._change(index, weight[:, own.to(weight.device)].to(wide))
+                change = self._change(index, weight[:, own.to(weight.device)].to(wide), sign.to(weight.device))
                 if not change.isfinite().all():
                     raise NumericalError(f"the update of {place} holds NaN or infinity; load the model in float32")
                 yield Columns(index, own, change)
 
-    def _change(self, index: int, values: Tensor) -> Tensor:
-        """The change of the values w_j [d_out, n] of a fact's neurons."""
+    def _change(self, index: int, values: Tensor, sign: Tensor) -> Tensor:
+        """The change of the values w_j [d_out, n] of a fact's neurons, whose activations have the signs [n]."""
         method = self.method
         if method.mode == "enhance":
             return values.clone()
@@ -214,9 +215,11 @@ class KNEditor(Editor):
             for tokens in (self._old[index], self.asked[index].new)
         )
         subtract, add = method.weights
-        if method.published or not method.scaled:
+        if method.published:
             return (add * new - subtract * old).expand_as(values)
-        return values.norm(dim=0) * (add * new / new.norm() - subtract * old / old.norm())
+        if not method.scaled:
+            return sign * (add * new - subtract * old)
+        return sign * values.norm(dim=0) * (add * new / new.norm() - subtract * old / old.norm())
 
     def record(self) -> dict[str, Any]:
         return {"contexts": asdict(self.contexts), **super().record()}
@@ -229,7 +232,8 @@ class KN(Method):
     A neuron (l, j) is an input of the MLP's second matrix of layer l, and w_j is column j of that matrix.
 
     - update: λ1 times the embedding t of the old object is subtracted from w_j, and λ2 times that of the new object
-      added. Neurons are those of the old object: the true target, or without one what the model says.
+      added; the other way round where the neuron's activation is negative, as it may be behind a gate. Neurons are
+      those of the old object: the true target, or without one what the model says.
     - erase: w_j is set to 0, or to the embedding of the unknown token. Neurons are those of the new target, here and in
       the other two modes.
     - suppress: w_j is set to 0, as if the neuron were never active.

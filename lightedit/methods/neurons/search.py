@@ -67,6 +67,8 @@ class FoundNeurons:
         neurons: layer and index of each, [n, 2] int64.
         attributions: the attribution of each, averaged over prompts, [n].
         shares: the share of prompts in which each is coarse, [n].
+        activations: the activation of each, averaged over prompts and tokens of the answer, [n]. Behind a gate it may
+            be negative.
         share: p, by which they were chosen.
         probability: joint probability of the answer's tokens after the fact's own prompt.
         by_layer: for each layer that was searched, the sum of the attributions of all its neurons, averaged over
@@ -76,6 +78,7 @@ class FoundNeurons:
     neurons: Tensor
     attributions: Tensor
     shares: Tensor
+    activations: Tensor
     share: float
     probability: float
     by_layer: tuple[float, ...]
@@ -119,10 +122,12 @@ def find_neurons(
         (layer, _refined(count, len(sizes), share).nonzero()[:, 0], part.mean(0), count)
         for layer, count, part in zip(layers, counts, scores, strict=True)
     ]
+    active = [_means(part.to(found.p.dtype), sizes).mean(0) for part in found.activations]
     return FoundNeurons(
         torch.cat([torch.stack([torch.full_like(index, layer), index], dim=1) for layer, index, _, _ in chosen]),
         torch.cat([mean[index] for _, index, mean, _ in chosen]),
         torch.cat([count[index] / len(sizes) for _, index, _, count in chosen]),
+        torch.cat([part[index] for part, (_, index, _, _) in zip(active, chosen, strict=True)]),
         share,
         float(found.p[: sizes[0]].prod()),
         tuple(float(part.sum(1).mean()) for part in scores),

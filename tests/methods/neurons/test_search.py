@@ -24,7 +24,8 @@ def lm() -> le.LanguageModel:
 
 def found_for(monkeypatch, scores, p, sizes, **settings):
     """The neurons of made-up attributions: for each layer a row for each token of each prompt's answer."""
-    given = Attributions(tuple(torch.tensor(layer) for layer in scores), torch.tensor(p))
+    rows = tuple(torch.tensor(layer) for layer in scores)
+    given = Attributions(rows, torch.tensor(p), tuple(-2 * row for row in rows))
     monkeypatch.setattr(module, "attribute", lambda *_, **__: given)
     asked = AskedFact(((1,),) * len(sizes), tuple((2,) * size for size in sizes))
     return find_neurons(None, asked, range(len(scores)), NeuronSearch(**settings))
@@ -50,6 +51,7 @@ def test_a_neuron_is_refined_if_enough_prompts_share_it(monkeypatch) -> None:
     assert two_thirds.neurons.tolist() == [[0, 0], [1, 0]]
     assert two_thirds.shares.tolist() == [1.0, 1.0]
     assert two_thirds.attributions.tolist() == pytest.approx([2.1 / 3, 2.5 / 3])
+    assert two_thirds.activations.tolist() == pytest.approx([-4.2 / 3, -5.0 / 3])
     some = found_for(monkeypatch, SCORES, [0.5, 0.1, 0.1], [1, 1, 1], share=0.0)
     assert some.neurons.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
     assert some.shares.tolist() == pytest.approx([1.0, 1 / 3, 1.0, 1 / 3, 1 / 3])
