@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, covariance, evaluation, ops, tracing, update, values
+from benchmarks import (
+    Options,
+    Result,
+    WrongResultError,
+    covariance,
+    evaluation,
+    finetuning,
+    ops,
+    tracing,
+    update,
+    values,
+)
 from benchmarks.figure import draw
 from lightedit.files import whole_file
 
@@ -28,6 +39,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "single-limit": evaluation.limit_row,
     "ops": ops.row,
     "trace": tracing.row,
+    "ft": finetuning.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -26,6 +26,9 @@ _OF_WRITING = {
     "threshold": "larger",
     "mu": "smaller",
     "passes": "more",
+    "epochs": "more",
+    "lr": "higher",
+    "norm": "larger",
 }
 
 
@@ -109,7 +112,7 @@ def advice(
 
 
 def _erases(method: Mapping[str, Any]) -> bool:
-    return (method.get("values") or {}).get("objective") == "erase"
+    return "erase" in (method.get("objective"), (method.get("values") or {}).get("objective"))
 
 
 def _is_set(method: Mapping[str, Any], name: str) -> bool:

@@ -6,8 +6,13 @@ from lightedit.methods.closed_form.encore import ENCORE
 from lightedit.methods.closed_form.memit import MEMIT
 from lightedit.methods.closed_form.pmet import PMET
 from lightedit.methods.closed_form.rome import ROME
+from lightedit.methods.finetuning.ewc import EWC
+from lightedit.methods.finetuning.ft import FT
+from lightedit.methods.finetuning.retrain import Retrain
 from lightedit.methods.protocol import Method
 
-METHODS: dict[str, type[Method]] = {method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE)}
+METHODS: dict[str, type[Method]] = {
+    method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain)
+}
 
-__all__ = ["EMMET", "ENCORE", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method"]
+__all__ = ["EMMET", "ENCORE", "EWC", "FT", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method", "Retrain"]
