@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of, note_template, read_served, remove_runs
+from lightedit.commands.shared import covariance_of, read_served, remove_runs, say_saved
 from lightedit.data.prompts import check_facts_fit
 from lightedit.data.texts import read_texts
-from lightedit.data.words import counted
 from lightedit.editing.artefact import check_free
 from lightedit.editing.run import check_log, prepare, rounds_of
 from lightedit.editing.summary import count_held
@@ -106,8 +105,7 @@ def edit(
     print(result)
     if result.before is not None:
         print(result.before.table() if result.after is None else result.after.table(result.before))
-    print(f"saved the edit of {counted(len(result.facts))} in {out}")
-    note_template(model, result.facts, "--chat")
+    say_saved(model, result, out, "--chat")
     if result.record.stopped is not None or not result.held:
         less = result.record.stopped or count_held(result.outcomes)
         raise RunFailedError(f"the edit is saved, but it does less than was asked: {less}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import lightedit as le
-from lightedit.commands.shared import covariance_of, note_template, read_served
+from lightedit.commands.shared import covariance_of, read_served, say_saved
 from lightedit.data.facts import FactError
 from lightedit.data.words import counted
 from lightedit.editing.summary import count_held
@@ -125,7 +125,6 @@ def apply(
     opened.covariance = covariance_of(model, [chosen], covariance)
     edit = opened.apply(model)
     print(edit)
-    print(f"saved the edit of {counted(len(edit.facts))} in {base / 'edit'}")
-    note_template(model, edit.facts, "lightedit facts add --chat")
+    say_saved(model, edit, base / "edit", "lightedit facts add --chat")
     if not edit.held:
         raise RunFailedError(f"the edit is saved, but {count_held(edit.outcomes)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightedit as le
 from lightedit.data.fact import served_as
+from lightedit.data.words import counted
 from lightedit.methods.needs import covariance_for
 from lightedit.runs.folder import locked, remove_run
 
@@ -32,9 +33,17 @@ def read_served(
     return served_as(le.read_facts(path, limit, format), chat=chat, end_turn=end_turn, separator=separator)
 
 
-def note_template(model: le.LanguageModel, facts: Sequence[le.Fact], way: str) -> None:
-    """Say on standard error that facts were written as plain text into a model that is made to be asked in a chat."""
-    if model.tokenizer.chat_template and not any(fact.chat for fact in facts):
+def say_saved(model: le.LanguageModel, edit: le.Edit, folder: Path, way: str) -> None:
+    """Say where an edit is saved, and if its facts were all written as plain text into a model with a chat template.
+
+    Args:
+        model: the model.
+        edit: the edit.
+        folder: where it is saved.
+        way: what writes the facts in the template.
+    """
+    print(f"saved the edit of {counted(len(edit.facts))} in {folder}")
+    if model.tokenizer.chat_template and not any(fact.chat for fact in edit.facts):
         print(
             f"note: {model.name} has a chat template, and all facts are written as plain text. Asked in a chat, it may "
             f"not state them; {way} writes them in the template",
