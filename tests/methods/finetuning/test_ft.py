@@ -17,6 +17,7 @@ from lightedit.data.prompts import Contexts, tokenize_facts
 from lightedit.lm import Place
 from lightedit.lm.changes import DenseUpdate
 from lightedit.methods.finetuning import rows
+from lightedit.methods.finetuning.training import TrainingApart
 from tests.chat import chat_tokenizer
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import FACTS, assert_unedited, run, state
@@ -313,6 +314,28 @@ def test_finished_facts_leave_and_the_others_go_on_unchanged() -> None:
             assert not alone.any() and not edits.updates[Place(1)][index].weight.any()
         else:
             close(edits.updates[Place(1)][index].weight, alone, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom"])
+def test_facts_of_equal_length_finish_one_by_one_and_the_others_keep_their_moments(architecture: str) -> None:
+    lm = model(architecture)
+    facts = [le.Fact("The capital of {}", f"land number {number}", "Rome") for number in range(4)]
+    method = le.FT(layers=[1], lr=1e-2, epochs=6, published=True, stop=0.0)
+    training = TrainingApart(lm, method, tokenize_facts(lm.tokenizer, facts, Contexts()), 1024)
+    after = [training.step() for _ in range(4)][3]  # losses after three steps
+    method = replace(method, stop=float(after.sort().values[1:3].mean()))
+    editor = method.editor(lm)
+    editor.prepare(facts, None)
+    editor.start(range(4), None)
+    active = []
+    while not editor.done:
+        active.append(int(editor.step(None)["active_facts"]))
+    assert active[:4] == [4, 4, 4, 4] and active[4] == 2
+    edits = editor.separate(range(4))
+    for index, fact in enumerate(facts):
+        alone, found = changes(lm, method, [fact])[Place(1)], edits.updates[Place(1)][index]
+        close(found.weight, alone.weight, 1e-5)
+        close(found.bias, alone.bias, 1e-5)
 
 
 def test_as_many_facts_are_trained_apart_as_fit_into_memory() -> None:
