@@ -54,9 +54,9 @@ def run(lm: LanguageModel, facts: Sequence[Fact], notes: Sequence[str] = ()) -> 
         WrongResultError: an answer's NLL differs by more than `TOLERANCE`.
     """
     first, before = _timed(lambda: evaluate(lm, facts, settings=_QUIET).records)
-    published, theirs = _timed(lambda: [_published(lm, fact) for fact in facts])
+    published, theirs = _timed(lambda: [published_scores(lm, fact) for fact in facts])
     second, after = _timed(lambda: evaluate(lm, facts, settings=_QUIET).records)
-    ours = [_answers(record) for record in (*first, *second)]
+    ours = [answers_of(record) for record in (*first, *second)]
     difference = max(float((one - other).abs().max()) for one, other in zip(ours, 2 * published, strict=True))
     _check(difference, TOLERANCE)
     pairs = sum(map(len, published))
@@ -229,21 +229,21 @@ def _check_exactly(
 
 
 def _better(fact: Fact, answers: Tensor) -> Tensor:
-    """Whether the wanted answer is the more probable one, prompt by prompt; `answers` as of `_answers`."""
+    """Whether the wanted answer is the more probable one, prompt by prompt; `answers` as of `answers_of`."""
     counts = [1, len(fact.paraphrase_prompts), len(fact.neighborhood_prompts)]
     parts = answers.split([count for count in counts for _ in range(2)])
     return torch.cat([wanted < other for wanted, other in zip(parts[::2], parts[1::2], strict=True)])
 
 
 def _together(method: Method, covariance: Covariance, lm: LanguageModel, facts: Sequence[Fact]) -> list[Tensor]:
-    return [_answers(record) for record in evaluate_single(lm, facts, method, covariance=covariance).records]
+    return [answers_of(record) for record in evaluate_single(lm, facts, method, covariance=covariance).records]
 
 
 def _written_single(method: Method, covariance: Covariance, lm: LanguageModel, fact: Fact) -> Tensor:
     """What the package offers for one fact."""
     written = edit(lm, [fact], method, covariance=covariance, settings=RunSettings(progress_bar=False))
     try:
-        return _answers(evaluate(lm, [fact], settings=_QUIET).records[0])
+        return answers_of(evaluate(lm, [fact], settings=_QUIET).records[0])
     finally:
         written.revert(lm)
 
@@ -269,7 +269,7 @@ def _published_single(
     try:
         for layer, change in changes.items():
             weight_view(lm.model, layer).add_(change)
-        return _published(lm, fact)
+        return published_scores(lm, fact)
     finally:
         for layer, weight in before.items():
             weight_view(lm.model, layer).copy_(weight)
@@ -289,15 +289,15 @@ def _check(difference: float, tolerance: float) -> float:
     return difference
 
 
-def _answers(record: dict[str, object]) -> Tensor:
-    """All NLLs of a record, in the order of `_published`."""
+def answers_of(record: dict[str, object]) -> Tensor:
+    """All NLLs of a record, in the order of `published_scores`."""
     kinds = [record[kind] for kind in ("efficacy", "paraphrase", "neighborhood") if kind in record]
     numbers = [kind[name] for kind in kinds if isinstance(kind, dict) for name in ("nll_wanted", "nll_other")]
     return torch.tensor([number for of_prompts in numbers for number in of_prompts], dtype=torch.float64)
 
 
 @torch.no_grad()
-def _published(lm: LanguageModel, fact: Fact) -> Tensor:
+def published_scores(lm: LanguageModel, fact: Fact) -> Tensor:
     """One forward pass for all prompts of one record, each with every answer, and logits everywhere."""
     new, true = fact.target_new, fact.target_true
     prompts = [([fact.text], new, true), (fact.paraphrase_prompts, new, true), (fact.neighborhood_prompts, true, new)]

@@ -15,7 +15,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import Options, Result, WrongResultError, covariance, evaluation, neurons, ops, tracing, update, values
+from benchmarks import (
+    Options,
+    Result,
+    WrongResultError,
+    covariance,
+    evaluation,
+    finetuning,
+    neurons,
+    ops,
+    tracing,
+    update,
+    values,
+)
 from benchmarks.figure import draw
 from lightedit.files import whole_file
 
@@ -28,6 +40,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "single-limit": evaluation.limit_row,
     "ops": ops.row,
     "trace": tracing.row,
+    "ft": finetuning.row,
     "ig": neurons.row,
 }
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
-from lightedit.methods import EMMET, ENCORE, KN, MEMIT, PMET, ROME, AlphaEdit, Method
+from lightedit.methods import EMMET, ENCORE, EWC, FT, KN, MEMIT, PMET, ROME, AlphaEdit, Method, Retrain
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.methods.neurons.search import NeuronSearch
@@ -53,6 +53,8 @@ __version__ = "0.1.0"
 __all__ = [
     "EMMET",
     "ENCORE",
+    "EWC",
+    "FT",
     "KN",
     "MEMIT",
     "PMET",
@@ -90,6 +92,7 @@ __all__ = [
     "Outcomes",
     "References",
     "ResumeError",
+    "Retrain",
     "RoundCheckpoint",
     "RunSettings",
     "Trace",

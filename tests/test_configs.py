@@ -2,8 +2,8 @@
 
 Where the numbers come from: ROME (Meng et al., 2022, arXiv 2202.05262), MEMIT (Meng et al., 2023, 2210.07229), EMMET
 (Gupta et al., 2024, 2403.14236), PMET (Li et al., 2024, 2308.08742), AlphaEdit (Fang et al., 2025, 2410.02355), ENCORE
-(Gupta et al., 2025, 2502.01636) and their code; those of SmolLM2 are the best of our own sweeps. Each file's first line
-says which it takes.
+(Gupta et al., 2025, 2502.01636), LocFT-BF (2509.22072), EasyEdit and their code; those of SmolLM2 are the best of our
+own sweeps, but for fine-tuning. Each file's first line says which it takes.
 """
 
 from dataclasses import asdict
@@ -104,7 +104,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm2/alphaedit": {"layers": layers(4, 8), "threshold": 0.02, "ridge": 10.0, "values": GPTJ_VALUES},
     "smollm2/encore": {"layers": layers(4, 8), "lambda_": 300.0, "norm_weight": 1.0,
                        "values": GPTJ_VALUES | most_probable(1)},
+    "gpt2-xl/ft": {"layers": [1], "lr": 5e-4, "epochs": 25, "batch_size": 128},
+    "gpt2-xl/ft-l": {"layers": [0], "lr": 5e-4, "epochs": 25, "norm": 5e-4, "batch_size": 128},
+    "gpt-j-6b/ft": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 64},
+    "gpt-j-6b/ft-l": {"layers": [0], "lr": 5e-4, "epochs": 25, "norm": 5e-5, "batch_size": 128},
+    "gpt-j-6b/ft-w": {"layers": [21], "lr": 5e-4, "epochs": 25, "weight_decay": "power_law",
+                      "batch_size": 64, "parts": "block"},
+    "llama-2-7b/ft": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1, "published": True},
+    "llama-2-7b/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
+    "llama-3-8b/ft": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1, "published": True},
+    "llama-3-8b/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
+    "llama-3-8b/locft-bf": {"layers": [22], "lr": 5e-4, "epochs": 25, "batch_size": 100, "end_of_text": True},
+    "smollm2/ft": {"layers": [21], "lr": 5e-4, "epochs": 25},
+    "smollm2/ft-l": {"layers": [0], "lr": 5e-4, "epochs": 25, "norm": 2e-3},
+    "smollm2/ft-w": {"layers": [21], "lr": 5e-4, "epochs": 25, "weight_decay": "power_law", "parts": "block"},
+    "smollm2/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
+    "smollm2/locft-bf": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 100, "end_of_text": True},
 }  # fmt: skip
+
+# kinds of fine-tuning -> the method; and files whose dtype is not the model's
+NAMED = dict.fromkeys(("ft", "ft-l", "ft-w", "ft-m", "locft-bf"), "FT")
+DTYPES = {"gpt-j-6b/ft-l": "float32"}
 
 
 def method(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -164,10 +184,16 @@ def test_every_file_is_in_the_table() -> None:
 def test_a_models_settings_are_the_published_ones(name: str) -> None:
     model, _, method_name = name.partition("/")
     lm, dtype = MODELS[model]
-    spelled = next(known for known in METHODS if known.lower() == method_name)
+    spelled = NAMED.get(method_name) or next(known for known in METHODS if known.lower() == method_name)
     assert yaml.safe_load(FOUND[name].read_text()) == {
-        "lm": lm, "dtype": dtype, "method": method(spelled, SETTINGS[name]),
+        "lm": lm, "dtype": DTYPES.get(name, dtype), "method": method(spelled, SETTINGS[name]),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.partition("/")[2] in NAMED])
+def test_a_models_fine_tuning_can_be_made(name: str) -> None:
+    made = METHODS["FT"](**SETTINGS[name])
+    assert asdict(made) == {**asdict(METHODS["FT"](layers=made.layers)), **SETTINGS[name], "layers": made.layers}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -204,6 +230,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
            "published": False, "search": {"points": 20, "threshold": 0.2, "share": 0.7, "adjust": False,
                                           "prompts": "contexts", "contexts": CONTEXTS}},
 }  # fmt: skip
+TRAINING = {"lr": 5e-4, "epochs": 25, "norm": None, "weight_decay": 0.0, "order": "breadth", "batch_size": 64,
+            "stop": 1e-2, "end_of_text": False, "parts": ("mlp",), "objective": "reach", "seed": 0,
+            "published": False}  # fmt: skip
+GRACE = {"lr": 1e-2, "epochs": 100}  # its tables' fine-tuning
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "FT": TRAINING,
+    "EWC": TRAINING | GRACE | {"lambda_": 0.1, "last": 10},
+    "Retrain": TRAINING | GRACE | {"every": 50, "passes": 5, "last": None},
+}
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -212,5 +247,10 @@ def test_what_a_file_leaves_out_is_as_published(name: str) -> None:
     assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **passes, **DEFAULTS[name]}
 
 
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_what_is_left_out_of_fine_tuning_is_as_published(name: str) -> None:
+    assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **FINE_TUNING[name]}
+
+
 def test_every_method_has_its_defaults_in_the_table() -> None:
-    assert METHODS.keys() == DEFAULTS.keys()
+    assert METHODS.keys() == (DEFAULTS | FINE_TUNING).keys()

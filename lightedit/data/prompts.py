@@ -169,11 +169,13 @@ def _holding(text: str, character: str, end: int, offsets: Sequence[tuple[int, i
     return holding[-1]
 
 
-def tokenize_facts(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], contexts: Contexts) -> list[FactPrompts]:
+def tokenize_facts(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], contexts: Contexts, read_keys: bool = True
+) -> list[FactPrompts]:
     """Tokenise every fact in every context, as its prompts reach the model.
 
-    A fact whose subject is one token, and the first of the bare prompt, is warned of: a model's first token mostly has
-    the same key whatever it is.
+    A fact whose subject is one token, and the first of the bare prompt, is warned of if keys are read: a model's first
+    token mostly has the same key whatever it is.
 
     Raises:
         FactError: a fact cannot be tokenised, or served as it asks for.
@@ -191,7 +193,8 @@ def tokenize_facts(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], co
     ]
     width = len(contexts.templates)
     bare = rows[::width]
-    _warn_of_first_tokens(facts, bare)
+    if read_keys:
+        _warn_of_first_tokens(facts, bare)
     return [
         FactPrompts(fact, tuple(rows[i * width : (i + 1) * width]), subject, contexts.key_weights)
         for i, (fact, subject) in enumerate(zip(facts, _kl_rows(tokenizer, facts, bare), strict=True))

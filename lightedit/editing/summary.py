@@ -26,6 +26,9 @@ _OF_WRITING = {
     "threshold": "larger",
     "mu": "smaller",
     "passes": "more",
+    "epochs": "more",
+    "lr": "higher",
+    "norm": "larger",
     "add": "larger",
 }
 
@@ -115,7 +118,8 @@ def advice(
 
 
 def _erases(method: Mapping[str, Any]) -> bool:
-    return (method.get("values") or {}).get("objective") == "erase" or method.get("mode") in ("erase", "suppress")
+    objectives = (method.get("objective"), (method.get("values") or {}).get("objective"))
+    return "erase" in objectives or method.get("mode") in ("erase", "suppress")
 
 
 def _is_set(method: Mapping[str, Any], name: str) -> bool:

@@ -57,7 +57,8 @@ def evaluate_single(
         covariance: second moments at the method's `covariance_places`; by default they are estimated from
             self-generated text and kept in the cache.
         settings: settings of the scoring; see `EvaluationSettings`.
-        facts_per_chunk: facts whose values are optimised together, and whose edits are held in memory.
+        facts_per_chunk: facts whose values are optimised together, and whose edits are held in memory. Fewer are taken
+            where a method's edits are large.
         before: `lm`'s evaluation of the same facts, for KnowledgeEditor's metrics; see `evaluate`.
         references: texts for RS; needs `settings.generate`.
         checkpoint: a folder of this run only, in which the scores of finished chunks are stored. After an
@@ -93,8 +94,8 @@ def evaluate_single(
         report = stack.enter_context(progress(title, settings.progress_bar))
         optimizer = editor.make_optimizer()
         unscored = [index for index in range(len(facts)) if index not in records]
-        done = 0
-        for chunk in chunks_by_suffix(facts, unscored, facts_per_chunk):
+        done, size = 0, min(facts_per_chunk, editor.most_separate or facts_per_chunk)
+        for chunk in chunks_by_suffix(facts, unscored, size):
             started = time.perf_counter()
             searching = _SEARCH * len(chunk)
             search(editor, chunk, optimizer, subprogress(report, done, searching, len(unscored)))

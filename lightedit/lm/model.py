@@ -15,12 +15,11 @@ from lightedit.lm import hooks
 from lightedit.lm.anatomy import Anatomy
 from lightedit.lm.batch import Batch
 from lightedit.lm.cache import is_recurrent
-from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
-from lightedit.lm.rowwise import RowwiseEdits
+from lightedit.lm.rowwise import OfEdits, RowwiseEdits
 from lightedit.lm.storage import check_storage
 from lightedit.lm.text import TextModel
 from lightedit.lm.weights import EditedWeights
@@ -272,7 +271,7 @@ class LanguageModel(TextModel):
             rectangles: (rows, length) of each span of a packed pass; by default all rows have one length.
         """
 
-        def adding(update: LowRankUpdate) -> hooks.OutputChange:
+        def adding(update: OfEdits) -> hooks.OutputChange:
             return lambda inputs, output: output + edits.added(inputs, update, rectangles)
 
         with ExitStack() as stack:

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightedit.lm.changes import LowRankUpdate
+from lightedit.lm.changes import DenseUpdate, LowRankUpdate
 from lightedit.lm.place import Place
 from lightedit.ops import rowwise_low_rank
+
+OfEdits = LowRankUpdate | Sequence[DenseUpdate]
+"""The updates of n edits at one place: one update of left [n, d_out, r] and right [n, d_in, r], or n dense updates."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,11 @@ class RowwiseEdits:
     """Several separate edits of one model, and which of them each row sees.
 
     Attributes:
-        updates: place -> the updates of all edits, left [edits, d_out, r] and right [edits, d_in, r].
+        updates: place -> the updates of all edits.
         of_row: index of each row's edit, [rows].
     """
 
-    updates: Mapping[Place, LowRankUpdate]
+    updates: Mapping[Place, OfEdits]
     of_row: Tensor
 
     @classmethod
@@ -32,8 +36,8 @@ class RowwiseEdits:
         """The edits of the rows `index` [n]."""
         return RowwiseEdits(self.updates, self.of_row[torch.as_tensor(index, dtype=torch.long)])
 
-    def added(self, inputs: Tensor, update: LowRankUpdate, rectangles: Sequence[tuple[int, int]] | None) -> Tensor:
-        """The summand ΔW x of each token's output, [..., d_out].
+    def added(self, inputs: Tensor, update: OfEdits, rectangles: Sequence[tuple[int, int]] | None) -> Tensor:
+        """The summand ΔW x + Δb of each token's output, [..., d_out].
 
         Args:
             inputs: the tokens' inputs x, [..., d_in], row after row.
@@ -42,10 +46,35 @@ class RowwiseEdits:
         """
         tokens = inputs.reshape(-1, inputs.shape[-1])
         rectangles = rectangles or [(len(self.of_row), len(tokens) // len(self.of_row))]
-        edits = self.of_row.to(update.left.device).split([rows for rows, _ in rectangles])
+        edits = self.of_row.split([rows for rows, _ in rectangles])
         parts = tokens.split([rows * length for rows, length in rectangles])
         added = [
-            rowwise_low_rank(part.unflatten(0, rectangle), update.left[edit], update.right[edit]).flatten(0, 1)
+            _added(part.unflatten(0, rectangle), update, edit).flatten(0, 1)
             for rectangle, part, edit in zip(rectangles, parts, edits, strict=True)
         ]
         return torch.cat(added).reshape(*inputs.shape[:-1], -1)
+
+
+def _added(x: Tensor, update: OfEdits, edit: Tensor) -> Tensor:
+    """The summand of rows x [rows, length, d_in] that see the edits `edit` [rows], [rows, length, d_out]."""
+    if isinstance(update, LowRankUpdate):
+        edit = edit.to(update.left.device)
+        return rowwise_low_rank(x, update.left[edit], update.right[edit])
+    added: Tensor | None = None
+    for number in edit.unique().tolist():  # no row gets a copy of its matrix
+        rows = (edit == number).nonzero().flatten().to(x.device)
+        of_rows = _dense(x[rows], update[number])
+        added = x.new_empty(*x.shape[:-1], of_rows.shape[-1]) if added is None else added
+        added[rows] = of_rows
+    assert added is not None
+    return added
+
+
+def _dense(x: Tensor, update: DenseUpdate) -> Tensor:
+    """ΔW x + Δb in the dtype of x, summed in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if update.bias is None else update.bias.to(x.device, wide)
+    if update.weight is None:
+        assert bias is not None
+        return bias.expand(*x.shape[:-1], -1).to(x.dtype)
+    return F.linear(x.to(wide), update.weight.to(x.device, wide), bias).to(x.dtype)

@@ -6,11 +6,14 @@ from lightedit.methods.closed_form.encore import ENCORE
 from lightedit.methods.closed_form.memit import MEMIT
 from lightedit.methods.closed_form.pmet import PMET
 from lightedit.methods.closed_form.rome import ROME
+from lightedit.methods.finetuning.ewc import EWC
+from lightedit.methods.finetuning.ft import FT
+from lightedit.methods.finetuning.retrain import Retrain
 from lightedit.methods.neurons.kn import KN
 from lightedit.methods.protocol import Method
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, KN)
+    method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN)
 }
 
-__all__ = ["EMMET", "ENCORE", "KN", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method"]
+__all__ = ["EMMET", "ENCORE", "EWC", "FT", "KN", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method", "Retrain"]

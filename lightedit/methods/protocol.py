@@ -261,6 +261,11 @@ class Editor(ABC):
         """
         return None
 
+    @property
+    def most_separate(self) -> int | None:
+        """Most facts that `separate` may be asked for at once, so that they fit into memory; None for any number."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Tensors of the last written round on which later rounds depend, other than the weights."""
         return {}

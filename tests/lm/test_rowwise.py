@@ -6,7 +6,7 @@ import torch
 from lightedit.evaluation import generation
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
-from lightedit.lm.changes import LowRankUpdate
+from lightedit.lm.changes import DenseUpdate, LowRankUpdate
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.metrics import score_targets
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -83,3 +83,37 @@ def test_texts_of_prompts_with_edits_of_their_own(batch_size: int) -> None:
         assert text == generation.generate(lm, [prompt], max_length=30)[0]
         lm.weights.remove(["it"])
     assert found[0] == found[3] != found[2]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bloom"])  # a transposed weight; packed; padded
+def test_rows_with_dense_edits_see_their_own(architecture: str) -> None:
+    lm = build(architecture)
+    updates = {}
+    for place in (Place(1, "mlp_in"), Place(2)):
+        d_out, d_in = lm.weight(place).shape
+        bias = None if lm.bias(place) is None else torch.randn(d_out)
+        updates[place] = tuple(DenseUpdate(torch.randn(d_out, d_in) / d_in, bias) for _ in range(3))
+    prompts = ["The capital of France is", "The river", "The capital of France is", "Mozart"]
+    targets = ["Rome", "flows", "Paris in the north", "was"]
+    of_row = [0, 2, 1, 0]
+    found = score_targets(lm, prompts, targets, edits=RowwiseEdits(updates, torch.tensor(of_row)))
+    for pair, edit in enumerate(of_row):
+        for place, each in updates.items():
+            lm.weights.add("it", place, each[edit])
+        expected = score_targets(lm, [prompts[pair]], [targets[pair]])
+        lm.weights.remove(["it"])
+        torch.testing.assert_close(found.nll[[pair]], expected.nll, rtol=1e-5, atol=1e-5)
+        unedited = score_targets(lm, [prompts[pair]], [targets[pair]])
+        assert abs(found.nll[pair] - unedited.nll[0]) > 0.01
+
+
+def test_a_dense_edit_of_the_bias_alone_reaches_its_rows() -> None:
+    lm = build("gpt2")
+    updates = {Place(1): (DenseUpdate(bias=torch.ones(32)), DenseUpdate(bias=torch.zeros(32)))}
+    batch = pad([[5, 9], [5, 9]], lm.pad_id)
+    with torch.no_grad():
+        with lm.with_edits(RowwiseEdits(updates, torch.tensor([0, 1]))):
+            found = lm.forward(batch)
+        assert torch.equal(found[1], lm.forward(batch)[1])
+        lm.weights.add("it", Place(1), updates[Place(1)][0])
+        torch.testing.assert_close(found[0], lm.forward(batch)[0], rtol=1e-4, atol=1e-4)

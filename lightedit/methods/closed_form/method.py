@@ -45,7 +45,7 @@ class ClosedForm(Method):
     keeps_past_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _as_layers(self.layers))
+        object.__setattr__(self, "layers", as_layers(self.layers))
         if self.passes < 1:
             raise ArgumentError(f"passes must be at least 1, got {self.passes}")
         if self.passes > 1 and self.erases:
@@ -193,7 +193,8 @@ class ClosedForm(Method):
         return settings
 
 
-def _as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:
+def as_layers(layers: Sequence[int] | int) -> tuple[int, ...]:
+    """Layers as a tuple; raises ArgumentError unless they are ascending, distinct and not negative."""
     result = (layers,) if isinstance(layers, int) else tuple(int(layer) for layer in layers)
     if not result or list(result) != sorted(set(result)) or result[0] < 0:
         raise ArgumentError(f"layers must be ascending, distinct and not negative, got {layers!r}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -221,9 +222,17 @@ def _reads(
     return reads, weights
 
 
-def passes(lm: LanguageModel, rows: Sequence[Rows], max_tokens: int) -> list[list[Rows]]:
+class _Counted(Protocol):
+    @property
+    def n_tokens(self) -> int: ...
+
+
+_Rectangle = TypeVar("_Rectangle", bound=_Counted)
+
+
+def passes(lm: LanguageModel, rows: Sequence[_Rectangle], max_tokens: int) -> list[list[_Rectangle]]:
     """The rectangles of each forward and backward pass: as many as fit if they can be packed, otherwise one."""
-    result: list[list[Rows]] = []
+    result: list[list[_Rectangle]] = []
     room = 0
     for each in rows:
         if not lm.architecture.supports_packing or each.n_tokens > room:

@@ -1,0 +1,1 @@
+"""Methods that change weights by gradient descent on the facts' loss."""
