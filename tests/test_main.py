@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from lightedit.__main__ import EXIT_CODES, main
 from lightedit.evaluation import evaluate as evaluating
 from lightedit.evaluation import scoring, single
 from lightedit.lm import Place
+from lightedit.methods import METHODS
+from lightedit.methods.closed_form.method import ClosedForm
 from tests.chat import chat_tokenizer
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import covariance_of, scored, scored_single
@@ -298,9 +300,12 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
         main(["edit", "--config", str(config), "--facts", "facts.json", "--out", "edits/x", "--print_config"])
     assert not stop.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["method"]["class_path"].rpartition(".")[2].lower() == config.stem
-    assert printed["method"]["init_args"]["values"]["lr"] > 0
-    assert bool(printed["method"]["init_args"]["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
+    name, settings = printed["method"]["class_path"].rpartition(".")[2], printed["method"]["init_args"]
+    assert name.lower() == {"locft-bf": "ft"}.get(config.stem, config.stem).partition("-")[0]
+    assert settings.keys() == {field.name for field in fields(METHODS[name])}
+    if issubclass(METHODS[name], ClosedForm):
+        assert settings["values"]["lr"] > 0
+        assert bool(settings["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
     assert printed["run"]["facts_per_chunk"] >= 1
 
 

@@ -324,7 +324,7 @@ def test_a_change_is_the_same_after_a_file(name: str, tmp_path: Path) -> None:
 
 
 def test_kinds_and_tensors_that_are_not_there_are_named() -> None:
-    with pytest.raises(ValueError, match="kind 'other' is not known; known are dense, low_rank, test-affine"):
+    with pytest.raises(ValueError, match=r"kind 'other' is not known; known are .*dense, .*low_rank, .*test-affine"):
         change_from({}, {"kind": "other"})
     with pytest.raises(ValueError, match="kind 'low_rank' lacks the tensor 'right'"):
         change_from({"left": torch.ones(2, 1)}, {"kind": "low_rank"})
