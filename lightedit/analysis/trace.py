@@ -150,8 +150,8 @@ class Trace:
             by_class = self.averages(kind)
             shown = []
             for name in (name for name in _SITES if name in by_class):
-                layer = max(range(self.n_layers), key=lambda i, own=by_class[name]: own[i].value)
-                shown.append(f"{name} token {by_class[name][layer]} at layer {layer}")
+                largest = max(by_class[name])
+                shown.append(f"{name} token {largest} at layer {by_class[name].index(largest)}")
             lines.append(f"{kind}: largest average indirect effect of the {', '.join(shown)}")
         return "\n".join(lines)
 
