@@ -78,7 +78,7 @@ OTHER_KINDS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def tiny_other(name: str, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a random classifier or encoder-decoder of `OTHER_KINDS` like `tiny_model`; T5's decoder has a layer less."""
+    """Build a random classifier or encoder-decoder of `OTHER_KINDS` like `tiny_model`; T5's decoder is shallower."""
     kind, given = OTHER_KINDS[name]
     depth = {"num_layers": layers, "num_decoder_layers": layers - 1} if kind == "t5" else {"num_hidden_layers": layers}
     scale = {} if kind == "t5" else {"initializer_range": 0.2}

@@ -43,8 +43,8 @@ class Outcome:
         before: the unedited model's greedy continuation of the fact's prompt, without the prompt.
         after: the edited model's. It is empty if that model gives NaN or infinity.
         held: whether `after` begins with the new target, as `generation_success` counts it. A fact with `end_turn`
-            holds only if nothing follows the target, and one of a classifier only if it is the class. After an edit that erases, whether `after` does not begin with the
-            target.
+            holds only if nothing follows the target, and one of a classifier only if it is the class. After an edit
+            that erases, whether `after` does not begin with the target.
         probability: probability per token (geometric mean) of the new target after the prompt, in the edited model;
             None if that is NaN.
         rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
