@@ -10,10 +10,10 @@ Four forms are read, from JSON, JSON lines, CSV and YAML:
 | kilt | input, output.0.answer; alternatives, filtered_rephrases, id | KnowledgeEditor's own form of FEVER and zsRE |
 """
 
+import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Example:
     unrelated: tuple[tuple[str, str], ...] = ()
     condition: str | None = None
     subject: str | None = None
-    date: date | None = None
+    date: datetime.date | None = None
     id: str | None = None
 
     def fact(self, answer: str | None = None) -> Fact:
@@ -198,15 +198,15 @@ def _id(record: dict[str, Any]) -> str | None:
     return None if given is None else str(given)
 
 
-def _date(record: dict[str, Any]) -> date | None:
+def _date(record: dict[str, Any]) -> datetime.date | None:
     """A date, also one of which only the year is known; then it is the first day of that year."""
     given = record.get("date")
-    if given is None or isinstance(given, date):
+    if given is None or isinstance(given, datetime.date):
         return given
     words = str(given).strip()
     try:
         if len(words) == 4 and words.isdecimal():
-            return date(int(words), 1, 1)
-        return date.fromisoformat(words[:10])
+            return datetime.date(int(words), 1, 1)
+        return datetime.date.fromisoformat(words[:10])
     except ValueError as error:
         raise FactError(f"date: {given!r} is no date; write it as 2009-05-31, or the year alone") from error
