@@ -3,24 +3,25 @@
 from pathlib import Path
 
 import lightedit as le
+from lightedit.commands.shared import remove_runs
 from lightedit.errors import ArgumentError
+from lightedit.training.models import run_folder
 
 _SETTINGS = le.TrainingSettings()
-_SIZE = le.T5Size()
 
 
 def train_model(
     examples: Path,
     out: Path,
     encoder: str | None = None,
-    size: le.T5Size = _SIZE,
+    size: le.T5Size | None = None,
     settings: le.TrainingSettings = _SETTINGS,
     limit: int | None = None,
+    restart: bool = False,
 ) -> None:
     """Train a small model to edit: a classifier on an encoder, or without one a T5 that is made from the examples.
 
-    A T5 learns from the start, so give it more epochs and a higher learning rate, such as --settings.epochs 60
-    --settings.lr 1e-3.
+    The same command again continues an interrupted training after its last kept epoch.
 
     Args:
         examples: a file of claims, of texts with labels, or of questions with answers.
@@ -29,10 +30,15 @@ def train_model(
         size: sizes of the T5.
         settings: how the model is trained.
         limit: use only this many first examples.
+        restart: delete what an interrupted training has stored.
     """
     if out.exists():
         raise ArgumentError(f"--out {out} exists already; name a new folder for the model")
+    if encoder is not None and size is not None:
+        raise ArgumentError(f"--size is that of a new T5, and --encoder {encoder} has its own; leave one out")
     read = le.read_examples(examples, limit)
+    if restart:
+        remove_runs(run_folder(out))
     if encoder is None:
         lm, fitted = le.train_t5(read, out, size=size, settings=settings)
     else:

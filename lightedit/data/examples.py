@@ -6,7 +6,7 @@ Four forms are read, from JSON, JSON lines, CSV and YAML:
 |---|---|---|
 | claims | claim, label; id | claims that are supported or refuted, as FEVER's |
 | texts | text, label; date, id | texts with a class and a date, as SCOTUS's decisions |
-| questions | src, answers; subject, alt, rephrase, loc, loc_ans, cond, id | zsRE in the form of MEND and KnowledgeEditor |
+| questions | src, answers; subject, alt, rephrase, loc, loc_ans, cond, id | zsRE as MEND and LocFT give it |
 | kilt | input, output.0.answer; alternatives, filtered_rephrases, id | KnowledgeEditor's own form of FEVER and zsRE |
 """
 

@@ -1,7 +1,8 @@
 """Small models of other kinds than causal: a classifier on an encoder's folder, and a T5 made from data alone."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel
 from lightedit.lm.loading import save_pretrained
 from lightedit.lm.tokens import whole_rows
+from lightedit.runs.folder import remove_run
 from lightedit.training.fitting import Fitted, Item, TrainingSettings, fit
 
-_CLASSIFIER = TrainingSettings()
-_T5 = TrainingSettings(epochs=60, lr=1e-3, batch_size=64, weight_decay=0.0)
+_DEFAULTS = TrainingSettings()
+_RECORD = "training.json"
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -65,9 +67,11 @@ def train_classifier(
     examples: Sequence[Example],
     out: str | Path,
     *,
-    settings: TrainingSettings = _CLASSIFIER,
+    settings: TrainingSettings = _DEFAULTS,
 ) -> tuple[LanguageModel, Fitted]:
     """Put a classification head on an encoder, and train both on texts with their classes.
+
+    A training that was interrupted goes on after its last kept epoch if it is called again.
 
         lm, fitted = le.train_classifier("all-MiniLM-L6-v2", le.read_examples("claims.json"), "classifier")
 
@@ -82,6 +86,7 @@ def train_classifier(
 
     Raises:
         ArgumentError: `out` exists, or the examples have one class only.
+        ResumeError: the folder of an interrupted training, `out` + ".run", does not fit.
         MissingFileError: `encoder` is a folder without a model.
         UnsupportedModelError: the encoder's places are not found.
     """
@@ -106,8 +111,7 @@ def train_classifier(
     longest = min(settings.most_tokens, lm.positions or settings.most_tokens)
     rows = _cut(whole_rows(tokenizer, [example.text for example in examples]), longest)
     items = [Item(row, [labels.index(example.answer)]) for row, example in zip(rows, examples, strict=True)]
-    fitted = fit(model, items, settings, "training a classifier")
-    return _saved(model, tokenizer, folder), fitted
+    return _trained(model, tokenizer, items, settings.filled(4, 5e-5), folder)
 
 
 def train_t5(
@@ -115,11 +119,12 @@ def train_t5(
     out: str | Path,
     *,
     size: T5Size | None = None,
-    settings: TrainingSettings = _T5,
+    settings: TrainingSettings = _DEFAULTS,
 ) -> tuple[LanguageModel, Fitted]:
     """Make a small T5 with a tokenizer of its own, and train it from the start on texts with their answers.
 
-    Rephrasings are trained with the answer of their example. Nothing is downloaded.
+    Rephrasings are trained with the answer of their example. Nothing is downloaded. A training that was interrupted
+    goes on as that of `train_classifier`.
 
     Args:
         examples: the examples.
@@ -132,13 +137,14 @@ def train_t5(
 
     Raises:
         ArgumentError: `out` exists, or there are no examples.
+        ResumeError: the folder of an interrupted training, `out` + ".run", does not fit.
     """
     folder, size = _new_folder(out), size or T5Size()
     if not examples:
         raise ArgumentError("examples: the list is empty; give some to train on")
     pairs = [(text, each.answer) for each in examples for text in (each.text, *each.rephrasings)]
     tokenizer = byte_tokenizer([word for pair in pairs for word in pair], size.vocabulary)
-    config = T5Config(
+    fields: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         d_model=size.d_model,
         d_kv=size.d_model // size.heads,
@@ -154,12 +160,11 @@ def train_t5(
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = T5ForConditionalGeneration(config)
+        model = T5ForConditionalGeneration(T5Config(**fields))
     rows = _cut(whole_rows(tokenizer, [text for text, _ in pairs]), settings.most_tokens)
     answers = whole_rows(tokenizer, [answer for _, answer in pairs])
     items = [Item(row, answer) for row, answer in zip(rows, answers, strict=True)]
-    fitted = fit(model, items, settings, "training a T5")
-    return _saved(model, tokenizer, folder), fitted
+    return _trained(model, tokenizer, items, settings.filled(60, 1e-3), folder)
 
 
 def byte_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -203,7 +208,26 @@ def _new_folder(out: str | Path) -> Path:
     return Path(out)
 
 
-def _saved(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LanguageModel:
+def _trained(
+    model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], settings: TrainingSettings, folder: Path
+) -> tuple[LanguageModel, Fitted]:
+    """Train the model, and save it with what the training gave."""
+    run = run_folder(folder)
+    fitted = fit(model, items, settings, f"training {folder.name}", run)
     with whole_folder(folder) as unfinished:
         save_pretrained(model, tokenizer, unfinished)
-    return LanguageModel.load(folder)
+        record = {
+            "settings": asdict(settings),
+            "examples": len(items),
+            "trained": fitted.trained,
+            "held_out": fitted.held_out,
+            "epochs": [epoch._asdict() for epoch in fitted.epochs],
+        }
+        (unfinished / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")
+    remove_run(run)
+    return LanguageModel.load(folder), fitted
+
+
+def run_folder(out: Path) -> Path:
+    """The folder from which an interrupted training of the model in `out` resumes."""
+    return out.with_name(out.name + ".run")

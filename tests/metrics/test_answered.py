@@ -56,10 +56,11 @@ def test_knowledge_editor_scores_by_hand() -> None:
 
 def test_single_edits_of_a_classifier_are_scored_with_retain_and_equivalence() -> None:
     lm = other_model("bert")
+    unrelated = tuple(zip(TEXTS[2:], LABELS, strict=False))
     facts = [
-        le.Example(f.text, f.target_new, rephrasings=(f.text + " indeed",), unrelated=tuple(zip(TEXTS[2:], LABELS, strict=False))).fact()
-        for f in facts_for(lm)[:2]
-    ]  # fmt: skip
+        le.Example(fact.text, fact.target_new, rephrasings=(fact.text + " indeed",), unrelated=unrelated).fact()
+        for fact in facts_for(lm)[:2]
+    ]
     before = scored(lm, facts)
     method = le.FT(layers=(2,), lr=2e-2, epochs=40, parts="block")
     found = le.evaluate_single(lm, facts, method, before=before, settings=le.EvaluationSettings(progress_bar=False))
