@@ -48,8 +48,8 @@ from lightedit.runs.folder import ResumeError
 from lightedit.statistics.covariance import Covariance, CovarianceError
 from lightedit.statistics.estimation import estimate_covariance
 from lightedit.sweeps.run import sweep
-from lightedit.training.fitting import TrainingSettings
 from lightedit.training.models import T5Size, train_classifier, train_t5
+from lightedit.training.settings import TrainingSettings
 
 __version__ = "0.1.0"
 

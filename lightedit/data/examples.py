@@ -12,7 +12,7 @@ Four forms are read, from JSON, JSON lines, CSV and YAML:
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,47 @@ def shortened(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:
     if limit is None:
         return list(examples)
     return [replace(example, text=_cut(lm, example.text, limit)) for example in examples]
+
+
+def relabelled(
+    examples: Sequence[Example], labels: Mapping[str, str], since: datetime.date | None = None
+) -> list[Example]:
+    """A stream of examples by date, in which some classes are named otherwise from a day on.
+
+    It is a label shift as SCOTUS's, made from any texts with classes: a model that was trained on the earlier examples
+    answers the later ones with their former class, and is corrected.
+
+    Args:
+        examples: the examples; those of one date, or all if no one has a date, stay in their order.
+        labels: the new class of each class that changes; both are classes of the examples, so that a classifier of
+            these classes can give them.
+        since: the first day of the new classes; None for the date of the middle example, or without dates its place.
+
+    Raises:
+        FactError: some examples have a date and others have none, none has one and `since` is given, no example is that
+            late or that early, or a class of `labels` is none of the examples.
+    """
+    known = {example.answer for example in examples}
+    if unknown := [label for pair in labels.items() for label in pair if label not in known]:
+        raise FactError(f"labels: {unknown[0]!r} is no class of the examples; they have {', '.join(sorted(known))}")
+    dated = [example for example in examples if example.date is not None]
+    if 0 < len(dated) < len(examples) or (since is not None and not dated):
+        without = next(example for example in examples if example.date is None)
+        raise FactError(
+            f"{len(examples) - len(dated)} examples have no date, first {without.text[:60]!r}; give all one"
+        )
+    stream = sorted(examples, key=lambda example: example.date or datetime.date.min)
+    middle = len(stream) // 2
+    if dated:
+        first = since or stream[middle].date
+        assert first is not None
+        middle = sum(example.date is not None and example.date < first for example in stream)
+    if not 0 < middle < len(stream):
+        raise FactError(
+            f"since: {since} leaves {middle} examples before and {len(stream) - middle} after; expected both"
+        )
+    later = [replace(example, answer=labels.get(example.answer, example.answer)) for example in stream[middle:]]
+    return stream[:middle] + later
 
 
 def _cut(lm: LanguageModel, whole: str, limit: int) -> str:

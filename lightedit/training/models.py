@@ -24,7 +24,8 @@ from lightedit.lm import LanguageModel
 from lightedit.lm.loading import save_pretrained
 from lightedit.lm.tokens import whole_rows
 from lightedit.runs.folder import remove_run
-from lightedit.training.fitting import Fitted, Item, TrainingSettings, fit
+from lightedit.training.fitting import Fitted, Item, fit
+from lightedit.training.settings import TrainingSettings
 
 _DEFAULTS = TrainingSettings()
 _RECORD = "training.json"

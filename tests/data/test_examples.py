@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lightedit as le
-from lightedit.data.examples import shortened, with_unrelated
+from lightedit.data.examples import relabelled, shortened, with_unrelated
 from tests.kinds import other_model
 
 CLAIM = {"id": 7, "claim": "Rome is in Italy.", "label": "supports"}
@@ -102,6 +102,34 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_other_example_is_unrelated() -> None:
     examples = [le.Example("a", "x"), le.Example("b", "y"), le.Example("c", "x")]
     assert with_unrelated(examples[:2], examples)[0].unrelated == (("b", "y"), ("c", "x"))
+
+
+def test_labels_shift_from_a_day_on() -> None:
+    years = (2003, 2001, 2002, 2004)
+    stream = [le.Example(f"text {year}", "ab"[year % 2], date=date(year, 1, 1)) for year in years]
+    shifted = relabelled(stream, {"a": "b"}, date(2002, 6, 1))
+    assert [(one.text, one.answer) for one in shifted] == [
+        ("text 2001", "b"), ("text 2002", "a"), ("text 2003", "b"), ("text 2004", "b"),
+    ]  # fmt: skip
+    halfway = relabelled(stream, {"a": "b", "b": "a"})
+    assert [one.answer for one in halfway] == ["b", "a", "a", "b"]
+    undated = [le.Example(letter, letter) for letter in "abab"]
+    assert [one.answer for one in relabelled(undated, {"a": "b"})] == ["a", "b", "b", "b"]
+    for wrong, labels, since, message in (
+        (stream, {"a": "c"}, None, "'c' is no class of the examples; they have a, b"),
+        (stream, {"a": "b"}, date(2000, 1, 1), "leaves 0 examples before and 4 after"),
+        ([*stream, undated[0]], {"a": "b"}, None, "1 examples have no date, first 'a'"),
+        (undated, {"a": "b"}, date(2000, 1, 1), "4 examples have no date"),
+    ):
+        with pytest.raises(le.FactError, match=message):
+            relabelled(wrong, labels, since)
+
+
+def test_claims_and_texts_with_labels_are_facts(tmp_path: Path) -> None:
+    claims = le.read_facts(written(tmp_path / "claims.json", [CLAIM]))
+    texts = le.read_facts(written(tmp_path / "texts.json", [{"text": "It is so ordered.", "label": 3, "date": "2009"}]))
+    assert claims == [le.read_examples(tmp_path / "claims.json")[0].fact()]
+    assert (texts[0].text, texts[0].subject, texts[0].target_new) == ("It is so ordered.", None, "3")
 
 
 def test_long_texts_are_cut_to_the_models_positions() -> None:
