@@ -84,7 +84,8 @@ class Method(ABC):
         return self.editor_type(lm, self, covariance, settings or EditorSettings())
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise ArgumentError unless `lm` has the layers that the method changes."""
+        """Raise UnsupportedModelError for a kind that the method cannot edit, ArgumentError for layers that `lm` lacks."""
+        check_model(lm, self.kinds, type(self).__name__)
         lm.check_layers(sorted({place.layer for place in self.places}))
 
     def check_facts(

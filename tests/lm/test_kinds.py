@@ -1,6 +1,7 @@
 """Classifiers and encoder-decoders as language models: answers, places, and what is refused."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.kinds import TEXTS, arguments, facts_for, other_model
 from tests.models import LABELS, OTHER_KINDS, tiny_model, tiny_other, tiny_other_tokenizer, tiny_tokenizer
 from tests.runs import assert_unedited, state
 
+QUIET = le.RunSettings(progress_bar=False)
 EVERY = pytest.mark.parametrize("name", list(OTHER_KINDS))
 ENCODERS = [name for name in OTHER_KINDS if not name.startswith("t5")]
 T5 = [name for name in OTHER_KINDS if name.startswith("t5")]
@@ -172,7 +174,7 @@ def test_the_query_token_stands_for_the_prompt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_what_needs_next_tokens_refuses_other_kinds_before_work(name: str) -> None:
+def test_what_needs_next_tokens_refuses_other_kinds_before_work(tmp_path: Path, name: str) -> None:
     lm = other_model(name)
     facts, before = facts_for(lm), state(lm)
     kind = "a classifier" if name == "bert" else "an encoder-decoder"
@@ -181,6 +183,22 @@ def test_what_needs_next_tokens_refuses_other_kinds_before_work(name: str) -> No
             le.edit(lm, facts, method)
         with pytest.raises(le.UnsupportedModelError, match=kind):
             le.evaluate_single(lm, facts, method)
+    studies: dict[str, Callable[[], object]] = {
+        "tuning": lambda: le.tune(lm),
+        "causal tracing": lambda: le.trace(lm, facts),
+        "the attribution to neurons": lambda: le.neurons(lm, facts),
+        "the study of hidden states": lambda: le.hidden_states(lm, facts),
+        "a localization study": lambda: le.localization_study(lm, facts),
+        "held-out text": lambda: le.edit(lm, facts, le.FT(layers=(1,)), callbacks=[le.Health()], settings=QUIET),
+        "ROME": lambda: le.sweep(lm, facts, {"r": le.ROME(layers=(1,))}, out=tmp_path / "sweep"),
+    }
+    for what, study in studies.items():
+        with pytest.raises(le.UnsupportedModelError, match=f"is {kind}, and {what} needs a causal language model$"):
+            study()
+    assert not (tmp_path / "sweep").exists()
+    if name == "bert":
+        with pytest.raises(le.UnsupportedModelError, match="writing reference texts needs"):
+            le.write_references(lm, facts)
     with pytest.raises(le.UnsupportedModelError, match="a run without a method"):
         le.edit(lm, facts)
     with pytest.raises(le.UnsupportedModelError, match=kind):
