@@ -84,7 +84,7 @@ class Method(ABC):
         return self.editor_type(lm, self, covariance, settings or EditorSettings())
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise UnsupportedModelError for a kind that the method cannot edit, ArgumentError for layers that `lm` lacks."""
+        """Raise UnsupportedModelError for a kind of model that it cannot edit, ArgumentError for missing layers."""
         check_model(lm, self.kinds, type(self).__name__)
         lm.check_layers(sorted({place.layer for place in self.places}))
 

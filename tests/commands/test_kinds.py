@@ -1,4 +1,4 @@
-"""The commands on a classifier and an encoder-decoder in a folder: edit, evaluate, ask, report, export, and refusals."""
+"""The commands on a classifier and an encoder-decoder in a folder: edit, score, ask, report, export, and refusals."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from tests.kinds import facts_for, other_model
 from tests.runs import state
 
 KINDS = pytest.mark.parametrize("name", ["bert", "t5-gated"])
-FT = ["--method", "FT", "--method.layers", "[1,2]", "--method.parts", "block", "--method.lr", "0.02"]
+FT = ["--method", "FT", "--method.parts", "block", "--method.lr", "0.02"]
 QUIET = ["--run.progress_bar", "false"]
 
 
@@ -34,8 +34,22 @@ def test_an_edit_is_written_scored_asked_reported_and_exported(
     lm = placed(tmp_path, monkeypatch, name)
     fact = facts_for(lm)[0]
     given = ["--lm", "model", "--facts", "facts.jsonl"]
-    ended = [] if name == "bert" else ["--method.end_of_text", "true"]
-    main(["edit", *given, *FT, *ended, "--method.epochs", "60", "--evaluate", "--out", "edit", *QUIET])
+    layers = ["[1,2]"] if name == "bert" else ["[3,4]", "--method.end_of_text", "true"]  # of the decoder
+    main(
+        [
+            "edit",
+            *given,
+            *FT,
+            "--method.layers",
+            *layers,
+            "--method.epochs",
+            "60",
+            "--evaluate",
+            "--out",
+            "edit",
+            *QUIET,
+        ]
+    )
     edit = le.Edit.load("edit")
     assert edit.after is not None and edit.after.scores["efficacy_accuracy"] == 100
     assert [outcome.held for outcome in edit.outcomes] == [True, True]
@@ -80,7 +94,7 @@ def test_what_cannot_be_done_with_it_is_one_line(
         (["edit", *given, "--method", "ROME", "--method.layers", "[1]", "--out", "x"], f"{kind}, and ROME needs"),
         (["edit", *given, "--out", "x"], f"{kind}, and tuning needs"),
         (["evaluate", *given, "--protocol", "single", "--method", "KN", "--out", "x"], f"{kind}, and KN needs"),
-        (["edit", *given, *FT, "--chat", "--out", "x"], f"{kind}, which serves no chat"),
+        (["edit", *given, *FT, "--method.layers", "[1]", "--chat", "--out", "x"], f"{kind}, which serves no chat"),
         (["trace", *given, "--out", "x"], f"{kind}, and causal tracing needs"),
         (["covariance", "--lm", "model", "--layers", "[1]", "--out", "x"], f"{kind}, and a covariance needs"),
         (["chat", "model", "--chat"], "serves no chat template"),
