@@ -8,13 +8,14 @@ from lightedit.errors import ArgumentError
 from lightedit.training.models import run_folder
 
 _SETTINGS = le.TrainingSettings()
+_SIZE = le.T5Size()
 
 
 def train_model(
     examples: Path,
     out: Path,
     encoder: str | None = None,
-    size: le.T5Size | None = None,
+    size: le.T5Size = _SIZE,
     settings: le.TrainingSettings = _SETTINGS,
     limit: int | None = None,
     restart: bool = False,
@@ -34,7 +35,7 @@ def train_model(
     """
     if out.exists():
         raise ArgumentError(f"--out {out} exists already; name a new folder for the model")
-    if encoder is not None and size is not None:
+    if encoder is not None and size != _SIZE:
         raise ArgumentError(f"--size is that of a new T5, and --encoder {encoder} has its own; leave one out")
     read = le.read_examples(examples, limit)
     if restart:

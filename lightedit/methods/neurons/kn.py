@@ -12,7 +12,6 @@ from lightedit.data.facts import Fact, FactError
 from lightedit.data.prompts import Contexts
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
@@ -337,7 +336,6 @@ class KN(Method):
         return KNEditor(lm, method, covariance, settings or EditorSettings())
 
     def check(self, lm: LanguageModel) -> None:
-        check_model(lm, self.kinds, type(self).__name__)
         if self.layers is not None:
             lm.check_layers(self.layers)
 
