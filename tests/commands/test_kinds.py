@@ -90,6 +90,7 @@ def test_what_cannot_be_done_with_it_is_one_line(
     lm = placed(tmp_path, monkeypatch, name)
     given = ["--lm", "model", "--facts", "facts.jsonl"]
     kind = lm.answers.described
+    capsys.readouterr()
     for arguments, message in (
         (["edit", *given, "--method", "ROME", "--method.layers", "[1]", "--out", "x"], f"{kind}, and ROME needs"),
         (["edit", *given, "--out", "x"], f"{kind}, and tuning needs"),
