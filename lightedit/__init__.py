@@ -14,6 +14,7 @@ from lightedit.analysis.trace import Trace
 from lightedit.analysis.tracing import trace
 from lightedit.analysis.update_norms import UpdateNorms, update_norms
 from lightedit.data.builtin import builtin_facts
+from lightedit.data.examples import Example, read_examples
 from lightedit.data.fact import served_as
 from lightedit.data.facts import Fact, FactError, read_facts, write_facts
 from lightedit.data.modules import FactsDataModule
@@ -47,6 +48,8 @@ from lightedit.runs.folder import ResumeError
 from lightedit.statistics.covariance import Covariance, CovarianceError
 from lightedit.statistics.estimation import estimate_covariance
 from lightedit.sweeps.run import sweep
+from lightedit.training.models import T5Size, train_classifier, train_t5
+from lightedit.training.settings import TrainingSettings
 
 __version__ = "0.1.0"
 
@@ -70,6 +73,7 @@ __all__ = [
     "EditModule",
     "Evaluation",
     "EvaluationSettings",
+    "Example",
     "Fact",
     "FactBase",
     "FactError",
@@ -95,8 +99,10 @@ __all__ = [
     "Retrain",
     "RoundCheckpoint",
     "RunSettings",
+    "T5Size",
     "Trace",
     "TraceSettings",
+    "TrainingSettings",
     "TuningSettings",
     "UnsupportedModelError",
     "UpdateNorms",
@@ -111,6 +117,7 @@ __all__ = [
     "hidden_states",
     "localization_study",
     "neurons",
+    "read_examples",
     "read_facts",
     "read_references",
     "register_architecture",
@@ -118,6 +125,8 @@ __all__ = [
     "served_as",
     "sweep",
     "trace",
+    "train_classifier",
+    "train_t5",
     "tune",
     "update_norms",
     "write_facts",

@@ -29,6 +29,7 @@ from lightedit.commands.parsing import Parser, of_union
 from lightedit.commands.report import report
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
+from lightedit.commands.train_model import train_model
 from lightedit.commands.tune import tune
 from lightedit.errors import ArgumentError, LightEditError, RunFailedError
 from lightedit.methods import METHODS, Method
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Any] = {
     "hidden-states": hidden_states,
     "localization": localization,
     "neurons": neurons,
+    "train-model": train_model,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,

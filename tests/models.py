@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -17,7 +19,10 @@ from transformers import (
 from lightedit.lm.refusal import auto_class
 from tests.shapes import ARCHITECTURES, FOUND, SHAPES, WRAPPED
 
-__all__ = ["ARCHITECTURES", "FOUND", "VOCABULARY", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "ARCHITECTURES", "FOUND", "LABELS", "OTHER_KINDS", "VOCABULARY",
+    "tiny_model", "tiny_other", "tiny_other_tokenizer", "tiny_tokenizer",
+]  # fmt: skip
 
 VOCABULARY = 384
 """Entries of every tiny tokenizer and rows of every tiny model's embedding."""
@@ -42,6 +47,53 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, dtype: torch.dty
         _randomise(model)
         if dtype != torch.float32:
             # Not `.to(dtype)`: that would cast the rotary buffers too, which loading a checkpoint never does.
+            weights = model.state_dict()
+            model = auto.from_config(config, dtype=dtype)
+            model.load_state_dict(weights)
+    return model.eval()
+
+
+LABELS = ("refutes", "supports", "not enough info")
+_ENCODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "id2label": dict(enumerate(LABELS)),
+    "label2id": {label: index for index, label in enumerate(LABELS)},
+}  # fmt: skip
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+}  # fmt: skip
+OTHER_KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "bert": ("bert", _ENCODER),
+    "roberta": ("roberta", {**_ENCODER, "max_position_embeddings": 66, "type_vocab_size": 1}),
+    "distilbert": ("distilbert", {"vocab_size": VOCABULARY, "dim": 32, "n_heads": 4, "hidden_dim": 48,
+                                  "max_position_embeddings": 64, "id2label": _ENCODER["id2label"],
+                                  "label2id": _ENCODER["label2id"]}),
+    "modernbert": ("modernbert", {**_ENCODER, "classifier_pooling": "cls", "global_attn_every_n_layers": 2,
+                                  "cls_token_id": 1, "sep_token_id": 2}),
+    "t5": ("t5", {**_T5, "feed_forward_proj": "relu"}),
+    "t5-gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+"""Classifiers and encoder-decoders by name: model type and configuration."""
+
+
+def tiny_other(name: str, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build a random classifier or encoder-decoder of `OTHER_KINDS` like `tiny_model`; T5's decoder is shallower."""
+    kind, given = OTHER_KINDS[name]
+    depth = {"num_layers": layers, "num_decoder_layers": layers - 1} if kind == "t5" else {"num_hidden_layers": layers}
+    scale = {} if kind == "t5" else {"initializer_range": 0.2}
+    tokens = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    config = AutoConfig.for_model(kind, **given, **depth, **scale, **tokens)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=torch.float32)
+        _randomise(model)
+        if kind == "t5":
+            for parameter in model.parameters():  # initialisation makes queries and position biases all but nought
+                if parameter.ndim == 2:
+                    parameter.data.normal_(std=0.25)
+        if dtype != torch.float32:
             weights = model.state_dict()
             model = auto.from_config(config, dtype=dtype)
             model.load_state_dict(weights)
@@ -190,6 +242,27 @@ def _trained_pieces() -> tuple[list[str], list[tuple[str, str]]]:
     model = json.loads(tokenizer.to_str())["model"]
     trained = sorted(model["vocab"], key=model["vocab"].get)
     return _SPECIAL + _BYTES + trained[len(_SPECIAL) :], [tuple(merge) for merge in model["merges"]]
+
+
+@lru_cache
+def tiny_other_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of `VOCABULARY` entries that puts special tokens around a text.
+
+    Args:
+        kind: "bert" (byte-level, `<s>` before and `</s>` behind a text) or "t5" (`</s>` behind it).
+    """
+    tokenizer = _bytelevel(bos=False) if kind == "bert" else _unigram()
+    template = "<s> $A </s>" if kind == "bert" else "$A </s>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        **({"cls_token": "<s>", "sep_token": "</s>"} if kind == "bert" else {"unk_token": "<unk>"}),
+    )
 
 
 def _prepend_bos() -> processors.TemplateProcessing:

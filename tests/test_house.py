@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"lm"},
     {"data"},
     {"runs"},
-    {"statistics"},
+    {"statistics", "training"},
     {"metrics"},
     {"methods"},
     {"evaluation"},

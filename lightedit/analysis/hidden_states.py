@@ -62,7 +62,7 @@ def hidden_states(
         NumericalError: a state is not finite.
         ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
-    check_model(lm)
+    check_model(lm, what="the study of hidden states")
     settings = settings or HiddenStateSettings()
     settings.check(lm)
     texts, rows = _encoded(lm, prompts)

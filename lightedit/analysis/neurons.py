@@ -57,7 +57,7 @@ def neurons(
         NumericalError: an attribution is not finite.
         ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
-    check_model(lm)
+    check_model(lm, what="the attribution to neurons")
     settings = settings or NeuronSettings()
     layers = settings.searched(lm)
     asked = _asked(lm, facts, settings)

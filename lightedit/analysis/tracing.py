@@ -64,7 +64,7 @@ def trace(
         NumericalError: a probability is not finite.
         ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
-    check_model(lm)
+    check_model(lm, what="causal tracing")
     settings = settings or TraceSettings()
     settings.check(lm)
     prompts = traced_prompts(lm, facts)

@@ -52,12 +52,12 @@ def chat(
     for one in saved:
         one.check_model(model)
     switch = _Switch(model, saved)
-    has_template = bool(model.tokenizer.chat_template)
+    has_template = bool(model.tokenizer.chat_template) and not model.answers.apart
     if chat and not has_template:
-        raise ArgumentError(f"--chat: the tokenizer of {model.name} has no chat template; leave it out")
+        raise ArgumentError(f"--chat: {model.name} serves no chat template; leave it out")
     in_facts = {fact.chat for edit in saved for fact in edit.facts} or {has_template}
     in_template = chat or (not plain and in_facts == {True})
-    print(f"{model.name} {_served(in_template)}. {_HELP}")
+    print(f"{model.name} {_served(model, in_template)}. {_HELP}")
     print(switch)
     for line in _lines(switch):
         command = _command(line)
@@ -65,7 +65,11 @@ def chat(
             break
         if command in ("chat", "plain"):
             in_template = command == "chat" and has_template
-            print(_served(in_template) if in_template == (command == "chat") else f"{model.name} has no chat template")
+            print(
+                _served(model, in_template)
+                if in_template == (command == "chat")
+                else f"{model.name} has no chat template"
+            )
             continue
         if command is not None:
             switch.set(command)
@@ -77,7 +81,9 @@ def chat(
             print(f"[{'edited' if on else 'unedited'}] {said}" if saved else said, flush=True)
 
 
-def _served(in_template: bool) -> str:
+def _served(model: le.LanguageModel, in_template: bool) -> str:
+    if model.answers.apart:
+        return f"is {model.answers.described} and answers each line"
     return "answers in its chat template" if in_template else "continues lines as plain text"
 
 

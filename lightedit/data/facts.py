@@ -27,8 +27,8 @@ def read_facts(path: str | os.PathLike[str], limit: int | None = None, format: s
 
     - `fact`: the fields of `Fact`, as `write_facts` writes them; of a CSV table, one column each;
     - `counterfact`, `zsre`, `easyedit` (also KnowEdit's), `mquake`, `mzsre`, `fastedit`, `known`, `wikibigedit`,
-      `qaedit`, `rippleedits`: those of published data sets and tools. Fields that only score an edit may be missing.
-      Where an answer is a list of answers or aliases, the first is taken.
+      `qaedit`, `rippleedits`, `labelled`: those of published data sets and tools. Fields that only score an edit may
+      be missing. Where an answer is a list of answers or aliases, the first is taken.
 
     A fact that repeats an earlier one is dropped with a warning; see `distinct_facts`.
 

@@ -53,6 +53,7 @@ FORMS = (
     Form("known", ("prompt", "subject", "attribute"), readers.from_known),
     Form("qaedit", ("question", "answer"), readers.from_qaedit),
     *(Form("qaedit", ("prompt", "target", field), readers.from_qaedit) for field in ("rephrase", "locality")),
+    *(Form("labelled", (field, "label"), readers.from_labelled) for field in ("claim", "text")),
     Form("fastedit", ("prompt", "subject", "target"), readers.from_fastedit),
 )
 FORMATS = tuple(sorted({form.format for form in FORMS}))

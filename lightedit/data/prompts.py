@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from lightedit.data.fact import Fact, FactError
-from lightedit.data.served import Encoded, as_served, encode_served, encode_targets, tokens_of
+from lightedit.data.served import Encoded, as_served, encode_pairs, encode_served, tokens_of
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
 
@@ -100,7 +100,8 @@ class Row:
     Attributes:
         ids: token ids without the target's last token, from which nothing is predicted.
         lookup: position of the subject's last token.
-        targets: the target's token ids, predicted at the last `len(targets)` positions.
+        targets: the target's token ids, predicted at the last `len(targets)` positions. Where answers stand apart from
+            prompts (see `tokenize_answers`), `ids` holds the prompt alone.
         first: position of the subject's first token; None without a subject.
     """
 
@@ -201,6 +202,26 @@ def tokenize_facts(
     ]
 
 
+def tokenize_answers(lm: LanguageModel, facts: Sequence[Fact]) -> list[FactPrompts]:
+    """Tokenise every fact's bare prompt and target as `lm`, of any kind, reads them.
+
+    It is for editors that need neither contexts nor the position of a subject. Where answers stand apart from prompts,
+    `lookup` is the token that stands for the prompt, such as [CLS]; else it is as `tokenize_facts` gives it.
+
+    Raises:
+        FactError: a fact cannot be tokenised, or served as it asks for.
+    """
+    if not lm.answers.apart:
+        return tokenize_facts(lm.tokenizer, facts, Contexts(), read_keys=False)
+    texts, targets = [fact.text for fact in facts], [fact.target_new for fact in facts]
+    pairs = encode_pairs(lm, texts, targets, [fact.serving for fact in facts])
+    queries = [lm.answers.query(pair.ids) for pair in pairs]
+    return [
+        FactPrompts(fact, (Row(pair.ids, query, pair.targets),), Row(pair.ids, query, []), (1.0,))
+        for fact, pair, query in zip(facts, pairs, queries, strict=True)
+    ]
+
+
 def _lookup(fact: Fact, template: str, row: Encoded) -> int:
     """The position at which the key of a fact is read in its row."""
     start = row.start + template.index("{}")  # of the fact's own text
@@ -275,8 +296,9 @@ def check_facts_fit(lm: LanguageModel, facts: Sequence[Fact]) -> None:
         UnsupportedModelError: a fact is served in the chat template, and there is none.
     """
     texts, targets = [fact.text for fact in facts], [fact.target_new for fact in facts]
-    rows = encode_targets(lm.tokenizer, texts, targets, [fact.serving for fact in facts])
-    _check_rows(lm, ([ids] for ids, _ in rows))
+    pairs = encode_pairs(lm, texts, targets, [fact.serving for fact in facts])
+    last = 0 if lm.answers.apart else 1  # the target's last token is checked with the others of its row
+    _check_rows(lm, ([[*pair.ids, *pair.targets[len(pair.targets) - last :]]] for pair in pairs))
 
 
 def check_rows(lm: LanguageModel, prompts: Sequence[FactPrompts]) -> None:

@@ -188,6 +188,18 @@ def from_known(record: dict[str, Any], number: int) -> list[Fact]:
     ]
 
 
+def from_labelled(record: dict[str, Any], number: int) -> list[Fact]:
+    """Claims and texts with a class, as FEVER's and SCOTUS's: the class is written, and may also be a number."""
+    label = record["label"]
+    return [
+        Fact(
+            text(record, "claim" if "claim" in record else "text"),
+            target_new=str(label) if isinstance(label, int) and not isinstance(label, bool) else text(record, "label"),
+            id=str(record.get("id", number)),
+        )
+    ]
+
+
 def from_easyedit(record: dict[str, Any], number: int) -> list[Fact]:
     """EasyEdit's and KnowEdit's forms (Wang et al., 2023; Zhang et al., 2024).
 

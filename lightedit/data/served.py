@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lightedit.data.fact import FactError, Serving
-from lightedit.errors import ArgumentError
+from lightedit.errors import ArgumentError, UnsupportedModelError
+from lightedit.lm import LanguageModel
 from lightedit.lm.tokens import ChatTemplate, Tokens, tokenize
 
 
@@ -25,6 +27,53 @@ class Encoded:
     offsets: list[tuple[int, int]]
     count: int
     start: int
+
+
+class Pair(NamedTuple):
+    """A prompt and its answer as a model reads them, whatever its kind.
+
+    Attributes:
+        ids: what the model reads: the prompt, and if answers follow it, the answer without its last token.
+        targets: ids of the answer, predicted at `LanguageModel.reads(ids, targets)`.
+    """
+
+    ids: list[int]
+    targets: list[int]
+
+
+def encode_pairs(
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], servings: Sequence[Serving] | None = None
+) -> list[Pair]:
+    """The tokens of prompts with their answers, as they reach `lm`.
+
+    Args:
+        lm: a model of any kind. For a classifier the answers are names of classes.
+        prompts: n texts.
+        targets: n answers, without the separator.
+        servings: how each pair is served; None for the default.
+
+    Raises:
+        FactError: the model cannot give an answer, or a pair cannot be served so; see `encode_targets`.
+        UnsupportedModelError: a pair is served in the chat template, and there is none.
+    """
+    servings = servings or [Serving()] * len(prompts)
+    if not lm.answers.apart:
+        whole = encode_targets(lm.tokenizer, prompts, targets, servings)
+        return [Pair(ids[:-1], ids[-count:]) for ids, count in whole]
+    for serving in set(servings):
+        if serving.chat:
+            raise UnsupportedModelError(f"{lm.name} is {lm.answers.described}, which serves no chat; leave chat out")
+        if serving.separator not in (" ", ""):
+            raise FactError(
+                f"separator: {serving.separator!r}, but the answer of {lm.answers.described} stands apart from its "
+                "prompt; leave separator out"
+            )
+    try:
+        rows = lm.answers.rows(prompts)
+        answers = [lm.answers.answer(*pair) for pair in zip(targets, (s.end_turn for s in servings), strict=True)]
+    except ArgumentError as error:
+        raise FactError(str(error)) from error
+    return [Pair(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def encode_targets(

@@ -25,6 +25,7 @@ from lightedit.lm import LanguageModel, Place
 from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import Change, load_changes, save_changes
 from lightedit.lm.fingerprint import differing_dtypes
+from lightedit.lm.kinds import KINDS
 from lightedit.lm.weights import Owner
 from lightedit.methods.protocol import Editor
 from lightedit.runs.provenance import RunRecord, computing
@@ -120,7 +121,7 @@ class Edit:
             EditError: it was made for another model.
             UnsupportedModelError: a PEFT adapter was added to `lm` since it was loaded.
         """
-        check_model(lm)
+        check_model(lm, KINDS)
         if lm.fingerprint != self.fingerprint:
             raise EditError(
                 f"this edit was made for {self.model} with fingerprint {self.fingerprint}, "

@@ -12,8 +12,16 @@ from lightedit.errors import ArgumentError
 from lightedit.files import whole_folder
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change, DenseUpdate, LowRankUpdate
+from lightedit.lm.kinds import KindName
 from lightedit.lm.loading import save_pretrained
 from lightedit.lm.storage import check_storage
+
+# PEFT's names of kinds of models
+_TASKS: dict[KindName, str] = {
+    "causal": "CAUSAL_LM",
+    "classifier": "SEQ_CLS",
+    "encoder-decoder": "SEQ_2_SEQ_LM",
+}
 
 
 def export_model(lm: LanguageModel, folder: str | Path) -> Path:
@@ -67,7 +75,7 @@ def export_lora(lm: LanguageModel, folder: str | Path) -> Path:
     smaller = {name: rank for name, rank in ranks.items() if rank < largest}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[lm.kind],
         "base_model_name_or_path": lm.model.name_or_path or lm.name,
         "target_modules": list(ranks),
         # PEFT scales the product by alpha / rank, which is 1 here

@@ -23,6 +23,7 @@ from lightedit.editing.tuning import tuned_method
 from lightedit.files import whole_file
 from lightedit.lm import LanguageModel
 from lightedit.lm.arguments import check_model
+from lightedit.lm.kinds import KINDS
 from lightedit.methods.protocol import Method
 from lightedit.methods.recorded import method_of
 from lightedit.runs.folder import locked
@@ -157,7 +158,7 @@ class FactBase:
             The errors of `lightedit.edit`; `lm` then carries the earlier edit, if it did before.
         """
         self.check()
-        check_model(lm)
+        check_model(lm, KINDS)
         method = self.method or tuned_method(lm, progress_bar=self.settings.progress_bar)
         last = self.edit
         own = {*self._state.edits, *([last.id] if last else [])}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightedit.data.facts import Fact
-from lightedit.data.served import encode_targets
+from lightedit.data.served import encode_pairs
 from lightedit.evaluation.generation import encode, generate
 from lightedit.evaluation.scoring import continuations
 from lightedit.lm import LanguageModel
-from lightedit.lm.batch import by_length, pad
+from lightedit.lm.batch import by_length
 from lightedit.metrics import score_targets
 from lightedit.metrics.functional import generation_success
 
@@ -43,8 +43,8 @@ class Outcome:
         before: the unedited model's greedy continuation of the fact's prompt, without the prompt.
         after: the edited model's. It is empty if that model gives NaN or infinity.
         held: whether `after` begins with the new target, as `generation_success` counts it. A fact with `end_turn`
-            holds only if nothing follows the target. After an edit that erases, whether `after` does not begin with the
-            target.
+            holds only if nothing follows the target, and one of a classifier only if it is the class. After an edit
+            that erases, whether `after` does not begin with the target.
         probability: probability per token (geometric mean) of the new target after the prompt, in the edited model;
             None if that is NaN.
         rank: worst rank of the target's tokens given those before it, 1 for the most probable token; None as above.
@@ -83,7 +83,7 @@ class Damage:
         prompt: a general beginning of a text, or one about the subject of a fact.
         before: the unedited model's greedy continuation.
         after: the edited model's.
-        kl: KL(edited || unedited) of the next token after the prompt, in nats.
+        kl: KL(edited || unedited) of the next token after the prompt, or of the class, in nats.
     """
 
     prompt: str
@@ -131,9 +131,9 @@ class Observed:
             return ()
         said = _say(self.lm, facts)
         targets = [fact.target_new for fact in facts]
-        begins = generation_success(said, targets).tolist()
+        begins, classes = generation_success(said, targets).tolist(), self.lm.kind == "classifier"
         held = [
-            (bool(start) and (not fact.end_turn or text.strip() == fact.target_new)) != self.erases
+            (bool(start) and (not (fact.end_turn or classes) or text.strip() == fact.target_new)) != self.erases
             for fact, text, start in zip(facts, said, begins, strict=True)
         ]
         texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
@@ -168,13 +168,14 @@ class Observed:
 
     @torch.no_grad()
     def _next_token(self) -> Tensor:
-        """Log-probabilities of the token after each prompt, [prompts, vocabulary], on the CPU."""
+        """Log-probabilities of what follows each prompt, [prompts, vocabulary or classes], on the CPU."""
         lm = self.lm
         rows = encode(lm, self.prompts, [self.chat] * len(self.prompts))
         found: dict[int, Tensor] = {}
         for group in by_length([len(row) for row in rows], _PASS_TOKENS):
-            batch = pad([rows[index] for index in group], lm.pad_id)
-            last = torch.tensor([len(rows[index]) - 1 for index in group])
+            first = [[0]] * len(group)  # any answer: its first token, or the class, is predicted from the prompt alone
+            batch = lm.batch([rows[index] for index in group], first)
+            last = torch.tensor([lm.reads(rows[index], first[0])[0] for index in group])
             with lm.before_head(len(group), (torch.arange(len(group)), last)) as states:
                 lm.forward(batch)
             found.update(zip(group, lm.head.log_probs(states[0]).cpu(), strict=True))
@@ -198,9 +199,10 @@ def untouched_prompts(facts: Sequence[Fact]) -> list[str]:
 def _say(lm: LanguageModel, facts: Sequence[Fact]) -> list[str]:
     """The greedy continuation of each fact's prompt; a prompt near the model's last position has a shorter one."""
     texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
-    encoded = encode_targets(lm.tokenizer, texts, [fact.target_new for fact in facts], servings)
-    tokens = max(_TOKENS, *(2 * count for _, count in encoded))
-    rooms = [min(tokens, _room(lm, len(ids) - count)) for ids, count in encoded]
+    pairs = encode_pairs(lm, texts, [fact.target_new for fact in facts], servings)
+    tokens = max(_TOKENS, *(2 * len(pair.targets) for pair in pairs))
+    prompts = [len(pair.ids) + 1 - len(pair.targets) for pair in pairs]
+    rooms = [tokens if lm.answers.apart else min(tokens, _room(lm, length)) for length in prompts]
     said: dict[int, str] = {}
     for room in set(rooms):
         chosen = [index for index, own in enumerate(rooms) if own == room]

@@ -19,6 +19,7 @@ from lightedit.editing.settings import RunSettings
 from lightedit.editing.tuning import tuned_method
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel
+from lightedit.lm.arguments import check_model
 from lightedit.methods.needs import covariance_for
 from lightedit.methods.protocol import Editor, Method, check_model_and_method
 from lightedit.progress import Report, progress, quiet_lightning
@@ -123,7 +124,9 @@ def edit(
         NumericalError: the search or an update gave NaN or infinity. The edit is taken back.
         ResumeError: `checkpoint` holds another run or a damaged file.
     """
-    if method is not None:
+    if method is None:
+        check_model(lm, what="a run without a method, which takes MEMIT,")
+    else:
         check_model_and_method(lm, method)
     settings = settings or RunSettings()
     check_log(log)

@@ -76,7 +76,7 @@ def tuning(
     progress_bar: bool = True,
 ) -> Tuning:
     """The search of `tune`, with all its figures. Arguments and errors are those of `tune`."""
-    check_model(lm)
+    check_model(lm, what="tuning")
     settings = settings or TuningSettings()
     if facts is not None:
         _check_facts(facts)

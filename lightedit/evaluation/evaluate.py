@@ -17,6 +17,7 @@ from lightedit.evaluation.scoring import check_scored, questions, score_and_keep
 from lightedit.evaluation.settings import DEFAULTS, EvaluationSettings
 from lightedit.lm import LanguageModel
 from lightedit.lm.arguments import check_model
+from lightedit.lm.kinds import KINDS
 from lightedit.metrics import RecordScores, edit_metrics, reported
 from lightedit.metrics.record_mean import RecordMean
 from lightedit.metrics.scores import RECORD_MEANS, EditScore
@@ -75,7 +76,9 @@ def evaluate(
         FloatingPointError: a score is NaN or infinite.
         ResumeError: `checkpoint` holds another evaluation or a damaged file, or another process uses it.
     """
-    check_model(lm)
+    check_model(lm, KINDS)
+    if settings.text is not None or settings.harness:
+        check_model(lm, what="evaluation on texts, or by the harness,")
     if not facts:
         raise FactError("facts: the list is empty; give at least one fact to evaluate")
     facts, held_out = served_as(facts, chat=chat), served_as(held_out, chat=chat)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightedit.data.texts import read_texts, token_windows, write_texts
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel
+from lightedit.lm.arguments import check_model
 from lightedit.lm.batch import pad
 from lightedit.metrics.functional import bootstrap_interval
 
@@ -30,9 +31,11 @@ def held_out_windows(lm: LanguageModel, texts: Sequence[Sequence[int]] | str | P
 
     Raises:
         FileNotFoundError: the text file does not exist.
+        UnsupportedModelError: the model predicts no next tokens.
         ArgumentError: no window has two tokens; or one is longer than the model's positions, or holds a token without a
             row in the embedding.
     """
+    check_model(lm, what="held-out text")
     longest = lm.positions or _LENGTH
     if texts is None:
         return write_texts(lm, _TOKENS, min(_LENGTH, longest), _SEED, progress_bar=False)

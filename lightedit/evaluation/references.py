@@ -13,6 +13,7 @@ from lightedit.data.facts import Fact, FactError
 from lightedit.errors import ArgumentError
 from lightedit.evaluation import generation
 from lightedit.lm import LanguageModel
+from lightedit.lm.arguments import check_model
 from lightedit.metrics import RecordScores
 from lightedit.metrics.functional import inverse_document_frequencies, reference_score
 from lightedit.progress import progress
@@ -98,7 +99,9 @@ def write_references(lm: LanguageModel, facts: Sequence[Fact], progress_bar: boo
 
     Raises:
         FactError: no fact has attribute prompts.
+        UnsupportedModelError: the model is a classifier.
     """
+    check_model(lm, ("causal", "encoder-decoder"), "writing reference texts")
     prompts = list(dict.fromkeys(prompt for fact in facts for prompt in fact.attribute_prompts))
     if not prompts:
         raise FactError(

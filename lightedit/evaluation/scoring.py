@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightedit.data.fact import Fact, FactError, Serving
-from lightedit.data.served import encode_targets
-from lightedit.errors import ArgumentError
+from lightedit.data.served import encode_pairs
+from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.evaluation import generation
 from lightedit.evaluation.kept_scores import kept_scores
 from lightedit.evaluation.settings import DEFAULTS, EvaluationSettings
@@ -73,8 +73,11 @@ def check_scored(lm: LanguageModel, facts: Sequence[Fact], settings: EvaluationS
     if not asked:
         return
     numbers, *columns = zip(*asked, strict=True)
-    answered = [ids for ids, _ in encode_targets(lm.tokenizer, *columns)]
-    rows = [ids[:-1] for ids in answered]
+    if settings.generate and lm.kind == "classifier":
+        raise UnsupportedModelError(f"generate: {lm.name} is a classifier, which writes no text; leave generate out")
+    pairs = encode_pairs(lm, *columns)
+    answered = [[] if lm.answers.apart else pair.targets for pair in pairs]
+    rows = [pair.ids for pair in pairs]
     new = [0] * len(rows)
     if settings.generate:
         written = _WrittenTexts(facts, RowwiseEdits.none(len(facts)))
@@ -240,5 +243,5 @@ def continuations(
 def _continued_tokens(lm: LanguageModel, facts: Sequence[Fact]) -> int:
     """New tokens of a greedy continuation: enough for the longest target."""
     texts, targets, servings = zip(*((fact.text, fact.target_new, fact.serving) for fact in facts), strict=True)
-    longest = max(count for _, count in encode_targets(lm.tokenizer, texts, targets, servings))
+    longest = max(len(pair.targets) for pair in encode_pairs(lm, texts, targets, servings))
     return max(_ANSWER_TOKENS, 2 * longest)

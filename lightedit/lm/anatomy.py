@@ -1,6 +1,8 @@
 """The modules, matrices and biases of the places of one model."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,7 +12,7 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm.architectures import Architecture, Features, blocks_of, features_of
 from lightedit.lm.finder import architecture_of
 from lightedit.lm.hooks import Port
-from lightedit.lm.place import Place
+from lightedit.lm.place import Name, Place
 from lightedit.lm.proof import packs, prove
 from lightedit.lm.storage import check_stored
 from lightedit.ops import Head
@@ -55,10 +57,14 @@ class Anatomy:
             raise UnsupportedModelError(f"there is no {place}: layers of {place.name} are 0 to {last}")
         if place.name == "embedding":
             return self.architecture.embedding
-        block = f"{self.architecture.blocks}.{place.layer}"
+        block, paths = self.located(place.layer)
         if place.name == "block":
             return block
-        return f"{block}.{self.architecture.paths['attention_out' if place.name == 'attention' else place.name]}"
+        return f"{block}.{paths['attention_out' if place.name == 'attention' else place.name]}"
+
+    def located(self, layer: int) -> tuple[str, Mapping[Name, str]]:
+        """The path to the block of a layer, and the paths of the places inside it."""
+        return f"{self.architecture.blocks}.{layer}", self.architecture.paths
 
     def module(self, place: Place) -> nn.Module:
         """The module whose output is the output of `place`, or contains it (see `features`).
@@ -142,9 +148,15 @@ class Anatomy:
             )
         return whole[features]
 
+    def head_module(self) -> nn.Module:
+        """The module of the head, whose input the answers are read from."""
+        module = self._model.get_output_embeddings()
+        assert module is not None
+        return module
+
     def head(self) -> Head:
         """The LM head."""
-        module = self._model.get_output_embeddings()
+        module: Any = self.head_module()
         softcap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
         bias = None if module.bias is None else module.bias.data
         return Head(module.weight.data, bias, softcap, self.proof.logit_scale)

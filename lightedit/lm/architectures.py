@@ -29,6 +29,7 @@ class Architecture:
         layout: order of the output features of a shared matrix. "stacked": all of q, then k, then v (or the gate, then
             mlp_in). "grouped": for each group of query heads, these heads, then one head of k and one of v.
         mlp_norm: path inside a block to a norm between the MLP's output and the residual stream, if any.
+        block_norm: path inside a block to a norm of the sum of both, as at the end of BERT's blocks, if any.
         takes_position_ids: whether the model's forward accepts `position_ids`.
         supports_packing: whether rows can be packed without padding. This needs transformers' attention interface and
             no soft-capping of attention logits.
@@ -39,6 +40,7 @@ class Architecture:
     paths: Mapping[Name, str] = field(hash=False)
     layout: Layout = "stacked"
     mlp_norm: str | None = None
+    block_norm: str | None = None
     takes_position_ids: bool = True
     supports_packing: bool = True
 

@@ -15,14 +15,17 @@ class Batch:
         ids: [rows, tokens], padding included.
         mask: [rows, tokens], True at real tokens. With a prefix cache: [rows, prefix + tokens].
         positions: [rows, tokens], position of each token in its row.
+        decoder: [rows, decoder tokens], what the decoder of an encoder-decoder reads; None for other models.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    decoder: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.mask.to(device), self.positions.to(device))
+        decoder = None if self.decoder is None else self.decoder.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.positions.to(device), decoder)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> Batch:

@@ -22,7 +22,7 @@ from transformers import (
 
 from lightedit.errors import ArgumentError, MissingFileError, UnavailableError, UnreachableError, UnsupportedModelError
 from lightedit.files import whole_folder
-from lightedit.lm.refusal import OWN_MODEL, auto_class, check_config
+from lightedit.lm.refusal import OWN_MODEL, auto_class, check_config, class_of_kind
 
 BUILTIN = "smollm2"
 # SmolLM2-135M-Instruct (Apache-2.0), as packed in a wheel on PyPI
@@ -57,8 +57,10 @@ def load_pretrained(
     auto: Any = AutoModelForCausalLM
     if "gguf_file" not in source:
         fields, _ = PretrainedConfig.get_config_dict(source["pretrained_model_name_or_path"])
-        check_config(fields)
-        auto = auto_class(fields["model_type"]) or auto
+        other = class_of_kind(fields)
+        if other is None:
+            check_config(fields)
+        auto = other or auto_class(fields["model_type"]) or auto
     tokenizer = _tokenizer(source)
     model = auto.from_pretrained(**source, dtype=dtype, device_map=device_map, trust_remote_code=False)
     if device is not None:

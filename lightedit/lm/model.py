@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightedit.errors import ArgumentError, UnsupportedModelError
 from lightedit.lm import hooks
-from lightedit.lm.anatomy import Anatomy
 from lightedit.lm.batch import Batch
-from lightedit.lm.cache import is_recurrent
 from lightedit.lm.fingerprint import fingerprint
+from lightedit.lm.kinds import Classes, KindName, kind_of
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
@@ -27,13 +25,16 @@ from lightedit.ops import Head
 
 
 class LanguageModel(TextModel):
-    """A causal language model whose places (see `Place`) can be read, changed within a context, and edited.
+    """A language model whose places (see `Place`) can be read, changed within a context, and edited.
+
+    It is a causal language model, a classifier (an encoder such as BERT with a classification head), or an
+    encoder-decoder of T5's kind; see `kind`.
 
     It is not an `nn.Module`, so a trainer neither moves, wraps nor checkpoints it. A model spread over several devices
     stays as it is.
 
     Args:
-        model: a causal language model of a known architecture; it is put in evaluation mode and frozen.
+        model: the transformers model; it is put in evaluation mode and frozen.
         tokenizer: its fast tokenizer; subject positions come from character offsets.
         name: its name in provenance.
 
@@ -42,6 +43,7 @@ class LanguageModel(TextModel):
         tokenizer: its tokenizer.
         name: its name or path.
         fingerprint: short hash of the unedited weights.
+        answers: how it is asked, and how it answers.
         anatomy: the modules and matrices of its places.
         blocks: its transformer blocks, first to last.
         weights: the changed places and their changes.
@@ -58,14 +60,15 @@ class LanguageModel(TextModel):
                 "load the fast tokenizer of this model."
             )
         self.model = model.eval().requires_grad_(False)
-        self.anatomy = Anatomy(model)
+        self.answers = kind_of(model, tokenizer)
+        self.anatomy = self.answers.anatomy
         self.architecture, self.blocks = self.anatomy.architecture, self.anatomy.blocks
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint(model)
         self.weights = EditedWeights(self.anatomy)
         self.returns_tuple = self.anatomy.proof.returns_tuple
-        self.is_recurrent = is_recurrent(model.config.get_text_config(decoder=True))
+        self.is_recurrent = self.answers.is_recurrent
         self._keeps_logits = "logits_to_keep" in signature(type(model).forward).parameters
 
     @classmethod
@@ -77,6 +80,9 @@ class LanguageModel(TextModel):
         device_map: str | dict[str, int | str] | None = None,
     ) -> "LanguageModel":
         """Load the built-in `smollm2`, a Hub id, a local folder or a `.gguf` file.
+
+        The kind of the model follows from its configuration: a classifier if its architecture is one "for sequence
+        classification", an encoder-decoder if it is T5's, else a causal language model.
 
         Args:
             name: what to load.
@@ -98,7 +104,18 @@ class LanguageModel(TextModel):
         return f"LanguageModel({self.name!r}, layers={self.n_layers}, dtype={self.dtype}, device={self.device})"
 
     @property
+    def kind(self) -> KindName:
+        """What its answers are: next tokens ("causal"), a class ("classifier"), or those of a decoder."""
+        return self.answers.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's classes, by id; empty for other kinds."""
+        return self.answers.labels if isinstance(self.answers, Classes) else ()
+
+    @property
     def n_layers(self) -> int:
+        """Number of blocks. The blocks of an encoder-decoder are those of the encoder, then those of the decoder."""
         return len(self.blocks)
 
     @property
@@ -114,8 +131,16 @@ class LanguageModel(TextModel):
 
     @property
     def head(self) -> Head:
-        """The LM head."""
+        """The LM head, or the last matrix of a classification head."""
         return self.anatomy.head()
+
+    def batch(self, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Batch:
+        """Rows with the answers that are read from them, as the input of a forward pass; see `Kind.batch`."""
+        return self.answers.batch(rows, targets, self.pad_id)
+
+    def reads(self, row: Sequence[int], targets: Sequence[int]) -> range:
+        """The positions for `before_head` at which each target of a row is predicted."""
+        return self.answers.reads(row, targets)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ArgumentError unless `layers` exist and are distinct and ascending."""
@@ -153,21 +178,19 @@ class LanguageModel(TextModel):
             keep: number of last tokens whose logits are returned; None for all.
 
         Returns:
-            Logits, [rows, tokens or keep, vocabulary].
+            Logits, [rows, tokens or keep, vocabulary]; those of a classifier are [rows, 1, classes], and those of an
+            encoder-decoder [rows, decoder tokens or keep, vocabulary].
         """
-        batch = batch.to(self.device)
-        arguments: dict[str, Any] = {"position_ids": batch.positions} if self.architecture.takes_position_ids else {}
+        arguments = self.answers.inputs(batch.to(self.device))
+        if self.kind != "classifier":
+            arguments["use_cache"] = cache is not None
         if cache is not None:
             arguments["past_key_values"] = cache
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep
-        output = self.model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask.long(),
-            use_cache=cache is not None,
-            **arguments,
-        )
-        return output.logits if keep is None else output.logits[:, -keep:]
+        logits: Tensor = self.model(**arguments).logits
+        logits = logits[:, None] if self.kind == "classifier" else logits
+        return logits if keep is None else logits[:, -keep:]
 
     def forward_packed(self, ids: Tensor, positions: Tensor, spans: list[Span]) -> None:
         """Run one forward pass over the tokens of many rows laid end to end, without padding (see `Span`).
@@ -237,16 +260,17 @@ class LanguageModel(TextModel):
 
     @contextmanager
     def before_head(self, rows: int, at: hooks.At) -> Iterator[dict[int, Tensor]]:
-        """Within the context, the forward pass ends before the LM head.
+        """Within the context, the forward pass ends before the head.
 
         Args:
             rows: rows of the batch.
-            at: (rows, positions), each [n].
+            at: (rows, positions), each [n], positions as `reads` gives them: of the row's tokens; of the decoder's; or
+                0, for a classifier.
 
         Yields:
             A dictionary that fills during the pass: 0 -> the input of the LM head at `at`, [n, d].
         """
-        head = self.model.get_output_embeddings()
+        head = self.anatomy.head_module()
         with hooks.capture({0: head}, rows, at, inputs=True) as states, hooks.stop_after(head, before=True):
             yield states
 

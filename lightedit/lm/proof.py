@@ -88,7 +88,7 @@ def packs(model: PreTrainedModel, architecture: Architecture, returns_tuple: boo
             past_key_values=prefixes.without(range(middle)),
             attention_mask=mask,
         )
-    if not _agree(rest, whole):
+    if not agree(rest, whole):
         raise UnsupportedModelError(
             f"{config.model_type}: a pass from block {middle} on, with hidden states and cached prefixes, gives other "
             "logits than a whole pass; expected blocks that are connected by the residual stream alone, and attention "
@@ -105,14 +105,15 @@ def packs(model: PreTrainedModel, architecture: Architecture, returns_tuple: boo
             packed = logits(tokens.view(1, -1), later.reshape(1, -1), use_cache=False, packed=spans)
     except (UnsupportedModelError, RuntimeError):  # this model takes no packed rows
         return False
-    return _agree(packed.view_as(whole), whole)
+    return agree(packed.view_as(whole), whole)
 
 
 def _of_later(states: Tensor, later: Tensor) -> Tensor:
     return states.gather(1, later.to(states.device)[:, :, None].expand(-1, -1, states.shape[-1]))
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits differ by rounding only."""
     return bool((found - expected).norm() <= _LOOSE.get(expected.dtype, 0.05) * expected.norm())
 
 
@@ -132,7 +133,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> Proof:
         UnsupportedModelError: a block's output does not follow its MLP's output, or the logits not the LM head.
     """
     probes = [
-        _BlockProbe(block, architecture, f"{model.config.model_type}: {architecture.blocks}.{layer}")
+        BlockProbe(block, architecture, f"{model.config.model_type}: {architecture.blocks}.{layer}")
         for layer, block in enumerate(blocks_of(model, architecture))
     ]
     ids = probe_tokens(model, _TOKENS).expand(2, -1)
@@ -143,7 +144,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> Proof:
         at = (torch.tensor([0]), torch.tensor([_TOKENS - 1]))
         entering = stack.enter_context(hooks.capture({0: head}, 2, at, inputs=True))
         logits = run(model, input_ids=ids, use_cache=False)[0, -1]
-    constants = _constants(model.config.get_text_config(decoder=True).to_dict())
+    constants = constants_of(model.config.get_text_config(decoder=True).to_dict())
     scales = tuple(probe.scale(constants) for probe in probes)
     return Proof(scales, _logit_scale(model, entering[0][0], logits, constants), probes[0].returns_tuple)
 
@@ -154,8 +155,14 @@ def _logits(model: PreTrainedModel, architecture: Architecture, ids: Tensor, pos
     return run(model, input_ids=ids, **more)
 
 
-class _BlockProbe:
-    """Adds δ to the MLP's output of one block in the second of two equal rows, and keeps what follows."""
+class BlockProbe:
+    """Adds δ to the MLP's output of one block in the second of two equal rows, and keeps what follows.
+
+    Args:
+        block: the block.
+        architecture: the places of its model.
+        where: its name in errors.
+    """
 
     def __init__(self, block: nn.Module, architecture: Architecture, where: str) -> None:
         self.block, self.where = block, where
@@ -166,6 +173,8 @@ class _BlockProbe:
         self.matrix = block.get_submodule(self.path)
         self.norm_path = architecture.mlp_norm
         self.norm = dict(block.named_modules()).get(self.norm_path) if self.norm_path else None
+        # the states that follow the MLP's output are read where they are the sum, before a norm of it
+        self.last_norm = block.get_submodule(architecture.block_norm) if architecture.block_norm else None
         self.passes = 0
         self.returns_tuple = False
 
@@ -176,6 +185,8 @@ class _BlockProbe:
             self.block.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.block.register_forward_hook(self._leave),
         ]
+        if self.last_norm is not None:
+            handles.append(self.last_norm.register_forward_hook(self._normalise))
         try:
             with hooks.changed(port, self._shift):
                 yield
@@ -200,6 +211,9 @@ class _BlockProbe:
         self.shifted = output[1, -1].clone()
         return output
 
+    def _normalise(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.summed, self.normalised = args[0].clone(), output
+
     def _leave(self, _: nn.Module, args: Any, returned: Any) -> Any:
         self.passes += 1
         self.returns_tuple = isinstance(returned, tuple)
@@ -210,6 +224,10 @@ class _BlockProbe:
                 "stream"
             )
         self.left = hidden.clone()
+        if self.last_norm is not None:
+            if not torch.equal(self.normalised, hidden):
+                raise UnsupportedModelError(f"{self.where}: its output is not that of its last norm")
+            self.left = self.summed
         same = hidden.clone()
         same[1] = hidden[0]
         return (same, *returned[1:]) if isinstance(returned, tuple) else same
@@ -261,7 +279,7 @@ def _constant(actual: Tensor, expected: Tensor, known: Iterable[float], unsure: 
     return next((s for s in (near, 1.0) if math.isclose(s, measured, rel_tol=unsure)), measured)
 
 
-def _constants(config: dict[str, Any]) -> list[float]:
+def constants_of(config: dict[str, Any]) -> list[float]:
     """The numbers of a configuration; a multiplier is usually one of them."""
     values = [v for value in config.values() for v in (value if isinstance(value, list | tuple) else [value])]
     return [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v]

@@ -8,6 +8,8 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -45,6 +47,21 @@ def auto_class(model_type: str) -> type[AutoModelForCausalLM] | type[AutoModelFo
     return AutoModelForImageTextToText if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
 
 
+_OTHER = "is an encoder-decoder; expected a causal language model (decoder-only), or T5"
+_T5 = ("t5", "mt5", "umt5")
+
+
+def class_of_kind(fields: dict[str, Any]) -> Any:
+    """The class that loads a classifier or an encoder-decoder of T5's kind; None for what should be a causal model.
+
+    Args:
+        fields: the entries of a config.json.
+    """
+    if any(str(name).endswith("ForSequenceClassification") for name in fields.get("architectures") or ()):
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if fields.get("model_type") in _T5 else None
+
+
 def check_config(fields: dict[str, Any]) -> None:
     """Refuse what the entries of a config.json show to be beyond editing.
 
@@ -63,7 +80,7 @@ def check_config(fields: dict[str, Any]) -> None:
             f"lightedit does not run by itself; {OWN_MODEL}"
         )
     if fields.get("is_encoder_decoder"):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; expected a causal language model (decoder-only)")
+        raise UnsupportedModelError(f"{kind} {_OTHER}")
     known = "no causal language model" if kind in CONFIG_MAPPING else "unknown to this version of transformers"
     raise UnsupportedModelError(f"{kind} is {known}; expected a causal language model (decoder-only)")
 
@@ -78,9 +95,12 @@ def check_structure(config: PretrainedConfig) -> None:
     """
     kind = config.model_type
     if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; expected a causal language model (decoder-only)")
+        raise UnsupportedModelError(f"{kind} {_OTHER}")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder; expected a causal language model (decoder-only)")
+        raise UnsupportedModelError(
+            f"{kind} is an encoder; expected a causal language model (decoder-only), or an encoder with a "
+            "classification head, as le.train_classifier makes it"
+        )
     if kind in ARCHITECTURES:
         return
     text = config.get_text_config(decoder=True)

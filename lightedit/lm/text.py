@@ -3,17 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import overload
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightedit.errors import ArgumentError
-from lightedit.lm.batch import Batch, pad
+from lightedit.errors import ArgumentError, UnsupportedModelError
+from lightedit.lm.batch import Batch
+from lightedit.lm.kinds import Kind
 from lightedit.lm.rowwise import RowwiseEdits
-from lightedit.lm.sampling import before_end, draw_rule, next_tokens
+from lightedit.lm.sampling import before_end, draw_rule
 from lightedit.lm.tokens import ChatTemplate, end_tokens, pad_token, prompt_tokens, start_token
 
 _SHOWN = 60  # characters of a text in an error
@@ -26,8 +26,10 @@ class TextModel(ABC):
         model: the transformers model.
         tokenizer: its tokenizer.
         name: its name or path.
+        answers: how it is asked, and how it answers.
     """
 
+    answers: Kind
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
@@ -64,9 +66,7 @@ class TextModel(ABC):
     @property
     def positions(self) -> int | None:
         """Most tokens of a text, from the model's configuration; None if it names no limit."""
-        config = self.model.config.get_text_config(decoder=True)
-        named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-        return next((number for number in named if isinstance(number, int) and number > 0), None)
+        return self.answers.positions()
 
     def check_rows(self, rows: Sequence[Sequence[int]], new: int | Sequence[int] = 0) -> None:
         """Check, before work starts, that the model can run these rows.
@@ -81,6 +81,8 @@ class TextModel(ABC):
         """
         limit = self.positions
         more = [new] * len(rows) if isinstance(new, int) else new
+        if self.answers.apart:
+            more = [0] * len(rows)
         for row, extra in zip(rows, more, strict=True):
             if limit is not None and len(row) + max(0, extra - 1) > limit:
                 asked = f", with {extra} new ones too many" if extra and len(row) <= limit else ""
@@ -111,7 +113,8 @@ class TextModel(ABC):
     def encode(self, texts: Sequence[str], chat: bool = False) -> list[list[int]]:
         """Token ids of each text, with the special tokens that the tokenizer puts before it.
 
-        Special tokens that the tokenizer puts after a text are left out, so that it can be continued.
+        Special tokens that the tokenizer puts after a text are left out, so that it can be continued. They are kept
+        where answers stand apart, as in classifiers and encoder-decoders.
 
         Args:
             texts: the texts.
@@ -121,7 +124,13 @@ class TextModel(ABC):
             ArgumentError: a text holds half of a surrogate pair, or the chat template changes it.
             UnsupportedModelError: there is no chat template.
         """
-        return prompt_tokens(self.tokenizer, texts, chat)
+        if not self.answers.apart:
+            return prompt_tokens(self.tokenizer, texts, chat)
+        if chat and texts:
+            raise UnsupportedModelError(
+                f"{self.name} is {self.answers.described}, which serves no chat; leave chat out"
+            )
+        return self.answers.rows(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -174,10 +183,8 @@ class TextModel(ABC):
         results: list[list[int]] = [[] for _ in rows]
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
-            batch = pad([rows[i] for i in group], self.pad_id, left=True).to(self.device)
             with self.with_edits(edits.rows(group)):
-                cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-                stream = next_tokens(partial(self.forward, keep=1), cache, batch, rule(group))
+                stream = self.answers.stream(self.forward, [rows[i] for i in group], self.pad_id, rule(group))
                 found = before_end(stream, max_new_tokens, ends)
             for i, row in zip(group, found, strict=True):
                 results[i] = row
@@ -185,6 +192,8 @@ class TextModel(ABC):
 
     def _ends(self, chat: bool) -> list[int]:
         """The tokens that end a continuation."""
+        if self.answers.name == "classifier":  # classes have ids of their own
+            return []
         ends = end_tokens(self.tokenizer, self.model)
         return [*ends, *ChatTemplate.of(self.tokenizer).end()[-1:]] if chat else ends
 
@@ -235,7 +244,12 @@ class TextModel(ABC):
         return written[0] if isinstance(text, str) else written
 
     def continuation(self, row: Sequence[int], new: Sequence[int]) -> str:
-        """The text of token ids `new` after `row`. Decoded alone, it would lose its leading space in some models."""
+        """The text of token ids `new` after `row`. Decoded alone, it would lose its leading space in some models.
+
+        An answer that stands apart is its words, or the name of its class, behind one space.
+        """
+        if self.answers.apart:
+            return self.answers.said(new)
         before, text = (
             str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             for ids in (list(row), [*row, *new])

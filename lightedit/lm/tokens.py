@@ -54,11 +54,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: 
     Raises:
         ArgumentError: a text holds half of a surrogate pair.
     """
-    for text in texts:
-        if half := next((char for char in text if "\ud800" <= char <= "\udfff"), None):
-            raise ArgumentError(
-                f"{text!r} holds {half!r}, half of a character (as a cut emoji leaves it); complete or remove it"
-            )
+    _check_whole(texts)
     if not texts:
         return []
     # the arguments are left out where they are the default, for tokenizers of few arguments
@@ -69,6 +65,27 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: 
         Tokens(ids[: len(ids) - appended], offsets[: len(ids) - appended])
         for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     ]
+
+
+def whole_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """Token ids of each text, with all special tokens that the tokenizer puts around it, or with none.
+
+    Raises:
+        ArgumentError: a text holds half of a surrogate pair.
+    """
+    _check_whole(texts)
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _check_whole(texts: Sequence[str]) -> None:
+    for text in texts:
+        if half := next((char for char in text if "\ud800" <= char <= "\udfff"), None):
+            raise ArgumentError(
+                f"{text!r} holds {half!r}, half of a character (as a cut emoji leaves it); complete or remove it"
+            )
 
 
 def _appended(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,6 +15,7 @@ from lightedit.errors import ArgumentError, ArgumentTypeError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import Change
+from lightedit.lm.kinds import KINDS, KindName
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
 from lightedit.progress import Report
@@ -59,8 +60,10 @@ class Method(ABC):
     Attributes:
         editor_type: the class of its editors.
         facts_per_solve: most facts of one round; None for any number.
+        kinds: the kinds of models that it can edit; see `LanguageModel.kind`.
     """
 
+    kinds: ClassVar[tuple[KindName, ...]] = ("causal",)
     editor_type: ClassVar[type["Editor"]]
     facts_per_solve: ClassVar[int | None] = None
 
@@ -81,7 +84,8 @@ class Method(ABC):
         return self.editor_type(lm, self, covariance, settings or EditorSettings())
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise ArgumentError unless `lm` has the layers that the method changes."""
+        """Raise UnsupportedModelError for a kind of model that it cannot edit, ArgumentError for missing layers."""
+        check_model(lm, self.kinds, type(self).__name__)
         lm.check_layers(sorted({place.layer for place in self.places}))
 
     def check_facts(
@@ -313,7 +317,13 @@ def search(
 
 
 def check_model_and_method(lm: object, method: object) -> None:
-    """Raise ArgumentTypeError unless `lm` is a language model and `method` a method, such as if they are swapped."""
-    check_model(lm)
+    """Check that `lm` is a language model, and `method` a method that can edit models of its kind.
+
+    Raises:
+        ArgumentTypeError: one is neither, such as if they are swapped.
+        UnsupportedModelError: the method needs a model of another kind.
+    """
+    check_model(lm, KINDS)
     if not isinstance(method, Method):
         raise ArgumentTypeError(f"method: expected a Method, got a {type(method).__name__}")
+    check_model(lm, method.kinds, type(method).__name__)

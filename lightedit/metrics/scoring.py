@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from lightedit.data.fact import Serving
-from lightedit.data.served import encode_targets
+from lightedit.data.served import Pair, encode_pairs
 from lightedit.errors import ArgumentError, NumericalError
 from lightedit.lm import LanguageModel
-from lightedit.lm.batch import pad
 from lightedit.lm.distinct import distinct
 from lightedit.lm.packed import Span
 from lightedit.lm.rowwise import RowwiseEdits
@@ -50,8 +49,8 @@ def score_targets(
     """Score each target after its prompt, as both reach the model.
 
     Equal pairs are scored once. Answers to one prompt share the prompt's states if rows can be packed. Otherwise a text
-    shares the states of a longer text that begins with it, as for answers of one token. The order of pairs and
-    `batch_size` change scores by floating-point rounding only.
+    shares the states of a longer text that begins with it, as for answers of one token. The classes of a classifier
+    share those of their prompt. The order of pairs and `batch_size` change scores by floating-point rounding only.
 
     Args:
         lm: the model, in its present state.
@@ -76,15 +75,11 @@ def score_targets(
     servings = servings or [Serving()] * len(prompts)
     asked, place_of = distinct(zip(edits.of_row.tolist(), prompts, targets, servings, strict=True))
     _, *columns = zip(*asked, strict=True) if asked else ([],) * 4
-    encoded = encode_targets(lm.tokenizer, *columns)
-    lm.check_tokens([ids for ids, _ in encoded])
-    texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
-    lm.check_rows(texts)
-    rows, laid_out = _rows(asked, texts, lm.architecture.supports_packing)
-    answers = [
-        _Answer(row, tokens[len(tokens) - count :], ids[-count:])
-        for (row, tokens), (ids, count) in zip(laid_out, encoded, strict=True)
-    ]
+    pairs = encode_pairs(lm, *columns)
+    if not lm.answers.apart:
+        lm.check_tokens([pair.targets for pair in pairs])
+    lm.check_rows([pair.ids for pair in pairs])
+    rows, answers = _laid_out(lm, asked, pairs)
     answers_of: list[list[int]] = [[] for _ in rows]
     for index, answer in enumerate(answers):
         answers_of[answer.row].append(index)
@@ -136,12 +131,14 @@ class _Row:
         ids: token ids, each after its parent.
         before: index of each token's parent, or -1.
         positions: number of ancestors of each token.
+        answer: ids of the answer that is read from the row, where answers stand apart from prompts; else empty.
     """
 
     edit: int
     ids: list[int]
     before: list[int]
     positions: list[int]
+    answer: tuple[int, ...] = ()
 
     def add(self, text: Sequence[int]) -> list[int]:
         """Add a text to the tree and return the index of each of its tokens."""
@@ -164,6 +161,31 @@ class _Row:
             if before >= 0:
                 seen[place] |= seen[before]
         return seen
+
+
+def _laid_out(
+    lm: LanguageModel, asked: Sequence[tuple[int, str, str, Serving]], pairs: Sequence[Pair]
+) -> tuple[list[_Row], list[_Answer]]:
+    """The rows of pairs, and where each answer is read."""
+    if not lm.answers.apart:
+        rows, places = _rows(asked, [pair.ids for pair in pairs], lm.architecture.supports_packing)
+        return rows, [
+            _Answer(row, tokens[len(tokens) - len(pair.targets) :], pair.targets)
+            for (row, tokens), pair in zip(places, pairs, strict=True)
+        ]
+    # the classes of one text are read from one row; the tokens of a decoder's answer are a row's own
+    shared = lm.kind == "classifier"
+    wanted = [
+        _Row(edit, pair.ids, [], [], () if shared else tuple(pair.targets))
+        for (edit, *_), pair in zip(asked, pairs, strict=True)
+    ]
+    numbers, row_of = distinct((row.edit, tuple(row.ids), row.answer) for row in wanted)
+    rows = [_Row(edit, list(ids), [], [], answer) for edit, ids, answer in numbers]
+    answers = [
+        _Answer(row, list(lm.reads(pair.ids, pair.targets)), pair.targets)
+        for row, pair in zip(row_of, pairs, strict=True)
+    ]
+    return rows, answers
 
 
 def _rows(
@@ -226,7 +248,7 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
     edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
     if not lm.architecture.supports_packing:
         with lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
-            lm.forward(pad([row.ids for row in rows], lm.pad_id))
+            lm.forward(lm.batch([row.ids for row in rows], [row.answer for row in rows]))
         return lm.head.logits(states[0].to(lm.head.weight.device))
     spans = []
     for _, same in groupby(rows, key=lambda row: len(row.ids)):

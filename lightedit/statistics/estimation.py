@@ -140,7 +140,7 @@ def estimate_covariance(
         ArgumentError: there are no places, a layer does not exist, or `sequence_length` is out of range.
         CovarianceError: the model is edited, or there are fewer tokens than a positive definite matrix needs.
     """
-    check_model(lm)
+    check_model(lm, what="a covariance")
     chosen = _places(lm, places)
     if lm.weights.edits:
         raise CovarianceError(f"{lm.name} carries edits ({', '.join(lm.weights.edits)}); revert them first")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightedit.data.prompts import FactPrompts
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.batch import pad
 from lightedit.ops import target_nll_kl
 
 
@@ -34,13 +33,11 @@ def fisher_information(
         0, len(head.weight), dtype=torch.promote_types(head.weight.dtype, torch.float32), device=head.weight.device
     )
     for fact in prompts:
-        reads = [
-            (i, position) for i, row in enumerate(fact.rows) for position in range(len(row.ids))[-len(row.targets) :]
-        ]
+        reads = [(i, position) for i, row in enumerate(fact.rows) for position in lm.reads(row.ids, row.targets)]
         weights = [1 / (len(fact.rows) * len(row.targets)) for row in fact.rows for _ in row.targets]
         rows, positions = torch.tensor(reads).T
         with lm.probe(places) as probes, lm.before_head(len(fact.rows), (rows, positions)) as states:
-            lm.forward(pad([row.ids for row in fact.rows], lm.pad_id))
+            lm.forward(lm.batch([row.ids for row in fact.rows], [row.targets for row in fact.rows]))
         targets = torch.tensor([token for row in fact.rows for token in row.targets], device=head.weight.device)
         nll, _ = target_nll_kl(states[0], head, targets, reference)
         (nll * torch.tensor(weights, device=nll.device, dtype=nll.dtype)).sum().backward()

@@ -347,6 +347,7 @@ RECORDS = {
     "known": KNOWN,
     "mquake": MQUAKE, "mzsre": MZSRE, "easyedit": EASYEDIT, "fastedit": FASTEDIT, "wikibigedit": WIKIBIGEDIT,
     "qaedit": QAEDIT, "rippleedits": RIPPLE, "fact": TOWER.to_dict(),
+    "labelled": {"claim": "Rome is old.", "label": "supports"},
     "zsre": MZSRE["en"], "counterfact": {"requested_rewrite": EDIT},
 }  # fmt: skip
 

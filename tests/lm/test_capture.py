@@ -90,7 +90,8 @@ def test_the_gate_is_the_one_that_goes_through_the_activation(architecture: str)
     activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
     with lm.capture([gate, first], 3) as states, lm.capture([second], 3, inputs=True) as keys:
         lm.forward(pad(ROWS, lm.pad_id))
-    assert torch.equal(keys[second], activation(states[gate]) * states[first])
+    # SiLU of a slice of a fused matrix rounds otherwise than that of a whole tensor on some CPUs
+    torch.testing.assert_close(keys[second], activation(states[gate]) * states[first], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", MODELS)

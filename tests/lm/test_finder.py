@@ -114,7 +114,6 @@ REFUSED = {
     **dict.fromkeys(("gemma3n_text", "gemma4", "gemma4_text"), "more than one MLP: .*per_layer_projection"),
     **dict.fromkeys(("bert", "roberta", "electra", "xlm"), "is an encoder; expected a causal"),
     **dict.fromkeys(("bart", "marian", "whisper"), "is an encoder-decoder; expected a causal"),
-    **dict.fromkeys(("t5", "mt5"), "is an encoder-decoder; expected a causal"),
     **dict.fromkeys(("distilbert", "clip"), "is no causal language model"),
 }
 

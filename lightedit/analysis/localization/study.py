@@ -71,7 +71,7 @@ def localization_study(
         NumericalError: a search, an update or a score gave NaN or infinity.
         ResumeError: `checkpoint` holds another run or a damaged file, or another process uses it.
     """
-    check_model(lm)
+    check_model(lm, what="a localization study")
     settings = settings or LocalizationSettings()
     if methods is None:
         methods, forcing = METHODS, FORCING if forcing is None else forcing

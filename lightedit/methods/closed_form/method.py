@@ -11,6 +11,7 @@ from lightedit.data.facts import Fact
 from lightedit.data.prompts import Contexts, ContextSettings, tokenize_facts
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.arguments import check_model
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.closed_form.behind_norm import before_norm, behind_norm, remaining_delta
 from lightedit.methods.closed_form.collisions import equal_keys, refuse
@@ -86,6 +87,7 @@ class ClosedForm(Method):
         return self.values.objective == "erase"
 
     def check(self, lm: LanguageModel) -> None:
+        check_model(lm, self.kinds, type(self).__name__)
         lm.check_layers(self.layers)
 
     def check_facts(

@@ -77,7 +77,12 @@ class Rows:
             return tensor[index.to(tensor.device)]
 
         return Rows(
-            Batch(kept(self.batch.ids), kept(self.batch.mask), kept(self.batch.positions)),
+            Batch(
+                kept(self.batch.ids),
+                kept(self.batch.mask),
+                kept(self.batch.positions),
+                None if self.batch.decoder is None else kept(self.batch.decoder),
+            ),
             None if self.cache is None else self.cache.rows(index),
             kept(self.hidden),
             None if self.mlp is None else kept(self.mlp),

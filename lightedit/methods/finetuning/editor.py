@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightedit.data.facts import Fact
-from lightedit.data.prompts import Contexts, FactPrompts, check_rows, tokenize_facts
+from lightedit.data.prompts import FactPrompts, check_rows, tokenize_answers
 from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.changes import Change, DenseUpdate
@@ -55,7 +55,7 @@ class FineTuningEditor(Editor):
             UnsupportedModelError: the model lacks a trained matrix.
         """
         super().prepare(facts, rounds, like)
-        prompts = tokenize_facts(self.lm.tokenizer, self.method.taught(facts), Contexts(), read_keys=False)
+        prompts = tokenize_answers(self.lm, self.method.taught(facts))
         check_rows(self.lm, prompts)
         self.prompts = prompts if self.served is None else [self.served(each) for each in prompts]
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from lightedit.data.facts import Fact
 from lightedit.errors import ArgumentError
 from lightedit.lm import LanguageModel, Place
+from lightedit.lm.kinds import KINDS, KindName
 from lightedit.lm.place import Name
 from lightedit.methods.closed_form.method import as_layers
 from lightedit.methods.protocol import Method
@@ -49,6 +50,8 @@ class FineTuning(Method):
     Raises:
         ArgumentError: a value is out of range.
     """
+
+    kinds: ClassVar[tuple[KindName, ...]] = KINDS
 
     layers: tuple[int, ...]
     lr: float = 5e-4
@@ -112,6 +115,11 @@ class FineTuning(Method):
 
     def check(self, lm: LanguageModel) -> None:
         """Raise ArgumentError for layers that `lm` lacks, UnsupportedModelError for matrices that it lacks."""
+        if self.published and lm.kind != "causal":
+            raise ArgumentError(
+                f"published: the published training is that of causal language models, and {lm.name} is "
+                f"{lm.answers.described}; leave it out"
+            )
         lm.check_layers(self.layers)
         for place in self.trained(lm):
             lm.weight(place)

@@ -2,7 +2,8 @@
 
 Blocks below the first trained one are run once. If the only trained matrix of that block is the MLP's second one, the
 block is run once, too: its output is then that of the unedited block, plus what ΔW adds at the keys of all tokens.
-Unlike δ, ΔW acts at every token, so all tokens run through the blocks above.
+Unlike δ, ΔW acts at every token, so all tokens run through the blocks above. In models whose blocks end in a norm, such
+as BERT, the whole block runs at every step. An encoder-decoder runs as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,10 @@ class _Text(NamedTuple):
     targets: list[int]
 
     @classmethod
-    def of(cls, row: Row, published: bool) -> "_Text":
+    def of(cls, lm: LanguageModel, row: Row, published: bool) -> "_Text":
         count = len(row.targets)
+        if lm.answers.apart:
+            return cls(row.ids, list(lm.reads(row.ids, row.targets)), row.targets)
         prompt = len(row.ids) - count + 1  # its tokens
         if published:
             return cls(row.ids[:prompt], [prompt - 1] * count, row.targets)
@@ -78,8 +81,18 @@ class _States(NamedTuple):
     outputs: Tensor | None
 
 
-def first_matrix(places: Sequence[Place]) -> Place | None:
-    """The MLP's second matrix of the first trained block, if no other matrix of that block is trained; else None."""
+def first_block(lm: LanguageModel, places: Sequence[Place]) -> int:
+    """The first block that training changes; 0 if passes cannot start at a later one."""
+    return min(places).layer if lm.answers.starts_within else 0
+
+
+def first_matrix(lm: LanguageModel, places: Sequence[Place]) -> Place | None:
+    """The MLP's second matrix of the first trained block, if no other matrix of that block is trained; else None.
+
+    Also None if a block's output is not the sum that the MLP adds to, or if passes cannot start at any block.
+    """
+    if lm.architecture.block_norm is not None or not lm.answers.starts_within:
+        return None
     first = min(places)
     return first if [place.name for place in places if place.layer == first.layer] == ["mlp"] else None
 
@@ -104,8 +117,8 @@ class Examples:
         max_tokens: int,
     ) -> None:
         self._lm, self._max_tokens = lm, max_tokens
-        self._texts = [[_Text.of(row, published) for row in fact.rows] for fact in prompts]
-        self._matrix, self._layer = first_matrix(places), min(places).layer
+        self._texts = [[_Text.of(lm, row, published) for row in fact.rows] for fact in prompts]
+        self._matrix, self._layer = first_matrix(lm, places), first_block(lm, places)
         self._device = lm.weight(min(places)).device
         self._states: dict[int, _States] = {}
         self._bytes = 0
@@ -145,6 +158,11 @@ class Examples:
     def _run_once(self, facts: Sequence[int]) -> Iterator[_States]:
         """Run the blocks that training does not change, and yield each fact's states."""
         lm, matrix = self._lm, self._matrix
+        if not lm.answers.starts_within:  # no state is kept; the widths are of no use
+            for fact in facts:
+                empty = torch.empty(len(self._texts[fact]), self._length(fact), 0, dtype=lm.dtype, device=self._device)
+                yield _States(empty, None, None)
+            return
         batch = pad([text.ids for fact in facts for text in self._texts[fact]], lm.pad_id)
         count, block = len(batch.ids), Place(self._layer, "block")
         outputs = [] if matrix is None or lm.mlp_norm(matrix.layer) is None else [matrix]
@@ -165,7 +183,7 @@ class Examples:
         """The rectangle of these facts' rows."""
         texts = [text for fact in facts for text in self._texts[fact]]
         count, device = len(self._texts[facts[0]]), self._device
-        batch = pad([text.ids for text in texts], self._lm.pad_id).to(self._lm.device)
+        batch = self._lm.batch([text.ids for text in texts], [text.targets for text in texts]).to(self._lm.device)
         width = batch.ids.shape[1]
         hidden, keys, outputs = (
             None if parts[0] is None else torch.cat([F.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])

@@ -15,7 +15,7 @@ from lightedit.lm.hooks import OutputChange, changed
 from lightedit.methods.closed_form.rows import head_states, passes
 from lightedit.methods.finetuning.deltas import Deltas, StepRule
 from lightedit.methods.finetuning.method import FineTuning
-from lightedit.methods.finetuning.rows import Examples, TunedRows, first_matrix
+from lightedit.methods.finetuning.rows import Examples, TunedRows, first_block, first_matrix
 from lightedit.ops import target_nll_kl
 
 
@@ -50,8 +50,8 @@ class Loss:
     def __init__(self, lm: LanguageModel, method: FineTuning, prompts: Sequence[FactPrompts], max_tokens: int) -> None:
         self._lm, self._method, self._prompts, self._max_tokens = lm, method, prompts, max_tokens
         self._places = method.trained(lm)
-        self._first = first_matrix(self._places)  # what it adds is part of the states with which a pass starts
-        self._layer = self._places[0].layer if self._first is None else self._first.layer + 1
+        self._first = first_matrix(lm, self._places)  # what it adds is part of the states with which a pass starts
+        self._layer = first_block(lm, self._places) if self._first is None else self._first.layer + 1
         head = lm.head.weight
         wide = torch.promote_types(head.dtype, torch.float32)
         self._no_reference = torch.empty(0, len(head), dtype=wide, device=head.device)
@@ -117,6 +117,9 @@ def _adding(place: Place, together: Sequence[Group]) -> OutputChange:
     """Adds what each group's ΔW gives at `place`."""
 
     def change(inputs: Tensor, output: Tensor) -> Tensor:
+        if len(together) == 1:  # not packed, so that an encoder-decoder's rows may be those of the decoder
+            added = together[0].deltas.added(place, inputs).view(*output.shape)
+            return (output.to(added.dtype) + added).to(output.dtype)
         tokens = inputs.flatten(0, 1).split([group.n_tokens for group in together])
         each = [
             group.deltas.added(place, part.unflatten(0, (-1, group.rows.length))).flatten(0, 1)

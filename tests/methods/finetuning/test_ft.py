@@ -88,7 +88,7 @@ def adam(lr: float) -> Any:
     return lambda parameters: torch.optim.Adam(parameters, lr=lr)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+def close(found: Tensor, expected: Tensor, tolerance: float = 3e-6) -> None:
     assert expected.norm() > 0
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
