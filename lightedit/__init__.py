@@ -38,7 +38,22 @@ from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
-from lightedit.methods import EMMET, ENCORE, EWC, FT, KN, MEMIT, PMET, ROME, AlphaEdit, Method, Retrain
+from lightedit.methods import (
+    EMMET,
+    ENCORE,
+    EWC,
+    FT,
+    GRACE,
+    KN,
+    MEMIT,
+    PMET,
+    ROME,
+    AlphaEdit,
+    Defer,
+    Memory,
+    Method,
+    Retrain,
+)
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.methods.neurons.search import NeuronSearch
@@ -55,6 +70,7 @@ __all__ = [
     "ENCORE",
     "EWC",
     "FT",
+    "GRACE",
     "KN",
     "MEMIT",
     "PMET",
@@ -65,6 +81,7 @@ __all__ = [
     "Covariance",
     "CovarianceError",
     "Damage",
+    "Defer",
     "Edit",
     "EditError",
     "EditModule",
@@ -83,6 +100,7 @@ __all__ = [
     "LightEditError",
     "LocalizationSettings",
     "LocalizationStudy",
+    "Memory",
     "Method",
     "MostProbable",
     "NeuronSearch",

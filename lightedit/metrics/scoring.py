@@ -80,7 +80,8 @@ def score_targets(
     lm.check_tokens([ids for ids, _ in encoded])
     texts = [ids[:-1] for ids, _ in encoded]  # nothing is predicted from a target's last token
     lm.check_rows(texts)
-    rows, laid_out = _rows(asked, texts, lm.architecture.supports_packing)
+    prompt_tokens = [len(ids) - count for ids, count in encoded]
+    rows, laid_out = _rows(asked, texts, prompt_tokens, lm.architecture.supports_packing)
     answers = [
         _Answer(row, tokens[len(tokens) - count :], ids[-count:])
         for (row, tokens), (ids, count) in zip(laid_out, encoded, strict=True)
@@ -133,12 +134,14 @@ class _Row:
 
     Attributes:
         edit: index of the edit that the row sees.
+        prompt: number of tokens of the prompt, which are the row's first ones.
         ids: token ids, each after its parent.
         before: index of each token's parent, or -1.
         positions: number of ancestors of each token.
     """
 
     edit: int
+    prompt: int
     ids: list[int]
     before: list[int]
     positions: list[int]
@@ -167,13 +170,17 @@ class _Row:
 
 
 def _rows(
-    pairs: Sequence[tuple[int, str, str, Serving]], texts: Sequence[Sequence[int]], branching: bool
+    pairs: Sequence[tuple[int, str, str, Serving]],
+    texts: Sequence[Sequence[int]],
+    prompt_tokens: Sequence[int],
+    branching: bool,
 ) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
-    """Build the rows of pairs; texts of one edit, prompt and chat template share a row where possible.
+    """Build the rows of pairs; texts of one edit and of the same prompt tokens share a row where possible.
 
     Args:
         pairs: (edit, prompt, target, serving) of each.
         texts: token ids of each, without the target's last token.
+        prompt_tokens: number of tokens of each one's prompt.
         branching: whether rows may be trees. Otherwise a text shares the row of a longer text that begins with it.
             Causal attention leaves its states unchanged.
 
@@ -182,14 +189,14 @@ def _rows(
     """
     rows: list[_Row] = []
     place: list[tuple[int, list[int]]] = [(0, [])] * len(pairs)
-    rows_of: dict[tuple[int, str, bool], list[int]] = {}
+    rows_of: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for index in sorted(range(len(pairs)), key=lambda index: -len(texts[index])):
-        edit, prompt, _, serving = pairs[index]
-        text, candidates = texts[index], rows_of.setdefault((edit, prompt, serving.chat), [])
+        edit, text, prompt = pairs[index][0], texts[index], prompt_tokens[index]
+        candidates = rows_of.setdefault((edit, tuple(text[:prompt])), [])
         row = next((row for row in candidates if branching or rows[row].ids[: len(text)] == text), None)
         if row is None:
             row = len(rows)
-            rows.append(_Row(edit, [], [], []))
+            rows.append(_Row(edit, prompt, [], [], []))
             candidates.append(row)
         place[index] = row, rows[row].add(text)
     return rows, place
@@ -223,9 +230,10 @@ def _score(
 def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int]], edits: RowwiseEdits) -> Tensor:
     """The logits at (row, token index) pairs, [pairs, vocabulary] in float32 or wider."""
     at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
-    edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
+    edits = edits.of(torch.tensor([row.edit for row in rows]))
+    prompts_end = lm.reading.prompts_end([row.prompt - 1 for row in rows])
     if not lm.architecture.supports_packing:
-        with lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
+        with prompts_end, lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
             lm.forward(pad([row.ids for row in rows], lm.pad_id))
         return lm.head.logits(states[0].to(lm.head.weight.device))
     spans = []
@@ -239,8 +247,8 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
         torch.tensor([number for row in rows for number in numbers(row)])
         for numbers in (lambda row: row.ids, lambda row: row.positions)
     )
-    at_token = starts[at_row] + at_place
+    at_token = torch.zeros_like(at_row), starts[at_row] + at_place
     rectangles = [(span.rows, span.length) for span in spans]
-    with lm.with_edits(edits, rectangles), lm.before_head(1, (torch.zeros_like(at_token), at_token)) as states:
+    with prompts_end, lm.with_edits(edits, rectangles), lm.before_head(1, at_token) as states:
         lm.forward_packed(ids, positions, spans)
     return lm.head.logits(states[0].to(lm.head.weight.device))
