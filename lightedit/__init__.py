@@ -10,6 +10,9 @@ from lightedit.analysis.neuron_settings import NeuronSettings
 from lightedit.analysis.neurons import neurons
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.similarities import HiddenStates
+from lightedit.analysis.streaming.result import Stream
+from lightedit.analysis.streaming.run import stream
+from lightedit.analysis.streaming.settings import StreamSettings
 from lightedit.analysis.trace import Trace
 from lightedit.analysis.tracing import trace
 from lightedit.analysis.update_norms import UpdateNorms, update_norms
@@ -113,6 +116,8 @@ __all__ = [
     "Retrain",
     "RoundCheckpoint",
     "RunSettings",
+    "Stream",
+    "StreamSettings",
     "Trace",
     "TraceSettings",
     "TuningSettings",
@@ -134,6 +139,7 @@ __all__ = [
     "register_architecture",
     "report",
     "served_as",
+    "stream",
     "sweep",
     "trace",
     "tune",
