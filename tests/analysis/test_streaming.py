@@ -13,15 +13,20 @@ from lightedit.metrics.functional import answer_f1
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import CONTEXTS, FACTS, MEMIT, ROME, VALUES, assert_unedited, covariance_of, run, state
 
+LONG = le.Fact("word " * 200 + "word", target_new="x")
 WORDS = ("the", "of", "and", "in", "to")
 STREAM = [replace(fact, target_new=new) for fact, new in zip(FACTS, WORDS, strict=True)]
-GRACE = le.GRACE(layer=1, steps=20, lr=0.5, radius=0.5)
+GRACE = le.GRACE(layer=1, steps=12, lr=0.5, radius=0.5)
 QUIET = le.StreamSettings(score="accuracy", score_every=2, progress_bar=False)
+
+
+def unedited() -> le.LanguageModel:
+    return le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))
 
 
 @pytest.fixture
 def lm() -> le.LanguageModel:
-    return le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))
+    return unedited()
 
 
 def streamed(lm: le.LanguageModel, method: le.Method = GRACE, facts=STREAM, settings=QUIET, **others) -> le.Stream:
@@ -29,17 +34,29 @@ def streamed(lm: le.LanguageModel, method: le.Method = GRACE, facts=STREAM, sett
     return le.stream(lm, facts, method, settings=settings, covariance=covariance, **others)
 
 
-def spoken(lm: le.LanguageModel, prompt: str) -> le.Fact:
-    """A fact that the model states already: the first word of its continuation, if it is one."""
-    said = lm.complete(prompt).split()
-    return le.Fact(prompt, target_new=said[0])
+def spoken(lm: le.LanguageModel, number: int = 0) -> le.Fact:
+    """A fact that the model states already, with a target of one token."""
+    found = []
+    for word in TEXT.split():
+        prompt = f"It is said that the {word}"
+        (new,) = lm.generate(lm.encode([prompt]), 1, top_k=1, seed=[0])
+        target = lm.decode(new)
+        separator = " " if target.startswith(" ") else ""
+        whole = lm.tokenizer(prompt + target)["input_ids"]
+        if (
+            target.strip().isascii()
+            and target.strip().isalnum()
+            and whole == [*lm.tokenizer(prompt)["input_ids"], *new]
+        ):
+            found.append(le.Fact(prompt, target_new=target.strip(), separator=separator))
+    return found[number]
 
 
-KNOWN = ["I wonder what you would say about the", "The headquarters of", "He is a native"]
+TEXT = "river country city state king of was in born north people winter village steel engine tower"
 
 
 def test_what_the_model_states_is_skipped_and_the_rest_is_scored_as_by_hand(lm) -> None:
-    upstream = [spoken(lm, text) for text in KNOWN]
+    upstream = [spoken(lm, number) for number in range(3)]
     facts = [upstream[0], *STREAM[:3]]
     found = streamed(lm, facts=facts, upstream=upstream)
     assert [fact.edited for fact in found.facts] == [False, True, True, True]
@@ -48,16 +65,16 @@ def test_what_the_model_states_is_skipped_and_the_rest_is_scored_as_by_hand(lm) 
     with lm.weights.unedited():
         before = sum(lm.complete(f.text).lstrip().startswith(f.target_new) for f in upstream) / 3
     after = sum(lm.complete(f.text).lstrip().startswith(f.target_new) for f in upstream) / 3
-    assert (found.steps[0].TRR, found.last.TRR) == pytest.approx((before, after)) and before == 1.0
+    assert pytest.approx((before, after)) == (found.steps[0].TRR, found.last.TRR) and before == 1.0
     errs = [lm.complete(f.text).lstrip().startswith(f.target_new) for f in facts[1:]]
-    assert found.last.ERR == pytest.approx(sum(errs) / 3)
+    assert pytest.approx(sum(errs) / 3) == found.last.ERR
     assert found.last.mean == pytest.approx((found.last.TRR + found.last.ERR) / 2)
-    assert found.last.ES == pytest.approx(sum(f.score for f in found.facts if f.edited) / 3)
+    assert pytest.approx(sum(f.score for f in found.facts if f.edited) / 3) == found.last.ES
     assert "4 facts came, 3 edited, 1 skipped" in str(found)
 
 
 def test_without_the_test_all_facts_are_edited_up_to_a_number(lm) -> None:
-    facts = [spoken(lm, KNOWN[0]), *STREAM]
+    facts = [spoken(lm), *STREAM]
     found = streamed(lm, facts=facts, settings=replace(QUIET, test_first=False, max_edits=2))
     assert [fact.edited for fact in found.facts] == [True, True] and len(found.edit.facts) == 2
 
@@ -65,12 +82,12 @@ def test_without_the_test_all_facts_are_edited_up_to_a_number(lm) -> None:
 @pytest.mark.parametrize("method", [GRACE, ROME, MEMIT], ids=["GRACE", "ROME", "MEMIT"])
 def test_a_stream_is_an_edit_of_one_fact_a_round_to_the_bit(lm, method: le.Method) -> None:
     found = streamed(lm, method, settings=replace(QUIET, test_first=False))
-    other = le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))
+    other = unedited()
     edit = run(other, STREAM, method, facts_per_round=1)
     assert_same(lm, other)
     assert [len(r) for r in found.edit.rounds] == [len(r) for r in edit.rounds]
     found.edit.revert(lm)
-    assert_unedited(lm, state(le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))))
+    assert_unedited(lm, state(unedited()))
 
 
 def assert_same(lm: le.LanguageModel, other: le.LanguageModel) -> None:
@@ -92,7 +109,7 @@ ENCORE = le.ENCORE(layers=(1, 2), values=VALUES, contexts=CONTEXTS, lambda_=5.0,
 def test_changes_as_large_as_the_place_are_kept_as_one(lm, method: le.Method) -> None:
     found = streamed(lm, method, settings=replace(QUIET, test_first=False))
     assert len(found.edit.rounds) == 1 and found.edit.facts_in_round == [5] and found.edit.facts == STREAM
-    other = le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))
+    other = unedited()
     run(other, STREAM, method, facts_per_round=1)
     for fact in STREAM:
         ids = torch.tensor(lm.encode([fact.text]))
@@ -103,22 +120,20 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "method", [GRACE, FT, RETRAIN, MEMORY, ENCORE], ids=["GRACE", "FT", "Retrain", "Memory", "ENCORE"]
-)
+@pytest.mark.parametrize("method", [GRACE, RETRAIN, MEMORY, ENCORE], ids=["GRACE", "Retrain", "Memory", "ENCORE"])
 def test_a_stream_that_was_interrupted_ends_with_the_same_bits(
     lm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: le.Method
 ) -> None:
-    facts = [STREAM[0], spoken(lm, KNOWN[0]), *STREAM[1:]]
-    upstream = [spoken(lm, text) for text in KNOWN[1:]]
+    facts = [spoken(lm), *STREAM[:3]]
+    upstream = [spoken(lm, 1)]
     whole = streamed(lm, method, facts, upstream=upstream)
-    other = le.LanguageModel(tiny_model("gpt2"), tiny_tokenizer("bytelevel"))
+    other = unedited()
     before = state(other)
     right, calls = streaming.search, []
 
     def failing(editor, indices, optimizer):
         calls.append(indices)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise Stopped
         right(editor, indices, optimizer)
 
@@ -127,12 +142,11 @@ def test_a_stream_that_was_interrupted_ends_with_the_same_bits(
         streamed(other, method, facts, upstream=upstream, checkpoint=tmp_path / "run")
     assert_unedited(other, before)
     resumed = streamed(other, method, facts, upstream=upstream, checkpoint=tmp_path / "run")
-    assert calls.count([5]) == 1 and len(calls) > 4  # what was stored is not written again
+    assert calls == [[1], [2], [3], [3]]  # what was stored is not written again
     assert resumed == whole and resumed.edit.id != whole.edit.id
     assert_same(other, lm)
     with pytest.raises(le.ResumeError, match="another run"):
-        streamed(lm.__class__(tiny_model("gpt2"), tiny_tokenizer("bytelevel")), method, facts[1:], upstream=upstream,
-                 checkpoint=tmp_path / "run")  # fmt: skip
+        streamed(unedited(), method, facts[1:], upstream=upstream, checkpoint=tmp_path / "run")
 
 
 def test_values_that_are_not_finite_end_the_stream_and_earlier_edits_stay(lm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +154,7 @@ def test_values_that_are_not_finite_end_the_stream_and_earlier_edits_stay(lm, mo
 
     def diverging(editor, indices, optimizer):
         if indices == [2]:
-            raise le.LanguageModel and streaming.NumericalError("the loss is nan")
+            raise streaming.NumericalError("the loss is nan")
         right(editor, indices, optimizer)
 
     monkeypatch.setattr(streaming, "search", diverging)
@@ -162,7 +176,7 @@ def test_f1_is_that_of_words() -> None:
 
 
 def test_what_is_saved_is_loaded_and_drawn(lm, tmp_path: Path) -> None:
-    found = streamed(lm, upstream=[spoken(lm, KNOWN[0])])
+    found = streamed(lm, upstream=[spoken(lm)])
     found.save(tmp_path)
     assert le.Stream.load(tmp_path) == found
     lines = (tmp_path / "stream.csv").read_text().splitlines()
@@ -179,8 +193,8 @@ def test_what_is_saved_is_loaded_and_drawn(lm, tmp_path: Path) -> None:
     [
         ({"facts": []}, "the list is empty"),
         ({"method": le.GRACE(layer=9)}, "layers 0 to 3"),
-        ({"facts": [le.Fact("word " * 200, target_new="x")]}, "facts: fact 0"),
-        ({"upstream": [le.Fact("word " * 200, target_new="x")]}, "upstream: fact 0"),
+        ({"facts": [LONG]}, "facts: fact 0"),
+        ({"upstream": [LONG]}, "upstream: fact 0"),
     ],
 )
 def test_wrong_input_is_refused_before_work(lm, tmp_path: Path, arguments: dict, message: str) -> None:

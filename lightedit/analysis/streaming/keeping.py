@@ -15,9 +15,8 @@ from torch import Tensor
 from lightedit.digests import digest
 from lightedit.errors import ArgumentError
 from lightedit.files import whole_file
-from lightedit.lm.changes import load_changes, save_changes
+from lightedit.lm.changes import Change, load_changes, save_changes
 from lightedit.lm.place import Place
-from lightedit.lm.changes import Change
 from lightedit.runs.folder import ResumeError, check_run, locked, remove_run, round_file, start_run
 
 
@@ -55,7 +54,8 @@ class KeptStream:
 
     def save(self, progress: Progress) -> None:
         """Replace what is stored."""
-        tensors, settings = {"random": progress.random}, []
+        tensors: dict[str, Tensor] = {"random": progress.random}
+        settings: list[dict[str, Any]] = []
         for number, changes in enumerate(progress.rounds):
             own, of_changes = save_changes(changes, f"round.{number}.")
             tensors |= own

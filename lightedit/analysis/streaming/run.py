@@ -287,6 +287,6 @@ def _folded(earlier: Change, later: Change) -> Change | None:
     """One change instead of two, for dense updates and for adaptors that replace the earlier one; else None."""
     if isinstance(earlier, DenseUpdate) and isinstance(later, DenseUpdate):
         return total([earlier, later])
-    if isinstance(later, Adaptor) and later.after(earlier) is later:  # type: ignore[arg-type]
+    if isinstance(earlier, Adaptor) and isinstance(later, Adaptor) and later.after(earlier) is later:
         return later
     return None

@@ -31,8 +31,8 @@ def mean_score(lm: LanguageModel, facts: Sequence[Fact], settings: StreamSetting
 
 def _answers(lm: LanguageModel, facts: Sequence[Fact], settings: StreamSettings) -> list[str]:
     """The greedy answers. Facts without `end_turn` get as many tokens as their targets have."""
-    columns = [[fact.text for fact in facts], [fact.target_new for fact in facts]]
-    encoded = encode_targets(lm.tokenizer, *columns, [fact.serving for fact in facts])
+    texts, targets = [fact.text for fact in facts], [fact.target_new for fact in facts]
+    encoded = encode_targets(lm.tokenizer, texts, targets, [fact.serving for fact in facts])
     sizes = []
     for fact, (ids, count) in zip(facts, encoded, strict=True):
         room = count if lm.positions is None else lm.positions + 1 - (len(ids) - count)
