@@ -26,8 +26,8 @@ class PublishedGRACE:
 
     Attributes:
         keys: [n, d_in].
-        values: one [d_out] each.
-        radii: ε of each entry.
+        values: a list of one [d_out] each, or [n, d_out].
+        radii: ε of each entry, a list or a tensor [n].
         labels: the labels of each entry's fact, prompt included.
         replaced: which positions receive a value: the query's, those before it, or all.
         query: position of the query token, for all rows; the last one where it is beyond the row.
@@ -36,8 +36,8 @@ class PublishedGRACE:
 
     replaced: Replaced = "replace_last"
     keys: Tensor | None = None
-    values: list[Tensor] = field(default_factory=list)
-    radii: list[float] = field(default_factory=list)
+    values: Any = field(default_factory=list)
+    radii: Any = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     query: int = 10**9
     chosen: int | None = None
@@ -49,10 +49,11 @@ class PublishedGRACE:
         token = min(self.query, inputs.shape[1] - 1)
         distances = torch.cdist(self.keys, inputs[:, token], p=2)  # [n, rows]
         nearest, index = distances.min(0)
-        radii = torch.tensor(self.radii, dtype=nearest.dtype, device=nearest.device)[index]
+        radii = torch.as_tensor(self.radii).to(nearest)[index]
         if self.chosen is not None:
             index, radii = torch.full_like(index, self.chosen), torch.full_like(radii, torch.inf)
-        values = torch.stack(self.values)[index][:, None].to(output.dtype)
+        table = self.values if isinstance(self.values, Tensor) else torch.stack(self.values)
+        values = table[index][:, None].to(output.dtype)
         act = (nearest <= radii)[:, None, None]
         positions = {
             "replace_last": slice(token, token + 1),

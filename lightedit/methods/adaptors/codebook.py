@@ -20,6 +20,8 @@ PAD = -1
 # How far a query may be outside of a radius, as a share of the key's norm: a batch of another size rounds otherwise
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _NARROW_TOLERANCE = 1e-2
+_ROUGH = 1e-2  # error of a squared distance from a product in bfloat16, as a share of the squared norms
+_FEW = 16  # keys of a query that may be nearest; with more, distances to all are computed
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,22 @@ class Codebook(PromptAdaptor):
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The distance of each query [rows, d_in] to its nearest key, and that key's index, [rows] each."""
-        distances, index = self.distances(queries).min(1)
+        if self.published or not len(queries):
+            distances, index = self.distances(queries).min(1)
+            return distances, index
+        keys = self.keys.to(queries.device)
+        queries = queries.to(keys.dtype)
+        # a product, of whatever precision, finds the keys that may be nearest; the distances to them are exact
+        squares = keys.square().sum(1)
+        rough = torch.addmm(squares, queries, keys.T, alpha=-2)
+        slack = _ROUGH * (queries.square().sum(1) + squares.max())
+        row, key = (rough <= (rough.min(1).values + slack)[:, None]).nonzero().T
+        if len(row) > _FEW * len(queries):
+            distances, index = self.distances(queries).min(1)
+            return distances, index
+        exact = torch.full_like(rough, torch.inf)
+        exact[row, key] = (queries[row] - keys[key]).norm(dim=1)
+        distances, index = exact.min(1)
         return distances, index
 
     def distances(self, queries: Tensor) -> Tensor:

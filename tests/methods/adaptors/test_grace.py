@@ -98,6 +98,19 @@ def test_a_query_within_rounding_of_its_key_is_covered_whatever_its_radius() -> 
     assert not found.decide(key + 1.0, torch.zeros(1, 3))[0].any()
 
 
+@pytest.mark.parametrize("spread", [10.0, 0.01])
+def test_the_nearest_key_is_that_of_exact_distances(spread: float) -> None:
+    draws = torch.Generator().manual_seed(0)
+    keys = 1.0 + spread * torch.randn(300, 64, generator=draws)
+    queries = torch.cat([keys[::30], keys[::30] + spread * torch.randn(10, 64, generator=draws)])
+    whole = torch.zeros(300, dtype=torch.long)
+    found = Codebook(keys, torch.zeros(300, 3), torch.ones(300), whole[:, None], whole)
+    distance, index = found.nearest(queries)
+    exact = (queries[:, None].double() - keys.double()).norm(dim=-1)
+    assert index.tolist() == exact.argmin(1).tolist() and not distance[:10].any()
+    torch.testing.assert_close(distance.double(), exact.min(1).values, rtol=1e-5, atol=1e-6)
+
+
 # In a model
 
 
