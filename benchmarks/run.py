@@ -19,6 +19,7 @@ from benchmarks import (
     Options,
     Result,
     WrongResultError,
+    adaptors,
     covariance,
     evaluation,
     finetuning,
@@ -42,6 +43,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "trace": tracing.row,
     "ft": finetuning.row,
     "ig": neurons.row,
+    "grace": adaptors.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,6 +10,9 @@ from lightedit.analysis.neuron_settings import NeuronSettings
 from lightedit.analysis.neurons import neurons
 from lightedit.analysis.settings import TraceSettings
 from lightedit.analysis.similarities import HiddenStates
+from lightedit.analysis.streaming.result import Stream
+from lightedit.analysis.streaming.run import stream
+from lightedit.analysis.streaming.settings import StreamSettings
 from lightedit.analysis.trace import Trace
 from lightedit.analysis.tracing import trace
 from lightedit.analysis.update_norms import UpdateNorms, update_norms
@@ -39,7 +42,22 @@ from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
-from lightedit.methods import EMMET, ENCORE, EWC, FT, KN, MEMIT, PMET, ROME, AlphaEdit, Method, Retrain
+from lightedit.methods import (
+    EMMET,
+    ENCORE,
+    EWC,
+    FT,
+    GRACE,
+    KN,
+    MEMIT,
+    PMET,
+    ROME,
+    AlphaEdit,
+    Defer,
+    Memory,
+    Method,
+    Retrain,
+)
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
 from lightedit.methods.neurons.search import NeuronSearch
@@ -58,6 +76,7 @@ __all__ = [
     "ENCORE",
     "EWC",
     "FT",
+    "GRACE",
     "KN",
     "MEMIT",
     "PMET",
@@ -68,6 +87,7 @@ __all__ = [
     "Covariance",
     "CovarianceError",
     "Damage",
+    "Defer",
     "Edit",
     "EditError",
     "EditModule",
@@ -87,6 +107,7 @@ __all__ = [
     "LightEditError",
     "LocalizationSettings",
     "LocalizationStudy",
+    "Memory",
     "Method",
     "MostProbable",
     "NeuronSearch",
@@ -99,6 +120,8 @@ __all__ = [
     "Retrain",
     "RoundCheckpoint",
     "RunSettings",
+    "Stream",
+    "StreamSettings",
     "T5Size",
     "Trace",
     "TraceSettings",
@@ -123,6 +146,7 @@ __all__ = [
     "register_architecture",
     "report",
     "served_as",
+    "stream",
     "sweep",
     "trace",
     "train_classifier",

@@ -27,6 +27,7 @@ from lightedit.commands.localization import localization
 from lightedit.commands.neurons import neurons
 from lightedit.commands.parsing import Parser, of_union
 from lightedit.commands.report import report
+from lightedit.commands.stream import stream
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
 from lightedit.commands.train_model import train_model
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Any] = {
     "localization": localization,
     "neurons": neurons,
     "train-model": train_model,
+    "stream": stream,
     "covariance": covariance,
     "evaluate": evaluate,
     "export": export,
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "hidden-states": "the same command goes on after the prompts that are finished",
             "localization": "the same command goes on after the edits that are finished",
             "neurons": "the same command goes on after the facts that are finished",
+            "stream": "the same command goes on where the stream was last stored",
             "sweep": "the same command goes on after the runs, values and scores that are finished",
             "evaluate": "with --out the same command goes on after the scores that are finished, else nothing is kept",
         }

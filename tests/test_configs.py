@@ -121,6 +121,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm2/ft-w": {"layers": [21], "lr": 5e-4, "epochs": 25, "weight_decay": "power_law", "parts": "block"},
     "smollm2/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
     "smollm2/locft-bf": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 100, "end_of_text": True},
+    "gpt2-xl/grace": {"layer": 35, "part": "mlp_in", "lr": 1.0, "steps": 200, "radius": 1.0},
+    "gpt-j-6b/grace": {"layer": 25, "lr": 1.0, "steps": 200, "radius": 1.0},
+    "llama-2-7b/grace": {"layer": 27, "lr": 1.0, "steps": 50, "radius": 1.0},
+    "smollm2/grace": {"layer": 21, "lr": 1.0, "steps": 50, "radius": 0.25, "relative": True},
+    "smollm2/defer": {"layer": 21, "lr": 0.1, "steps": 100},
+    "smollm2/memory": {"layer": 21, "lr": 0.1, "steps": 100, "entries": 100},
 }  # fmt: skip
 
 # kinds of fine-tuning -> the method; and files whose dtype is not the model's
@@ -173,6 +179,11 @@ SWEEPS: dict[str, dict[str, Any]] = {
         "limit": 40, "skip": 500, "facts_per_round": ["single"], "out": "sweeps/smollm2-rome",
         "grid": {"layers": [[4], [5], [6], [8]], "key": ["averaged", "bare"]},
         "methods": smollm2("ROME"),
+    },
+    "sweeps/smollm2-grace": {
+        "limit": 12, "skip": 900, "facts_per_round": ["single"], "out": "sweeps/smollm2-grace",
+        "grid": {"layer": [15, 21, 27], "radius": [0.25, 0.5]},
+        "methods": {"GRACE": method("GRACE", {"layer": 21, "steps": 50, "relative": True, "radius": 0.5})},
     },
 }  # fmt: skip
 
@@ -265,12 +276,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 TRAINING = {"lr": 5e-4, "epochs": 25, "norm": None, "weight_decay": 0.0, "order": "breadth", "batch_size": 64,
             "stop": 1e-2, "end_of_text": False, "parts": ("mlp",), "objective": "reach", "seed": 0,
             "published": False}  # fmt: skip
-GRACE = {"lr": 1e-2, "epochs": 100}  # its tables' fine-tuning
+TABLES = {"lr": 1e-2, "epochs": 100}  # fine-tuning of GRACE's tables
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "FT": TRAINING,
-    "EWC": TRAINING | GRACE | {"lambda_": 0.1, "last": 10},
-    "Retrain": TRAINING | GRACE | {"every": 50, "passes": 5, "last": None},
+    "EWC": TRAINING | TABLES | {"lambda_": 0.1, "last": 10},
+    "Retrain": TRAINING | TABLES | {"every": 50, "passes": 5, "last": None},
 }
+
+
+ADAPTING = {"part": "mlp", "positions": None, "lr": 0.1, "steps": 100, "seed": 0}
+ADAPTORS: dict[str, dict[str, Any]] = {
+    "GRACE": ADAPTING | {"lr": 1.0, "radius": 1.0, "relative": False, "expand": "coverage", "init": "cold",
+                         "stop": 0.0, "published": False},
+    "Defer": ADAPTING,
+    "Memory": ADAPTING | {"entries": 100, "published": False},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -284,5 +304,15 @@ def test_what_is_left_out_of_fine_tuning_is_as_published(name: str) -> None:
     assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **FINE_TUNING[name]}
 
 
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_what_is_left_out_of_an_adaptor_is_as_published(name: str) -> None:
+    assert asdict(METHODS[name](layer=1)) == {"layer": 1, **ADAPTORS[name]}
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.partition("/")[2] in ("grace", "defer", "memory")])
+def test_a_models_adaptor_can_be_made(name: str) -> None:
+    METHODS[next(known for known in ADAPTORS if known.lower() == name.partition("/")[2])](**SETTINGS[name])
+
+
 def test_every_method_has_its_defaults_in_the_table() -> None:
-    assert METHODS.keys() == (DEFAULTS | FINE_TUNING).keys()
+    assert METHODS.keys() == (DEFAULTS | FINE_TUNING | ADAPTORS).keys()

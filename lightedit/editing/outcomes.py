@@ -116,7 +116,7 @@ class Observed:
         prompts = untouched_prompts(facts)
         lengths = map(len, encode(lm, prompts, [self.chat] * len(prompts)))
         self.prompts = [prompt for prompt, length in zip(prompts, lengths, strict=True) if _room(lm, length) >= _TOKENS]
-        self._said = _say(lm, self.facts)
+        self._said = say(lm, self.facts)
         self._continued = self._continue()
         self._log_probs = self._next_token()
 
@@ -129,13 +129,9 @@ class Observed:
         facts = self.facts[: len(losses)]
         if not facts:
             return ()
-        said = _say(self.lm, facts)
+        said = say(self.lm, facts)
         targets = [fact.target_new for fact in facts]
-        begins, classes = generation_success(said, targets).tolist(), self.lm.kind == "classifier"
-        held = [
-            (bool(start) and (not (fact.end_turn or classes) or text.strip() == fact.target_new)) != self.erases
-            for fact, text, start in zip(facts, said, begins, strict=True)
-        ]
+        held = [stated != self.erases for stated in states(self.lm, facts, said)]
         texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
         scores = score_targets(self.lm, texts, targets, servings=servings)
         probabilities, ranks = scores.nll.neg().exp().tolist(), scores.rank.tolist()
@@ -196,7 +192,16 @@ def untouched_prompts(facts: Sequence[Fact]) -> list[str]:
     return [*(prompt for prompt in GENERIC_PROMPTS if prompt not in edited), *about]
 
 
-def _say(lm: LanguageModel, facts: Sequence[Fact]) -> list[str]:
+def states(lm: LanguageModel, facts: Sequence[Fact], said: Sequence[str]) -> list[bool]:
+    """Whether each continuation states its fact; see `Outcome.held`."""
+    begins, classes = generation_success(said, [fact.target_new for fact in facts]).tolist(), lm.kind == "classifier"
+    return [
+        bool(start) and (not (fact.end_turn or classes) or text.strip() == fact.target_new)
+        for fact, text, start in zip(facts, said, begins, strict=True)
+    ]
+
+
+def say(lm: LanguageModel, facts: Sequence[Fact]) -> list[str]:
     """The greedy continuation of each fact's prompt; a prompt near the model's last position has a shorter one."""
     texts, servings = [fact.text for fact in facts], [fact.serving for fact in facts]
     pairs = encode_pairs(lm, texts, [fact.target_new for fact in facts], servings)

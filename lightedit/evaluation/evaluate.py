@@ -85,7 +85,7 @@ def evaluate(
     check_comparison(facts, settings, before, references)
     check_held_out(facts, held_out)
     check_scored(lm, facts, settings)
-    check_scored(lm, [_rightly(fact) for fact in held_out])
+    check_scored(lm, [rightly(fact) for fact in held_out])
     if settings.harness:
         check_harness(settings.harness, settings.harness_limit)
     windows = None if settings.text is None else held_out_windows(lm, settings.text)
@@ -111,7 +111,7 @@ def _held_out_scores(
     if not held_out:
         return []
     with progress(f"scoring {len(held_out)} held-out facts", settings.progress_bar) as report:
-        answered, alone = [_rightly(fact) for fact in held_out], replace(settings, generate=False)
+        answered, alone = [rightly(fact) for fact in held_out], replace(settings, generate=False)
         return [
             RecordScores(held_out=record.efficacy)
             for record in score_facts(lm, answered, settings=alone, report=report)
@@ -163,8 +163,8 @@ def summarize(
     return Evaluation(scores, intervals, entries)
 
 
-def _rightly(fact: Fact) -> Fact:
-    """A held-out fact's own prompt, with the answer that was right before any edit as the wanted one."""
+def rightly(fact: Fact) -> Fact:
+    """The prompt of a fact that was not edited, with the answer that was right before any edit as the wanted one."""
     right, wrong = (fact.target_new, None) if fact.target_true is None else (fact.target_true, fact.target_new)
     return Fact(
         fact.prompt,

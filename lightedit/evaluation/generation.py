@@ -80,7 +80,7 @@ def generate(
             top_k=1 if greedy else top_k,
             seed=[_seed(seed, asked[i][1]) for i in group],
             batch_size=batch_size,
-            edits=RowwiseEdits(edits.updates, torch.tensor([asked[i][0] for i in group])),
+            edits=edits.of(torch.tensor([asked[i][0] for i in group])),
             chat=in_chat,
         )
         for i, new in zip(group, continued, strict=True):

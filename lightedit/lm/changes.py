@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightedit.errors import ArgumentError
 from lightedit.lm.place import Place
+from lightedit.lm.reading import Prompts
 
 _KINDS: dict[str, type["Change"]] = {}
 
@@ -207,19 +208,30 @@ def total(changes: Sequence[Change]) -> LowRankUpdate | DenseUpdate:
 
 
 class Adaptor(Change):
-    """A small module behind a place. It changes the place's output and writes no weight. Subclasses set `kind`."""
+    """A small module behind a place. It changes the place's output and writes no weight. Subclasses set `kind`.
+
+    Attributes:
+        reads_prompts: whether it decides by the prompts of a pass.
+    """
+
+    reads_prompts: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, prompts: Prompts) -> Tensor:
         """The new output of the place.
 
         Args:
             inputs: the place's input, [rows, tokens, d_in]; token ids [rows, tokens] at the embedding.
             output: the place's output, [rows, tokens, d_out].
+            prompts: where the prompts are, of as many tokens; only those that read prompts look at it.
 
         Returns:
             The output that replaces it, [rows, tokens, d_out], in the dtype of `output`.
         """
+
+    def after(self, earlier: "Adaptor") -> "Adaptor | None":
+        """What acts as `earlier`, of an earlier round of the same edit, and this one together; None to run both."""
+        return None
 
 
 def save_changes(changes: Mapping[Place, Change], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,6 +17,7 @@ from lightedit.lm.kinds import Classes, KindName, kind_of
 from lightedit.lm.loading import load_pretrained
 from lightedit.lm.packed import Span, packed_attention
 from lightedit.lm.place import Place
+from lightedit.lm.reading import Reading
 from lightedit.lm.rowwise import OfEdits, RowwiseEdits
 from lightedit.lm.storage import check_storage
 from lightedit.lm.text import TextModel
@@ -46,6 +47,7 @@ class LanguageModel(TextModel):
         answers: how it is asked, and how it answers.
         anatomy: the modules and matrices of its places.
         blocks: its transformer blocks, first to last.
+        reading: where the prompts of forward passes are, for adaptors.
         weights: the changed places and their changes.
         returns_tuple: whether blocks return (hidden, attention weights) rather than the hidden state alone.
         is_recurrent: whether some layers carry on states instead of keys and values.
@@ -66,7 +68,8 @@ class LanguageModel(TextModel):
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint(model)
-        self.weights = EditedWeights(self.anatomy)
+        self.reading = Reading(model)
+        self.weights = EditedWeights(self.anatomy, self.reading)
         self.returns_tuple = self.anatomy.proof.returns_tuple
         self.is_recurrent = self.answers.is_recurrent
         self._keeps_logits = "logits_to_keep" in signature(type(model).forward).parameters
@@ -298,7 +301,14 @@ class LanguageModel(TextModel):
         def adding(update: OfEdits) -> hooks.OutputChange:
             return lambda inputs, output: output + edits.added(inputs, update, rectangles)
 
+        def adapting(place: Place) -> hooks.OutputChange:
+            return lambda inputs, output: edits.adapted(inputs, output, place, self.reading.prompts)
+
         with ExitStack() as stack:
             for place, update in edits.updates.items():
                 stack.enter_context(hooks.changed(self.anatomy.port(place), adding(update)))
+            if edits.adaptors:
+                stack.callback(self.reading.install())
+            for place in edits.adaptors:
+                stack.enter_context(hooks.changed(self.anatomy.port(place), adapting(place)))
             yield

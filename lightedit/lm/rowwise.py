@@ -1,14 +1,15 @@
 """Separate edits of one model in one forward pass: each row sees one edit, and no weight is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightedit.lm.changes import DenseUpdate, LowRankUpdate
+from lightedit.lm.changes import Adaptor, DenseUpdate, LowRankUpdate
 from lightedit.lm.place import Place
+from lightedit.lm.reading import Prompts
 from lightedit.ops import rowwise_low_rank
 
 OfEdits = LowRankUpdate | Sequence[DenseUpdate]
@@ -22,10 +23,12 @@ class RowwiseEdits:
     Attributes:
         updates: place -> the updates of all edits.
         of_row: index of each row's edit, [rows].
+        adaptors: place -> the adaptor of each edit.
     """
 
     updates: Mapping[Place, OfEdits]
     of_row: Tensor
+    adaptors: Mapping[Place, Sequence[Adaptor]] = field(default_factory=dict)
 
     @classmethod
     def none(cls, rows: int) -> "RowwiseEdits":
@@ -34,7 +37,11 @@ class RowwiseEdits:
 
     def rows(self, index: Tensor | Sequence[int]) -> "RowwiseEdits":
         """The edits of the rows `index` [n]."""
-        return RowwiseEdits(self.updates, self.of_row[torch.as_tensor(index, dtype=torch.long)])
+        return self.of(self.of_row[torch.as_tensor(index, dtype=torch.long)])
+
+    def of(self, of_row: Tensor) -> "RowwiseEdits":
+        """The same edits, for other rows."""
+        return RowwiseEdits(self.updates, of_row, self.adaptors)
 
     def added(self, inputs: Tensor, update: OfEdits, rectangles: Sequence[tuple[int, int]] | None) -> Tensor:
         """The summand ΔW x + Δb of each token's output, [..., d_out].
@@ -53,6 +60,17 @@ class RowwiseEdits:
             for rectangle, part, edit in zip(rectangles, parts, edits, strict=True)
         ]
         return torch.cat(added).reshape(*inputs.shape[:-1], -1)
+
+    def adapted(self, inputs: Tensor, output: Tensor, place: Place, prompts: Prompts) -> Tensor:
+        """The output of `place`, [rows, tokens, d_out], once each row's own adaptor has changed it."""
+        for number in self.of_row.unique().tolist():
+            own, tokens = prompts.of_rows(self.of_row == number)
+            tokens = tokens.to(output.device)
+            flat = output.flatten(0, 1)
+            adaptor = self.adaptors[place][number]
+            changed = adaptor(inputs.flatten(0, 1)[None, tokens], flat[None, tokens], own)
+            output = flat.index_put((tokens,), changed.flatten(0, 1)).view_as(output)
+        return output
 
 
 def _added(x: Tensor, update: OfEdits, edit: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightedit.lm.anatomy import Anatomy
 from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate, total
 from lightedit.lm.hooks import install
 from lightedit.lm.place import Place
+from lightedit.lm.reading import Reading
 from lightedit.ops import add_low_rank_
 from lightedit.ops.add_low_rank import sum_dtype
 
@@ -56,19 +57,22 @@ class EditedWeights:
 
     Args:
         anatomy: the model's places.
+        reading: where the prompts of the model's forward passes are.
 
     Attributes:
         made_on: id of an edit -> ids of the edits that the model carried when it was made, for edits seen so far.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self, anatomy: Anatomy, reading: Reading) -> None:
+        self._anatomy, self._reading = anatomy, reading
         self.made_on: dict[str, tuple[str, ...]] = {}
         self._weights: dict[Place, _Materialised] = {}
         self._biases: dict[Place, _Materialised] = {}
         self._changes: dict[Place, list[tuple[Owner, Change]]] = {}
         self._hooks: dict[Place, Callable[[], None]] = {}  # each removes the hooks of a place's adaptors
+        self._running: dict[Place, list[tuple[str, Adaptor]]] = {}  # (edit, adaptor), rounds of an edit as one
         self._lifted = False
+        self._lifted_edit: str | None = None
 
     @property
     def owners(self) -> list[Owner]:
@@ -92,6 +96,16 @@ class EditedWeights:
     def adaptors(self, place: Place) -> list[Adaptor]:
         """The active adaptors of `place`, in the order in which they run."""
         return [change for _, change in self._changes.get(place, []) if isinstance(change, Adaptor)]
+
+    def adaptor(self, place: Place, edit: str) -> Adaptor | None:
+        """What the rounds of one edit run at `place`, as one adaptor; the last one's, if they do not run as one."""
+        return next((each for of, each in reversed(self._running.get(place, [])) if of == edit), None)
+
+    @property
+    def reads_prompts(self) -> Place | None:
+        """A place with an adaptor that decides by the prompts of a pass; None without one."""
+        running = ((place, each) for place, adaptors in self._running.items() for _, each in adaptors)
+        return next((place for place, adaptor in running if adaptor.reads_prompts), None)
 
     def change(self, place: Place) -> LowRankUpdate | DenseUpdate:
         """The sum of all active changes of the matrix and bias of `place`, float32 or wider, on the CPU.
@@ -121,7 +135,7 @@ class EditedWeights:
             if place not in table:
                 table[place] = _Materialised(tensor)
         self._changes.setdefault(place, []).append((owner, change))
-        self._apply(place, change)
+        self._apply(owner, place, change)
 
     @torch.no_grad()
     def remove(self, owners: Collection[Owner]) -> None:
@@ -136,9 +150,10 @@ class EditedWeights:
                     if not any(_writes(change, name) for _, change in kept):
                         del table[place]
             self._changes[place] = kept
-            for _, change in kept:
-                self._apply(place, change)
-            if not self.adaptors(place) and place in self._hooks:
+            self._running.pop(place, None)
+            for owner, change in kept:
+                self._apply(owner, place, change)
+            if place not in self._running and place in self._hooks:
                 self._hooks.pop(place)()
             if not kept:
                 del self._changes[place]
@@ -159,6 +174,15 @@ class EditedWeights:
             for (live, _), tensor in zip(lives, edited, strict=True):
                 live.copy_(tensor)
 
+    @contextmanager
+    def without_adaptors(self, edit: str) -> Iterator[None]:
+        """Within the context, the adaptors of one edit do not act."""
+        before, self._lifted_edit = self._lifted_edit, edit
+        try:
+            yield
+        finally:
+            self._lifted_edit = before
+
     def _live(self, place: Place, name: str) -> tuple[dict[Place, _Materialised], Tensor]:
         """The live weight or bias of `place`, and the table that keeps its base."""
         if name == "weight":
@@ -168,10 +192,11 @@ class EditedWeights:
             raise UnsupportedModelError(f"{place} has no bias, so a change of it cannot be written; change the weight")
         return self._biases, bias
 
-    def _apply(self, place: Place, change: Change) -> None:
+    def _apply(self, owner: Owner, place: Place, change: Change) -> None:
         if isinstance(change, Adaptor):
+            self._run(owner[0], place, change)
             if place not in self._hooks:
-                self._hooks[place] = install(self._anatomy.port(place), lambda *states: self._adapted(place, *states))
+                self._hooks[place] = self._install(place)
             return
         for name in ("weight", "bias"):
             if _writes(change, name):
@@ -179,9 +204,32 @@ class EditedWeights:
                 part = change if isinstance(change, LowRankUpdate) else getattr(change, name)
                 table[place].add(live, part)
 
+    def _run(self, edit: str, place: Place, adaptor: Adaptor) -> None:
+        """Let `adaptor` run at `place`, as one with the adaptor of the edit's earlier rounds where they can."""
+        device = next(self._anatomy.module(place).parameters()).device
+        adaptor = adaptor if device.type == "meta" else adaptor.to(device)  # an offloaded module's weights are there
+        running = self._running.setdefault(place, [])
+        own = [number for number, (of, _) in enumerate(running) if of == edit]
+        if own and (both := adaptor.after(running[own[-1]][1])) is not None:
+            running[own[-1]] = (edit, both)
+        else:
+            running.append((edit, adaptor))
+
+    def _install(self, place: Place) -> Callable[[], None]:
+        """Install the hooks of a place's adaptors; returns a function that removes them."""
+        unwatch = self._reading.install()
+        remove = install(self._anatomy.port(place), lambda *states: self._adapted(place, *states))
+
+        def both() -> None:
+            remove()
+            unwatch()
+
+        return both
+
     def _adapted(self, place: Place, inputs: Tensor, output: Tensor) -> Tensor:
-        for adaptor in [] if self._lifted else self.adaptors(place):
-            output = adaptor(inputs, output)
+        for edit, adaptor in [] if self._lifted else self._running[place]:
+            if edit != self._lifted_edit:
+                output = adaptor(inputs, output, self._reading.prompts)
         return output
 
 

@@ -1,5 +1,8 @@
 """The editing methods, one file each, behind one protocol."""
 
+from lightedit.methods.adaptors.defer import Defer
+from lightedit.methods.adaptors.grace import GRACE
+from lightedit.methods.adaptors.memory import Memory
 from lightedit.methods.closed_form.alphaedit import AlphaEdit
 from lightedit.methods.closed_form.emmet import EMMET
 from lightedit.methods.closed_form.encore import ENCORE
@@ -13,7 +16,24 @@ from lightedit.methods.neurons.kn import KN
 from lightedit.methods.protocol import Method
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN)
+    method.__name__: method
+    for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, GRACE, Defer, Memory)
 }
 
-__all__ = ["EMMET", "ENCORE", "EWC", "FT", "KN", "MEMIT", "METHODS", "PMET", "ROME", "AlphaEdit", "Method", "Retrain"]
+__all__ = [
+    "EMMET",
+    "ENCORE",
+    "EWC",
+    "FT",
+    "GRACE",
+    "KN",
+    "MEMIT",
+    "METHODS",
+    "PMET",
+    "ROME",
+    "AlphaEdit",
+    "Defer",
+    "Memory",
+    "Method",
+    "Retrain",
+]

@@ -156,9 +156,11 @@ class Editor(ABC):
         served: changes the token rows of a fact before the editor reads them, such as to put other tokens in place of
             the subject's; set before `prepare`. None leaves them as they are.
         can_serve: whether editors of this class heed `served`.
+        on_adaptors: whether editors of this class work on a model with an adaptor that decides by prompts.
     """
 
     can_serve: ClassVar[bool] = False
+    on_adaptors: ClassVar[bool] = False
 
     def __init__(
         self, lm: LanguageModel, method: Method, covariance: Covariance | None, settings: EditorSettings
@@ -190,9 +192,15 @@ class Editor(ABC):
                 with them. Work that both editors need is taken from it.
 
         Raises:
-            ArgumentError: the model lacks a layer, or a round holds more facts than the method takes.
+            ArgumentError: the model lacks a layer, or a round holds more facts than the method takes; or it carries an
+                adaptor on top of which the editor cannot work.
         """
         self.method.check(self.lm)
+        if not self.on_adaptors and (carried := self.lm.weights.reads_prompts) is not None:
+            raise ArgumentError(
+                f"{self.lm.name} carries an adaptor at {carried}, on top of which {type(self.method).__name__} cannot "
+                "edit; revert that edit first"
+            )
         limit = self.method.facts_per_solve
         largest = max(map(len, rounds or ()), default=0)
         if limit is not None and largest > limit:

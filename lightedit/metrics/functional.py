@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Combining marks are listed, because NFKD turns é into e and a mark, which \w does not match
 _WORD = re.compile(r"[\w\u0300-\u036f]+(?:[-'’.,][\w\u0300-\u036f]+)*|[^\w\s]")
+_ARTICLES = ("a", "an", "the")
 _TERM = re.compile(r"\b\w\w+\b")
 
 
@@ -209,6 +210,29 @@ def _ngram_entropy(words: Sequence[str], n: int) -> float:
     counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()))
     shares = counts / counts.sum()
     return abs(float((shares * np.log2(shares)).sum()))
+
+
+def answer_f1(said: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """F1 of the words of what is said against those of the answer, as SQuAD counts them (1606.05250); [n] float64.
+
+    Letters are in lower case. Punctuation and the articles a, an and the are left out, unless an answer has no other
+    words. A word that comes twice is counted twice.
+
+    >>> answer_f1([" the Amazon River", "Rhine"], ["Amazon", "the Rhine"])
+    tensor([0.6667, 1.0000], dtype=torch.float64)
+    """
+    return torch.tensor([_f1(_words(text), _words(answer)) for text, answer in zip(said, answers, strict=True)],
+                        dtype=torch.float64)  # fmt: skip
+
+
+def _words(text: str) -> list[str]:
+    words = "".join(c for c in text.lower() if not unicodedata.category(c).startswith("P")).split()
+    return [word for word in words if word not in _ARTICLES] or words or text.split()
+
+
+def _f1(said: Sequence[str], answer: Sequence[str]) -> float:
+    common = sum((Counter(said) & Counter(answer)).values())
+    return 2 * common / (len(said) + len(answer)) if common else 0.0
 
 
 def generation_success(continuations: Sequence[str], targets: Sequence[str]) -> Tensor:

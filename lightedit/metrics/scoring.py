@@ -128,6 +128,7 @@ class _Row:
 
     Attributes:
         edit: index of the edit that the row sees.
+        prompt: number of tokens up to the one that stands for the prompt, which is a causal model's last one.
         ids: token ids, each after its parent.
         before: index of each token's parent, or -1.
         positions: number of ancestors of each token.
@@ -135,6 +136,7 @@ class _Row:
     """
 
     edit: int
+    prompt: int
     ids: list[int]
     before: list[int]
     positions: list[int]
@@ -168,7 +170,7 @@ def _laid_out(
 ) -> tuple[list[_Row], list[_Answer]]:
     """The rows of pairs, and where each answer is read."""
     if not lm.answers.apart:
-        rows, places = _rows(asked, [pair.ids for pair in pairs], lm.architecture.supports_packing)
+        rows, places = _rows(asked, pairs, lm.architecture.supports_packing)
         return rows, [
             _Answer(row, tokens[len(tokens) - len(pair.targets) :], pair.targets)
             for (row, tokens), pair in zip(places, pairs, strict=True)
@@ -176,11 +178,11 @@ def _laid_out(
     # the classes of one text are read from one row; the tokens of a decoder's answer are a row's own
     shared = lm.kind == "classifier"
     wanted = [
-        _Row(edit, pair.ids, [], [], () if shared else tuple(pair.targets))
+        _Row(edit, lm.answers.query(pair.ids) + 1, pair.ids, [], [], () if shared else tuple(pair.targets))
         for (edit, *_), pair in zip(asked, pairs, strict=True)
     ]
-    numbers, row_of = distinct((row.edit, tuple(row.ids), row.answer) for row in wanted)
-    rows = [_Row(edit, list(ids), [], [], answer) for edit, ids, answer in numbers]
+    numbers, row_of = distinct((row.edit, row.prompt, tuple(row.ids), row.answer) for row in wanted)
+    rows = [_Row(edit, prompt, list(ids), [], [], answer) for edit, prompt, ids, answer in numbers]
     answers = [
         _Answer(row, list(lm.reads(pair.ids, pair.targets)), pair.targets)
         for row, pair in zip(row_of, pairs, strict=True)
@@ -189,13 +191,13 @@ def _laid_out(
 
 
 def _rows(
-    pairs: Sequence[tuple[int, str, str, Serving]], texts: Sequence[Sequence[int]], branching: bool
+    asked: Sequence[tuple[int, str, str, Serving]], pairs: Sequence[Pair], branching: bool
 ) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
-    """Build the rows of pairs; texts of one edit, prompt and chat template share a row where possible.
+    """Build the rows of pairs; texts of one edit and of the same prompt tokens share a row where possible.
 
     Args:
-        pairs: (edit, prompt, target, serving) of each.
-        texts: token ids of each, without the target's last token.
+        asked: (edit, prompt, target, serving) of each.
+        pairs: the tokens of each.
         branching: whether rows may be trees. Otherwise a text shares the row of a longer text that begins with it.
             Causal attention leaves its states unchanged.
 
@@ -204,14 +206,15 @@ def _rows(
     """
     rows: list[_Row] = []
     place: list[tuple[int, list[int]]] = [(0, [])] * len(pairs)
-    rows_of: dict[tuple[int, str, bool], list[int]] = {}
-    for index in sorted(range(len(pairs)), key=lambda index: -len(texts[index])):
-        edit, prompt, _, serving = pairs[index]
-        text, candidates = texts[index], rows_of.setdefault((edit, prompt, serving.chat), [])
+    rows_of: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index in sorted(range(len(pairs)), key=lambda index: -len(pairs[index].ids)):
+        edit, text = asked[index][0], pairs[index].ids
+        prompt = len(text) + 1 - len(pairs[index].targets)
+        candidates = rows_of.setdefault((edit, tuple(text[:prompt])), [])
         row = next((row for row in candidates if branching or rows[row].ids[: len(text)] == text), None)
         if row is None:
             row = len(rows)
-            rows.append(_Row(edit, [], [], []))
+            rows.append(_Row(edit, prompt, [], [], []))
             candidates.append(row)
         place[index] = row, rows[row].add(text)
     return rows, place
@@ -245,9 +248,10 @@ def _score(
 def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int]], edits: RowwiseEdits) -> Tensor:
     """The logits at (row, token index) pairs, [pairs, vocabulary] in float32 or wider."""
     at_row, at_place = (torch.tensor(column) for column in zip(*at, strict=True))
-    edits = RowwiseEdits(edits.updates, torch.tensor([row.edit for row in rows]))
+    edits = edits.of(torch.tensor([row.edit for row in rows]))
+    prompts_end = lm.reading.prompts_end([row.prompt - 1 for row in rows])
     if not lm.architecture.supports_packing:
-        with lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
+        with prompts_end, lm.with_edits(edits), lm.before_head(len(rows), (at_row, at_place)) as states:
             lm.forward(lm.batch([row.ids for row in rows], [row.answer for row in rows]))
         return lm.head.logits(states[0].to(lm.head.weight.device))
     spans = []
@@ -261,8 +265,8 @@ def _logits(lm: LanguageModel, rows: Sequence[_Row], at: Sequence[tuple[int, int
         torch.tensor([number for row in rows for number in numbers(row)])
         for numbers in (lambda row: row.ids, lambda row: row.positions)
     )
-    at_token = starts[at_row] + at_place
+    at_token = torch.zeros_like(at_row), starts[at_row] + at_place
     rectangles = [(span.rows, span.length) for span in spans]
-    with lm.with_edits(edits, rectangles), lm.before_head(1, (torch.zeros_like(at_token), at_token)) as states:
+    with prompts_end, lm.with_edits(edits, rectangles), lm.before_head(1, at_token) as states:
         lm.forward_packed(ids, positions, spans)
     return lm.head.logits(states[0].to(lm.head.weight.device))

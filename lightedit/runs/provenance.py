@@ -58,10 +58,18 @@ def computing(lm: LanguageModel) -> dict[str, Any]:
 def fingerprint_inputs(lm: LanguageModel, facts: Sequence[Fact], places: Collection[Place] = ()) -> dict[str, Any]:
     """Digests of all that determines the scores of `lm` in its present state, besides `computing`.
 
-    The digest of the weights covers every element at `places` and at all edited places.
+    The digest of the weights covers every element at `places` and at all edited places. Adaptors have a digest of
+    their own.
     """
     weights = {place.key: lm.weight(place) for place in {*places, *lm.weights.places} if place.has_matrix}
+    adaptors = {
+        f"{place.key}.{number}.{name}": tensor
+        for place in lm.weights.places
+        for number, adaptor in enumerate(lm.weights.adaptors(place))
+        for name, tensor in adaptor.tensors().items()
+    }
     return {
+        **({"adaptors": digest("", adaptors)} if adaptors else {}),
         "model": lm.fingerprint,
         "weights": digest("", weights),
         "facts": digest(json.dumps([fact.to_dict() for fact in facts]), {}),

@@ -11,6 +11,7 @@ from torch import Tensor
 import lightedit as le
 from lightedit.lm import Place
 from lightedit.lm.changes import Adaptor
+from lightedit.lm.reading import Prompts
 from lightedit.methods.protocol import Editor, Method
 from tests.models import tiny_model, tiny_tokenizer
 from tests.plain import WINDOWS
@@ -24,7 +25,7 @@ class Shift(Adaptor):
     vector: Tensor
     kind: ClassVar[str] = "test-shift"
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, prompts: Prompts) -> Tensor:
         return output + self.vector.to(output)
 
     def check(self, place: Place, shape: tuple[int, int]) -> None:
