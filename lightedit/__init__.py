@@ -38,9 +38,11 @@ from lightedit.evaluation.settings import EvaluationSettings
 from lightedit.evaluation.single import evaluate_single
 from lightedit.lm.architectures import Architecture, register_architecture
 from lightedit.lm.model import LanguageModel
-from lightedit.methods import EMMET, ENCORE, EWC, FT, KN, MEMIT, PMET, ROME, AlphaEdit, Method, Retrain
+from lightedit.methods import EMMET, ENCORE, EWC, FT, KE, KN, MEMIT, MEND, PMET, ROME, AlphaEdit, Method, Retrain
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.hypernetworks.examples import TrainingSettings
+from lightedit.methods.hypernetworks.training import train_editor
 from lightedit.methods.neurons.search import NeuronSearch
 from lightedit.reports.page import report
 from lightedit.runs.folder import ResumeError
@@ -55,8 +57,10 @@ __all__ = [
     "ENCORE",
     "EWC",
     "FT",
+    "KE",
     "KN",
     "MEMIT",
+    "MEND",
     "PMET",
     "ROME",
     "AlphaEdit",
@@ -97,6 +101,7 @@ __all__ = [
     "RunSettings",
     "Trace",
     "TraceSettings",
+    "TrainingSettings",
     "TuningSettings",
     "UnsupportedModelError",
     "UpdateNorms",
@@ -118,6 +123,7 @@ __all__ = [
     "served_as",
     "sweep",
     "trace",
+    "train_editor",
     "tune",
     "update_norms",
     "write_facts",

@@ -2,8 +2,9 @@
 
 `run.json` holds all settings that determine the run. A run that edits adds a file for each finished round, such as
 `round-0001.safetensors`, with the round's updates and keys. A run of the single protocol adds a file for each finished
-chunk of facts, such as `chunk-000032.json`. Each file is written completely or not at all, so a process may be killed
-at any time. Files are only added, so the cost of a checkpoint does not grow with the number of rounds.
+chunk of facts, such as `chunk-000032.json`. A training keeps its latest state in `training.ckpt`. Each file is written
+completely or not at all, so a process may be killed at any time. Files of rounds and chunks are only added, so the cost
+of a checkpoint does not grow with their number.
 """
 
 import json
@@ -27,6 +28,7 @@ _FORMAT = 3
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
+_STATE = "training.ckpt"
 _UNFINISHED = ".*.tmp"
 _LOCK = ".lock"
 _ANEW = "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
@@ -117,7 +119,7 @@ def _no_locks(folder: Path, error: Exception) -> ResumeError:
 
 def remove_run(folder: Path) -> None:
     """Delete the files of a run, and its folder if it is then empty."""
-    for pattern in (_ROUNDS, _CHUNKS, _RUN, _UNFINISHED):
+    for pattern in (_ROUNDS, _CHUNKS, _STATE, _RUN, _UNFINISHED):
         # the last round first, so that an interrupted deletion leaves a run that can be resumed
         for file in sorted(folder.glob(pattern), reverse=True):
             file.unlink()
@@ -176,3 +178,8 @@ def _differences(known: Any, now: Any, name: str = "") -> list[str]:
 def round_file(folder: Path, number: int) -> Path:
     """The file of a finished round, counted from 1."""
     return folder / _ROUNDS.replace("*", f"{number:04}")
+
+
+def state_file(folder: Path) -> Path:
+    """The file of a training's latest state."""
+    return folder / _STATE
