@@ -208,7 +208,7 @@ class _Steps(IterableDataset[list[Drawn]]):
     def __iter__(self) -> Iterator[list[Drawn]]:
         assert self.data.trainer is not None
         settings = self.data.settings
-        first = self.data.trainer.current_epoch * settings.validate_every
+        first = self.data.trainer.global_step
         for number in range(first, min(first + settings.validate_every, settings.steps)):
             yield self.data.draws.step(number)
 

@@ -133,8 +133,8 @@ def token_factors(
         states = states_at(lm, entered, answer_positions(rows))
     log_p = log_probs(lm.head, states)
     targets = torch.tensor([token for row in rows for token in row.targets], device=log_p.device)
-    shares = torch.tensor([1 / (count or len(row.targets)) for row in rows for _ in row.targets], device=log_p.device)
-    (-log_p.gather(1, targets[:, None])[:, 0] * shares.to(log_p)).sum().backward()
+    shares = [1 / (count or len(row.targets)) for row in rows for _ in row.targets]
+    (-log_p.gather(1, targets[:, None])[:, 0] * log_p.new_tensor(shares)).sum().backward()
     return {
         place: TokenFactors.of(
             probes[place].inputs.to(lm.device, dtype), probes[place].grads.to(lm.device, dtype), entered.batch.mask

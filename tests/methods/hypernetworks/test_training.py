@@ -244,7 +244,10 @@ def test_learned_rates_move_at_their_own_rate() -> None:
     loss, _ = module.losses(module.data().draws.step(0))
     loss.backward()
     optimizer.step()
-    moved = {name: (parameter - start[name]).abs().max() for name, parameter in module.network.named_parameters()}
+    moved = {
+        name: float((parameter.detach() - start[name]).abs().max())
+        for name, parameter in module.network.named_parameters()
+    }
     assert all(value == pytest.approx(0.25, rel=1e-2) for name, value in moved.items() if name.startswith("rates"))
     assert all(value < 1.1e-5 for name, value in moved.items() if not name.startswith("rates"))
 
