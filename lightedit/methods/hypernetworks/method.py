@@ -28,7 +28,8 @@ class HyperNetworkMethod(Method):
     """Base of the methods that edit with a trained hyper-network.
 
     Attributes:
-        layers: the edited layers, ascending. None takes all settings from `folder`.
+        layers: the edited layers, ascending. None takes all settings from `folder`; without a folder, training takes
+            the model's last three layers.
         parts: the edited matrices of each layer, by name of place: "mlp" is the MLP's second one.
         folder: where the trained network is, as `lightedit train-editor` saved it. Without one the method can be
             trained, but edits nothing.
@@ -49,10 +50,10 @@ class HyperNetworkMethod(Method):
     def __post_init__(self) -> None:
         if self.folder is not None:
             object.__setattr__(self, "folder", str(self.folder))
-        if self.layers is None:
+        if self.layers is None and self.folder is not None:
             self._take_settings()
         layers: Any = self.layers
-        object.__setattr__(self, "layers", as_layers(layers))
+        object.__setattr__(self, "layers", None if layers is None else as_layers(layers))
         given: Any = self.parts
         object.__setattr__(self, "parts", (given,) if isinstance(given, str) else tuple(given))
         known: tuple[Name, ...] = get_args(Part)
@@ -61,10 +62,6 @@ class HyperNetworkMethod(Method):
 
     def _take_settings(self) -> None:
         """Take the settings of the network in `folder`."""
-        if self.folder is None:
-            raise ArgumentError(
-                f"{type(self).__name__}: give layers to train a network, or folder to edit with a trained one"
-            )
         for field in fields(self):
             value = self._saved().get(field.name, field.default)
             if field.name == "folder":
@@ -127,12 +124,12 @@ class HyperNetworkMethod(Method):
             UnsupportedModelError: the model lacks a matrix.
             MissingFileError: `folder` holds no network.
         """
-        self.check_places(lm)
         if self.folder is None:
             raise ArgumentError(
                 f"{type(self).__name__} edits with a trained network; make one with lightedit train-editor, and name "
                 "its folder as folder"
             )
+        self.check_places(lm)
         for name, value in self._saved().items():
             if name not in ("name", "folder") and getattr(self, name, value) != value:
                 raise self._contradicts(name, value)

@@ -47,8 +47,10 @@ class HyperNetworkModule(LightningModule):
     Attributes:
         network: the hyper-network.
         objective: its loss, with what is learned besides the network.
-        validation: figures of the last validation: "loss", "answer_loss", "locality_loss" and "success", the share of
-            held-out facts whose answer is the most probable one, token by token, after the edit.
+        validation: figures of the last validation: "loss", "answer_loss", "locality_loss"; "success", the share of
+            held-out facts whose answer is the most probable one, token by token, after the edit, at their own prompt
+            (KE) or a rephrasing (MEND); and "kept", the share of the tokens of their locality texts after which the
+            most probable next token is the same as before.
     """
 
     def __init__(self, lm: LanguageModel, method: HyperNetworkMethod, steps: int) -> None:
@@ -113,22 +115,16 @@ class HyperNetworkModule(LightningModule):
 
     @torch.enable_grad()
     def losses(self, batch: Sequence[Drawn]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of separate edits, and of each edit "answer_loss", "locality_loss" and "success", [B]."""
+        """The loss of separate edits, and of each edit the other figures of `validation`, [B]."""
         conditions = None
         if self.network.conditioned:
             conditions = [self._conditions[id(drawn.example)] for drawn in batch]
         updates = self.network(self.factors([drawn.example.own for drawn in batch]), conditions)
-        answer, locality, success = self._run(batch, updates)
-        figures = {"answer_loss": answer, "locality_loss": locality, "success": success}
-        return self.objective.loss(answer, locality, updates), figures
+        figures = self._run(batch, updates)
+        return self.objective.loss(figures["answer_loss"], figures["locality_loss"], updates), figures
 
-    def _run(self, batch: Sequence[Drawn], updates: Mapping[Place, LowRankUpdate]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the edited rows.
-
-        Returns:
-            The mean NLL of each edit's answers, [B]; KL(unedited || edited) at the tokens of its locality texts, [B];
-            and whether each token of its first answer is the most probable one, [B].
-        """
+    def _run(self, batch: Sequence[Drawn], updates: Mapping[Place, LowRankUpdate]) -> dict[str, Tensor]:
+        """Run the edited rows, and return each edit's figures, [B]."""
         own = [drawn.example.own for drawn in batch] if self.objective.asks_prompt else []
         asked = [*own, *(drawn.rephrasing for drawn in batch)]
         texts = [text for drawn in batch for text in drawn.locality]
@@ -149,10 +145,14 @@ class HyperNetworkModule(LightningModule):
         nll = -log_p.gather(1, targets[:, None])[:, 0]
         answer = _means(_means(nll, rows.to(device), len(asked)), of_row_at[: len(asked)].to(device), len(batch))
         kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
-        text_means = _means(kl, text_rows.to(device), len(texts))
-        locality = _means(text_means, of_row_at[len(asked) :].to(device), len(batch))
+        same = (after.argmax(-1) == before.argmax(-1)).to(nll)
+        locality, kept = (
+            _means(_means(each, text_rows.to(device), len(texts)), of_row_at[len(asked) :].to(device), len(batch))
+            for each in (kl, same)
+        )
         right = _means((log_p.argmax(-1) == targets).to(nll), rows.to(device), len(asked))
-        return answer, locality, (right[: len(batch)] == 1).to(nll)
+        success = (right[: len(batch)] == 1).to(nll)
+        return {"answer_loss": answer, "locality_loss": locality, "success": success, "kept": kept}
 
     # Validation
 

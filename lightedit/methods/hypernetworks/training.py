@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,20 +29,39 @@ from lightedit.runs.provenance import computing, fingerprint_inputs
 from lightedit.runs.trainer import own_trainer
 
 _KIND = "train-editor"
+_LAYERS = 3  # last layers that are edited if none are named
 
 
 def check_training(lm: object, method: object, out: Path, overwrite: bool = False) -> None:
     """Raise what `train_editor` raises for its model, method and folder before its work."""
     check_model(lm)
+    trained = trainable(method)
+    check_out(out, overwrite)
+    assert isinstance(lm, LanguageModel)
+    _placed(trained, lm).check_places(lm)
+    if lm.weights.owners:
+        raise ArgumentError(f"{lm.name} carries edits; an editor is trained on the unedited model, so revert them")
+
+
+def trainable(method: object) -> HyperNetworkMethod:
+    """The method, if its network can be trained.
+
+    Raises:
+        ArgumentError: it has a trained network.
+        ArgumentTypeError: it is no method with a hyper-network.
+    """
     if not isinstance(method, HyperNetworkMethod):
         raise ArgumentTypeError(f"method: expected KE or MEND, got {type(method).__name__}")
     if method.folder is not None:
         raise ArgumentError(f"folder: {method.folder} is a trained network; leave it out to train a new one")
-    check_out(out, overwrite)
-    assert isinstance(lm, LanguageModel)
-    method.check_places(lm)
-    if lm.weights.owners:
-        raise ArgumentError(f"{lm.name} carries edits; an editor is trained on the unedited model, so revert them")
+    return method
+
+
+def _placed(method: HyperNetworkMethod, lm: LanguageModel) -> HyperNetworkMethod:
+    """The method with layers: by default the last three."""
+    if method.layers is not None:
+        return method
+    return method.at(range(max(0, lm.n_layers - _LAYERS), lm.n_layers))
 
 
 def check_out(out: Path, overwrite: bool = False) -> None:
@@ -91,6 +110,7 @@ def train_editor(
     """
     out, settings = Path(out), settings or TrainingSettings()
     check_training(lm, method, out, overwrite)
+    method = _placed(method, lm)
     chosen = distinct_facts(served_as(facts, chat=chat))
     data = EditorDataModule(examples_of(lm, chosen), settings)
     run = out.with_name(f"{out.name}.run")
@@ -112,6 +132,8 @@ def train_editor(
             "best_step": course.best_step,
             "stopped": course.stopped,
             "minutes": round(course.seconds / 60, 2),
+            "before": course.rows[0],
+            "figures": next(row for row in course.rows if row["step"] == course.best_step),
             "settings": inputs["training"],
         }
         save_network(out, lm, module.network, course.best, method.to_dict(), record, course.rows)
@@ -162,6 +184,18 @@ def _fit(
     return module, course
 
 
+def said(row: Mapping[str, float]) -> str:
+    """The figures of a validation in words.
+
+    >>> said({"step": 20, "loss": 1.25, "answer_loss": 3.5, "success": 0.4, "locality_loss": 0.0125, "kept": 0.98})
+    'step 20: loss 1.25, answers 3.5, success 40.0 %, locality KL 0.0125, predictions kept 98.0 %'
+    """
+    return (
+        f"step {row['step']}: loss {row['loss']:.4g}, answers {row['answer_loss']:.4g}, success {row['success']:.1%}, "
+        f"locality KL {row['locality_loss']:.4g}, predictions kept {row['kept']:.1%}"
+    ).replace("%", " %")
+
+
 class _Course(Callback):
     """Keeps the best network, ends the training, and stores it after each validation.
 
@@ -184,6 +218,8 @@ class _Course(Callback):
     def add(self, step: int, module: HyperNetworkModule) -> None:
         """Take the figures of a validation after so many steps."""
         self.rows.append({"step": step, **module.validation})
+        if self._data.settings.progress_bar:
+            print(said(self.rows[-1]), file=sys.stderr, flush=True)
         score = module.objective.score(module.validation)
         if score < self.best_score or not self.best:
             self.best = {name: value.detach().cpu().clone() for name, value in module.network.state_dict().items()}
