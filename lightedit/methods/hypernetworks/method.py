@@ -124,12 +124,13 @@ class HyperNetworkMethod(Method):
             UnsupportedModelError: the model lacks a matrix.
             MissingFileError: `folder` holds no network.
         """
+        if self.layers is not None:
+            self.check_places(lm)
         if self.folder is None:
             raise ArgumentError(
                 f"{type(self).__name__} edits with a trained network; make one with lightedit train-editor, and name "
                 "its folder as folder"
             )
-        self.check_places(lm)
         for name, value in self._saved().items():
             if name not in ("name", "folder") and getattr(self, name, value) != value:
                 raise self._contradicts(name, value)
