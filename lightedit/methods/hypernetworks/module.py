@@ -1,6 +1,6 @@
 """The training of a hyper-network, as a LightningModule: separate edits in a batch, without dense ΔW."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightedit.errors import NumericalError
 from lightedit.lm import LanguageModel, Place
-from lightedit.lm.batch import pad
+from lightedit.lm.batch import pad, rectangles
 from lightedit.lm.changes import LowRankUpdate
 from lightedit.lm.hooks import stop_after
 from lightedit.lm.rowwise import RowwiseEdits
@@ -27,7 +27,7 @@ from lightedit.methods.hypernetworks.factors import (
 from lightedit.methods.hypernetworks.method import HyperNetworkMethod
 from lightedit.methods.hypernetworks.network import HyperNetwork
 
-_KEPT_BYTES = 2**31  # of states that are kept between steps; those of further texts are computed in each
+_TOKENS_PER_PASS = 4096  # up to the first edited block, without gradients
 _CALIBRATED = 64  # steps' worth of edits, at most, whose factors are seen before the first step
 
 
@@ -36,7 +36,7 @@ class HyperNetworkModule(LightningModule):
 
     A step computes the token factors of B facts, then their edits, and runs rephrasings and locality texts in one pass,
     in which each row sees the edit of its own fact as a product with two thin factors. Blocks below the first edited
-    one are run once for each text. The language model is not a submodule, so the trainer does not move, wrap or
+    one run once in a step, without gradients, all texts together. The language model is not a submodule, so the trainer does not move, wrap or
     checkpoint it.
 
     Args:
@@ -110,6 +110,10 @@ class HyperNetworkModule(LightningModule):
 
     def factors(self, rows: Sequence[Answered]) -> Mapping[Place, TokenFactors]:
         """The token factors of each row's loss."""
+        self._entering.begin(row.ids for row in rows)
+        return self._factors(rows)
+
+    def _factors(self, rows: Sequence[Answered]) -> Mapping[Place, TokenFactors]:
         entered = self._entering([row.ids for row in rows])
         return token_factors(self.lm, rows, self.method.places, self.network.dtype, entered)
 
@@ -119,7 +123,9 @@ class HyperNetworkModule(LightningModule):
         conditions = None
         if self.network.conditioned:
             conditions = [self._conditions[id(drawn.example)] for drawn in batch]
-        updates = self.network(self.factors([drawn.example.own for drawn in batch]), conditions)
+        texts = [text for drawn in batch for text in (drawn.example.own.ids, drawn.rephrasing.ids, *drawn.locality)]
+        self._entering.begin(texts, keep=not self.training)
+        updates = self.network(self._factors([drawn.example.own for drawn in batch]), conditions)
         figures = self._run(batch, updates)
         return self.objective.loss(figures["answer_loss"], figures["locality_loss"], updates), figures
 
@@ -180,10 +186,10 @@ def _means(values: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 class _EnteringStates:
-    """The input of the first edited block, of each text. It does not depend on the edits.
+    """The input of the first edited block, of each text of a batch. It does not depend on the edits.
 
-    Each text runs by itself when it is first met, so that its states do not depend on other texts, and a training that
-    is continued has the same bits.
+    The texts of a batch run together, so that their states depend on nothing before it, and a training that is
+    continued has the same bits.
 
     Args:
         lm: the model, whose weights must stay as they are.
@@ -193,27 +199,37 @@ class _EnteringStates:
     def __init__(self, lm: LanguageModel, layer: int) -> None:
         self._lm, self._layer = lm, layer
         self._states: dict[tuple[int, ...], Tensor] = {}
-        self._bytes = 0
+        self._kept: dict[tuple[tuple[int, ...], ...], dict[tuple[int, ...], Tensor]] = {}
+
+    def begin(self, texts: Iterable[Sequence[int]], keep: bool = False) -> None:
+        """Run the texts of a batch up to the block; `keep` keeps their states for when the same batch comes again."""
+        if not self._layer:
+            return
+        distinct = tuple(dict.fromkeys(tuple(text) for text in texts))
+        self._states = self._kept.get(distinct) or self._run(distinct)
+        if keep:
+            self._kept[distinct] = self._states
 
     @torch.no_grad()
+    def _run(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        """Each text's states, [tokens, d]."""
+        block, found = Place(self._layer, "block"), {}
+        for group in rectangles([len(text) for text in texts], _TOKENS_PER_PASS):
+            rows = [texts[i] for i in group]
+            with (
+                self._lm.capture([block], len(rows), inputs=True) as states,
+                stop_after(self._lm.module(block), before=True),
+            ):
+                self._lm.forward(pad(rows, self._lm.pad_id))
+            found |= {row: state[: len(row)].clone() for row, state in zip(rows, states[block], strict=True)}
+        return found
+
     def __call__(self, rows: Sequence[Sequence[int]]) -> Entered:
-        """Rows of one pass with their states."""
+        """Rows of the batch with their states."""
         batch = pad(rows, self._lm.pad_id).to(self._lm.device)
         if not self._layer:
             return Entered(batch)
         width = batch.ids.shape[1]
-        hidden = torch.stack([F.pad(state, (0, 0, 0, width - len(state))) for state in map(self._of, rows)])
+        states = [self._states[tuple(row)] for row in rows]
+        hidden = torch.stack([F.pad(state, (0, 0, 0, width - len(state))) for state in states])
         return Entered(batch, self._layer, hidden)
-
-    def _of(self, row: Sequence[int]) -> Tensor:
-        """The states of one text, [tokens, d]."""
-        found = self._states.get(tuple(row))
-        if found is not None:
-            return found
-        block = Place(self._layer, "block")
-        with self._lm.capture([block], 1, inputs=True) as states, stop_after(self._lm.module(block), before=True):
-            self._lm.forward(pad([row], self._lm.pad_id))
-        if self._bytes < _KEPT_BYTES:
-            self._states[tuple(row)] = states[block][0]
-            self._bytes += states[block].nbytes
-        return states[block][0]

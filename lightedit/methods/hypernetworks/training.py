@@ -122,9 +122,8 @@ def train_editor(
             check_run(run, inputs)
         else:
             start_run(run, _KIND, inputs)
-        title = f"training {type(method).__name__} on {counted(len(data.training))}"
-        with progress(title, settings.progress_bar) as report, quiet_lightning():
-            module, course = _fit(lm, method, data, kept, report)
+        with quiet_lightning():
+            module, course = _fit(lm, method, data, kept)
         record = {
             "facts": len(data.training),
             "held_out": len(data.validation),
@@ -159,11 +158,11 @@ def _inputs(
 
 
 def _fit(
-    lm: LanguageModel, method: HyperNetworkMethod, data: EditorDataModule, kept: Path, report: Report
+    lm: LanguageModel, method: HyperNetworkMethod, data: EditorDataModule, kept: Path
 ) -> tuple[HyperNetworkModule, "_Course"]:
     """Train from the beginning, or from the state in `kept`."""
     module = HyperNetworkModule(lm, method, data.settings.steps)
-    course = _Course(data, kept, report)
+    course = _Course(data, kept)
     on = (
         {"accelerator": "cpu"} if lm.device.type == "cpu" else {"accelerator": "gpu", "devices": [lm.device.index or 0]}
     )
@@ -177,10 +176,13 @@ def _fit(
         **on,
     )
     continued = kept.is_file()
+    show = data.settings.progress_bar
     if not continued:
-        trainer.validate(module, datamodule=data, verbose=False)
+        with progress(f"validation on {counted(len(data.validation))}", show) as course.report:
+            trainer.validate(module, datamodule=data, verbose=False)
         course.add(0, module)
-    trainer.fit(module, datamodule=data, ckpt_path=str(kept) if continued else None, weights_only=False)
+    with progress(f"training {type(method).__name__} on {counted(len(data.training))}", show) as course.report:
+        trainer.fit(module, datamodule=data, ckpt_path=str(kept) if continued else None, weights_only=False)
     return module, course
 
 
@@ -205,10 +207,12 @@ class _Course(Callback):
         best_step: the number of steps after which it was.
         stopped: why training ended before the last step, if it did.
         seconds: time of training.
+        report: reports progress.
     """
 
-    def __init__(self, data: EditorDataModule, kept: Path, report: Report) -> None:
-        self._data, self._kept, self._report = data, kept, report
+    def __init__(self, data: EditorDataModule, kept: Path) -> None:
+        self._data, self._kept = data, kept
+        self.report: Report = lambda done, total: None
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_step, self.best_score = 0, float("inf")
@@ -232,7 +236,11 @@ class _Course(Callback):
         trainer.should_stop = self.stopped is not None
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._report(trainer.global_step - self._before, self._data.settings.steps - self._before)
+        self.report(trainer.global_step - self._before, self._data.settings.steps - self._before)
+
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
+        if trainer.state.fn == "validate":
+            self.report(arguments[2] + 1, -(-len(self._data.validation) // self._data.settings.batch_size))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.add(trainer.global_step, cast(HyperNetworkModule, module))
