@@ -273,4 +273,5 @@ def test_a_users_own_trainer_fits_the_module() -> None:
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    assert trainer.global_step == 6 and module.validation.keys() == {"loss", "answer_loss", "locality_loss", "success"}
+    assert trainer.global_step == 6
+    assert module.validation.keys() == {"loss", "answer_loss", "locality_loss", "success", "kept"}

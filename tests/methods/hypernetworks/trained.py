@@ -1,8 +1,11 @@
 """Hyper-networks on disk for tests: untrained ones, saved as if they were trained."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 import lightedit as le
 from lightedit.data.served import encode_targets
@@ -20,9 +23,15 @@ def rows_of(lm: le.LanguageModel, facts: list[le.Fact]) -> list[Answered]:
     return [Answered(ids[:-1], ids[-count:]) for ids, count in pairs]
 
 
-def saved(lm: le.LanguageModel, method: HyperNetworkMethod, folder: Path) -> HyperNetworkMethod:
+def saved(
+    lm: le.LanguageModel,
+    method: HyperNetworkMethod,
+    folder: Path,
+    change: Callable[[torch.nn.Module], None] = lambda network: None,
+) -> HyperNetworkMethod:
     """The method with a network of its first weights and the statistics of `FACTS`, saved in `folder`."""
     network = method.new_network(lm)
+    change(network)
     if network.fresh:
         network.observe(token_factors(lm, rows_of(lm, FACTS), method.places, network.dtype))
     save_network(folder, lm, network, network.state_dict(), method.to_dict(), {}, [{"step": 0}])
