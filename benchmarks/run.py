@@ -22,6 +22,7 @@ from benchmarks import (
     covariance,
     evaluation,
     finetuning,
+    hypernetworks,
     neurons,
     ops,
     tracing,
@@ -42,6 +43,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "trace": tracing.row,
     "ft": finetuning.row,
     "ig": neurons.row,
+    "mend": hypernetworks.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -36,8 +36,8 @@ class HyperNetworkModule(LightningModule):
 
     A step computes the token factors of B facts, then their edits, and runs rephrasings and locality texts in one pass,
     in which each row sees the edit of its own fact as a product with two thin factors. Blocks below the first edited
-    one run once in a step, without gradients, all texts together. The language model is not a submodule, so the trainer does not move, wrap or
-    checkpoint it.
+    one run once in a step, without gradients, all texts together. The language model is not a submodule, so the
+    trainer does not move, wrap or checkpoint it.
 
     Args:
         lm: the model, which carries no edit.
@@ -213,7 +213,8 @@ class _EnteringStates:
     @torch.no_grad()
     def _run(self, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
         """Each text's states, [tokens, d]."""
-        block, found = Place(self._layer, "block"), {}
+        block = Place(self._layer, "block")
+        found: dict[tuple[int, ...], Tensor] = {}
         for group in rectangles([len(text) for text in texts], _TOKENS_PER_PASS):
             rows = [texts[i] for i in group]
             with (

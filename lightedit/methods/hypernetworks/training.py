@@ -236,7 +236,12 @@ class _Course(Callback):
         trainer.should_stop = self.stopped is not None
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self.report(trainer.global_step - self._before, self._data.settings.steps - self._before)
+        settings = self._data.settings
+        done = (trainer.global_step - self._before) / max(1, settings.steps - self._before)
+        if settings.minutes is not None:  # whichever ends first
+            now = time.perf_counter() - self._since
+            done = max(done, min(1.0, now / max(now, 60 * settings.minutes - self.seconds)))
+        self.report(done, 1)
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
         if trainer.state.fn == "validate":

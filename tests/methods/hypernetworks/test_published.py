@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lightedit as le
+from benchmarks.hypernetworks import matrices_of
 from benchmarks.published.hypernetworks import (
+    KEMatrix,
     Normaliser,
     Row,
     ke_condition,
@@ -21,7 +23,6 @@ from lightedit.lm.changes import LowRankUpdate
 from lightedit.methods.hypernetworks.examples import EditorDataModule, examples_of
 from lightedit.methods.hypernetworks.factors import token_factors
 from lightedit.methods.hypernetworks.module import HyperNetworkModule
-from tests.methods.hypernetworks.literal import ke_matrices, mend_matrices
 from tests.methods.hypernetworks.trained import rows_of, saved
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import FACTS
@@ -73,7 +74,7 @@ def test_a_round_of_mend_is_the_published_one(tmp_path: Path, architecture: str,
     lm = model(architecture)
     method, network = trained(lm, replace(MEND, norm=norm), tmp_path / "mend")
     facts = [FACTS[0], replace(FACTS[1], target_new="Spain and Portugal"), FACTS[2]]
-    expected = published_mend(copy.deepcopy(lm.model), literal_rows(lm, facts), mend_matrices(lm, network))
+    expected = published_mend(copy.deepcopy(lm.model), literal_rows(lm, facts), matrices_of(lm, network))
     edit = le.edit(lm, facts, method, settings=QUIET)
     assert len(expected) == len(method.places)
     for name, change in expected.items():
@@ -88,7 +89,8 @@ def test_an_edit_of_ke_is_the_published_one(tmp_path: Path, architecture: str) -
     said = lm.decode(lm.generate([lm.tokenizer(fact.text)["input_ids"]], len(row.targets))[0]).strip()
     text = lm.tokenizer(f"{said} >> {fact.target_new} || {fact.text}")["input_ids"]
     condition = ke_condition(text, network.embedding.weight, network.lstm, network.linear)
-    expected = published_ke(copy.deepcopy(lm.model), row, condition, ke_matrices(lm, network))
+    matrices = [KEMatrix(lm.module_name(one.place), network.conditioners[one.place.key]) for one in network.matrices]
+    expected = published_ke(copy.deepcopy(lm.model), row, condition, matrices)
     edit = le.edit(lm, [fact], method, settings=QUIET)
     for name, change in expected.items():
         torch.testing.assert_close(written(lm, edit, name), change, atol=1e-8, rtol=1e-5)
@@ -128,7 +130,7 @@ def test_a_training_step_of_mend_has_the_loss_and_gradients_of_the_published_loo
     loss, _ = module.losses(batch)
     ours = torch.autograd.grad(loss, list(network.parameters()))
     total, sign = 0.0, 1 if published else -1
-    plain, matrices = copy.deepcopy(lm.model), mend_matrices(lm, network)
+    plain, matrices = copy.deepcopy(lm.model), matrices_of(lm, network)
     for drawn in batch:
         own, rephrasing = Row(*drawn.example.own), Row(*drawn.rephrasing)
         total = total + mend_step(plain, own, rephrasing, drawn.locality[0], matrices, 0.1, sign) / len(batch)
