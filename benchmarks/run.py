@@ -23,6 +23,7 @@ from benchmarks import (
     covariance,
     evaluation,
     finetuning,
+    hypernetworks,
     neurons,
     ops,
     tracing,
@@ -44,6 +45,7 @@ ROWS: dict[str, Callable[[Options], Result]] = {
     "ft": finetuning.row,
     "ig": neurons.row,
     "grace": adaptors.row,
+    "mend": hypernetworks.row,
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -48,8 +48,10 @@ from lightedit.methods import (
     EWC,
     FT,
     GRACE,
+    KE,
     KN,
     MEMIT,
+    MEND,
     PMET,
     ROME,
     AlphaEdit,
@@ -60,6 +62,8 @@ from lightedit.methods import (
 )
 from lightedit.methods.closed_form.stopping import KLBelow, MostProbable
 from lightedit.methods.closed_form.value_settings import ValueSettings
+from lightedit.methods.hypernetworks.examples import EditorTrainingSettings
+from lightedit.methods.hypernetworks.training import train_editor
 from lightedit.methods.neurons.search import NeuronSearch
 from lightedit.reports.page import report
 from lightedit.runs.folder import ResumeError
@@ -77,8 +81,10 @@ __all__ = [
     "EWC",
     "FT",
     "GRACE",
+    "KE",
     "KN",
     "MEMIT",
+    "MEND",
     "PMET",
     "ROME",
     "AlphaEdit",
@@ -91,6 +97,7 @@ __all__ = [
     "Edit",
     "EditError",
     "EditModule",
+    "EditorTrainingSettings",
     "Evaluation",
     "EvaluationSettings",
     "Example",
@@ -150,6 +157,7 @@ __all__ = [
     "sweep",
     "trace",
     "train_classifier",
+    "train_editor",
     "train_t5",
     "tune",
     "update_norms",

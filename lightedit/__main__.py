@@ -30,6 +30,7 @@ from lightedit.commands.report import report
 from lightedit.commands.stream import stream
 from lightedit.commands.sweep import sweep
 from lightedit.commands.trace import trace
+from lightedit.commands.train_editor import train_editor
 from lightedit.commands.train_model import train_model
 from lightedit.commands.tune import tune
 from lightedit.errors import ArgumentError, LightEditError, RunFailedError
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Any] = {
         "apply": apply,
     },
     "tune": tune,
+    "train-editor": train_editor,
     "trace": trace,
     "hidden-states": hidden_states,
     "localization": localization,
@@ -100,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         kept = {
             "tune": "the same command goes on after the trials that are finished",
+            "train-editor": "the same command goes on after the last validation",
             "edit": "the same command goes on after the rounds and scores that are finished",
             "facts": "the base is kept; facts apply goes on after the values that are found",
             "trace": "the same command goes on after the facts that are finished",

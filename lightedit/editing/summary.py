@@ -97,6 +97,8 @@ def advice(
         ways = [
             f"{way} {name} ({_present(method[name])})" for name, way in _OF_WRITING.items() if _is_set(method, name)
         ]
+        if method.get("folder") is not None:  # the other settings are those of the network's training
+            ways = [f"a network trained longer, or on more facts like these ({_present(method['folder'])} now)"]
         subjects = Counter(outcome.fact.subject for outcome in outcomes)
         if any(outcome.fact.subject and subjects[outcome.fact.subject] > 1 for outcome in unwritten):
             if on_collision != "joint":

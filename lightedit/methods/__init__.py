@@ -12,12 +12,17 @@ from lightedit.methods.closed_form.rome import ROME
 from lightedit.methods.finetuning.ewc import EWC
 from lightedit.methods.finetuning.ft import FT
 from lightedit.methods.finetuning.retrain import Retrain
+from lightedit.methods.hypernetworks.ke import KE
+from lightedit.methods.hypernetworks.mend import MEND
 from lightedit.methods.neurons.kn import KN
 from lightedit.methods.protocol import Method
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, GRACE, Defer, Memory)
+    for method in (
+        *(ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, KE, MEND),
+        *(GRACE, Defer, Memory),
+    )
 }
 
 __all__ = [
@@ -26,8 +31,10 @@ __all__ = [
     "EWC",
     "FT",
     "GRACE",
+    "KE",
     "KN",
     "MEMIT",
+    "MEND",
     "METHODS",
     "PMET",
     "ROME",

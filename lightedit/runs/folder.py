@@ -28,8 +28,7 @@ _FORMAT = 3
 _RUN = "run.json"
 _ROUNDS = "round-*.safetensors"
 _CHUNKS = "chunk-*.json"
-TRAINING = "training.ckpt"
-"""The file of a training's last kept epoch."""
+_STATE = "training.ckpt"
 _UNFINISHED = ".*.tmp"
 _LOCK = ".lock"
 _ANEW = "choose another folder, or delete this one to start anew (on the command line: another --out, or --restart)"
@@ -120,7 +119,7 @@ def _no_locks(folder: Path, error: Exception) -> ResumeError:
 
 def remove_run(folder: Path) -> None:
     """Delete the files of a run, and its folder if it is then empty."""
-    for pattern in (_ROUNDS, _CHUNKS, TRAINING, _RUN, _UNFINISHED):
+    for pattern in (_ROUNDS, _CHUNKS, _STATE, _RUN, _UNFINISHED):
         # the last round first, so that an interrupted deletion leaves a run that can be resumed
         for file in sorted(folder.glob(pattern), reverse=True):
             file.unlink()
@@ -179,3 +178,8 @@ def _differences(known: Any, now: Any, name: str = "") -> list[str]:
 def round_file(folder: Path, number: int) -> Path:
     """The file of a finished round, counted from 1."""
     return folder / _ROUNDS.replace("*", f"{number:04}")
+
+
+def state_file(folder: Path) -> Path:
+    """The file of a training's latest state."""
+    return folder / _STATE

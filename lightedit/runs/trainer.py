@@ -6,20 +6,15 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 
-def own_trainer(accelerator: str = "cpu", **settings: Any) -> Trainer:
+def own_trainer(**settings: Any) -> Trainer:
     """A trainer that runs in this process alone, under any launcher, without a progress bar of its own.
 
-    It runs on the CPU because most modules hold nothing to move: the language model stays on its own devices.
-
-    Args:
-        accelerator: where modules that hold their model run; "auto" for a GPU if there is one.
-        settings: other arguments of the trainer.
+    It runs on the CPU unless `settings` say otherwise, because most modules hold nothing to move: the language model
+    stays on its own devices.
     """
     return Trainer(
-        accelerator=accelerator,
-        devices=1,
         plugins=[LightningEnvironment()],
         enable_progress_bar=False,
         enable_model_summary=False,
-        **settings,
+        **{"accelerator": "cpu", "devices": 1, **settings},
     )

@@ -23,7 +23,7 @@ from lightedit.files import whole_file
 from lightedit.lm.batch import pad
 from lightedit.lm.fingerprint import fingerprint
 from lightedit.progress import Report, progress, quiet_lightning
-from lightedit.runs.folder import TRAINING, ResumeError, check_run, locked, start_run
+from lightedit.runs.folder import ResumeError, check_run, locked, start_run, state_file
 from lightedit.runs.trainer import own_trainer
 from lightedit.training.settings import TrainingSettings
 
@@ -220,7 +220,7 @@ def fit(model: PreTrainedModel, items: Sequence[Item], settings: TrainingSetting
             accelerator="auto",
             max_epochs=settings.epochs,
             logger=False,
-            callbacks=[_Keeper(run / TRAINING, settings.keep_every)],
+            callbacks=[_Keeper(state_file(run), settings.keep_every)],
             gradient_clip_val=1.0,
         )
         trainer.fit(module, batches, ckpt_path=kept)
@@ -241,7 +241,7 @@ def _kept(
     }
     run.mkdir(parents=True, exist_ok=True)
     with locked(run):
-        file = run / TRAINING
+        file = state_file(run)
         if not file.exists():
             start_run(run, "training", inputs)
             yield None

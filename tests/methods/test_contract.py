@@ -16,6 +16,7 @@ from lightedit.lm.changes import DenseUpdate
 from lightedit.methods import METHODS
 from lightedit.methods.closed_form.method import ClosedForm
 from lightedit.runs.folder import kept_rounds
+from tests.methods.hypernetworks.trained import ready
 from tests.models import tiny_model, tiny_tokenizer
 from tests.runs import FACTS, LAYERS, QUIET, VALUES, assert_unedited, covariance_of, state
 from tests.toy import GradientStep
@@ -44,6 +45,9 @@ ALL: dict[str, le.Method] = {
     "GRACE, published": le.GRACE(layer=1, steps=5, positions="all", published=True, init="warm"),
     "Defer": le.Defer(layer=1, steps=5),
     "Memory": le.Memory(layer=1, steps=5, entries=7),
+    "MEND": le.MEND(layers=(2, 3), rank=8, rate=1e-2),
+    "MEND, published": le.MEND(layers=(3,), rank=8, norm=False, rate=0.05, published=True),
+    "KE": le.KE(layers=(2, 3), hidden=4, width=8, middle=4),
     "KN": le.KN(layers=LAYERS, search=le.NeuronSearch(points=4, threshold=0.05, prompts="prompt")),
 }
 EVERY = pytest.mark.parametrize("method", list(ALL.values()), ids=list(ALL))
@@ -71,7 +75,7 @@ def run(
     lm: le.LanguageModel, method: le.Method, facts: list[le.Fact] = FACTS, size: int = 2, **arguments: Any
 ) -> le.Edit:
     settings = replace(QUIETLY, facts_per_round=rounds(method, size))
-    return le.edit(lm, facts, method, covariance=needs(lm, method), settings=settings, **arguments)
+    return le.edit(lm, facts, ready(lm, method), covariance=needs(lm, method), settings=settings, **arguments)
 
 
 def logits(lm: le.LanguageModel) -> torch.Tensor:
@@ -143,7 +147,7 @@ def test_every_written_fact_has_an_outcome_and_a_search_has_a_loss(method: le.Me
 def test_a_module_in_the_users_own_trainer_gives_the_same_bits(method: le.Method) -> None:
     lm, other = model(), model()
     run(lm, method, FACTS[:4])
-    module = le.EditModule(other, method, covariance=needs(other, method))
+    module = le.EditModule(other, ready(other, method), covariance=needs(other, method))
     trainer = Trainer(accelerator="cpu", logger=False, **QUIET)
     trainer.fit(module, datamodule=le.FactsDataModule(FACTS[:4], facts_per_round=rounds(method)))
     assert module.fraction_done == 1.0 and [row["round"] for row in module.retention]
@@ -184,7 +188,7 @@ def test_the_single_protocol_scores_each_fact_as_if_edited_alone(method: le.Meth
     lm = model()
     before = state(lm)
     quiet = le.EvaluationSettings(progress_bar=False)
-    together = le.evaluate_single(lm, FACTS, method, covariance=needs(lm, method), settings=quiet)
+    together = le.evaluate_single(lm, FACTS, ready(lm, method), covariance=needs(lm, method), settings=quiet)
     assert_unedited(lm, before)
     for fact, record in zip(FACTS, together.records, strict=True):
         edit = run(lm, method, [fact])

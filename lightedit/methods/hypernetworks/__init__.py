@@ -1,0 +1,1 @@
+"""Hyper-networks: trained networks that turn the gradient of a fact's loss into an edit (KE, MEND)."""
