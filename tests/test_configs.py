@@ -2,8 +2,9 @@
 
 Where the numbers come from: ROME (Meng et al., 2022, arXiv 2202.05262), MEMIT (Meng et al., 2023, 2210.07229), EMMET
 (Gupta et al., 2024, 2403.14236), PMET (Li et al., 2024, 2308.08742), AlphaEdit (Fang et al., 2025, 2410.02355), ENCORE
-(Gupta et al., 2025, 2502.01636), LocFT-BF (2509.22072), EasyEdit and their code; those of SmolLM2 are the best of our
-own sweeps, but for fine-tuning. Each file's first line says which it takes.
+(Gupta et al., 2025, 2502.01636), LocFT-BF (2509.22072), MEND (2110.11309), KE (2104.08164), EasyEdit and their
+code; those of SmolLM2 are the best of our own sweeps, but for fine-tuning and hyper-networks. Each file's first line
+says which it takes.
 """
 
 from dataclasses import asdict
@@ -116,6 +117,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama-3-8b/ft": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1, "published": True},
     "llama-3-8b/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
     "llama-3-8b/locft-bf": {"layers": [22], "lr": 5e-4, "epochs": 25, "batch_size": 100, "end_of_text": True},
+    "gpt2-xl/mend": {"layers": layers(45, 47)},
+    "gpt2-xl/ke": {"layers": layers(45, 47), "condition": "{prompt} {target}", "hidden": 512, "width": 768, "lr": 1e-5},
+    "gpt-j-6b/mend": {"layers": layers(25, 27)},
+    "llama-2-7b/mend": {"layers": layers(29, 31), "parts": ["mlp_gate", "mlp_in", "mlp"]},
+    "llama-3-8b/mend": {"layers": layers(29, 31), "parts": ["mlp_gate", "mlp_in", "mlp"]},
+    "smollm2/mend": {"layers": layers(27, 29), "rank": 256, "lr": 2e-5, "rate_lr": 1e-5},
+    "smollm2/ke": {"layers": layers(27, 29)},
     "smollm2/ft": {"layers": [21], "lr": 5e-4, "epochs": 25},
     "smollm2/ft-l": {"layers": [0], "lr": 5e-4, "epochs": 25, "norm": 2e-3},
     "smollm2/ft-w": {"layers": [21], "lr": 5e-4, "epochs": 25, "weight_decay": "power_law", "parts": "block"},
@@ -282,6 +290,18 @@ FINE_TUNING: dict[str, dict[str, Any]] = {
     "EWC": TRAINING | TABLES | {"lambda_": 0.1, "last": 10},
     "Retrain": TRAINING | TABLES | {"every": 50, "passes": 5, "last": None},
 }
+BOTH_NETWORKS = {"parts": ("mlp_in", "mlp"), "folder": None, "seed": 0, "published": False}
+HYPER_NETWORKS: dict[str, dict[str, Any]] = {
+    "MEND": {"rank": 1920, "norm": True, "rate": 1e-4, "edit_weight": 0.1, "lr": 1e-6, "rate_lr": 1e-4, "clip": 100.0},
+    "KE": {"condition": "{prediction} >> {target} || {prompt}", "hidden": 128, "width": 1024, "middle": 128,
+           "constraint": "kl", "margin": None, "margin_end": None, "lr": 3e-4, "multiplier_lr": 0.1, "warmup": 1000,
+           "clip": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYPER_NETWORKS)
+def test_what_is_left_out_of_a_hyper_network_is_as_published(name: str) -> None:
+    assert asdict(METHODS[name](layers=(1,))) == {"layers": (1,), **BOTH_NETWORKS, **HYPER_NETWORKS[name]}
 
 
 ADAPTING = {"part": "mlp", "positions": None, "lr": 0.1, "steps": 100, "seed": 0}
@@ -315,4 +335,4 @@ def test_a_models_adaptor_can_be_made(name: str) -> None:
 
 
 def test_every_method_has_its_defaults_in_the_table() -> None:
-    assert METHODS.keys() == (DEFAULTS | FINE_TUNING | ADAPTORS).keys()
+    assert METHODS.keys() == (DEFAULTS | FINE_TUNING | ADAPTORS | HYPER_NETWORKS).keys()

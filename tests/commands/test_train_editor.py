@@ -37,7 +37,7 @@ def test_a_network_is_trained_and_edits(
     edit = ["edit", *command[1:5], "--out", str(tmp_path / "edit"), "--method", "MEND"]
     with pytest.raises(SystemExit) as stop:  # 3: it was trained for four steps, so facts do not hold
         main([*edit, "--method.folder", str(tmp_path / "mend"), "--evaluate", "false"])
-    assert stop.value.code == 3 and "a network trained longer" in capsys.readouterr().err
+    assert stop.value.code == 3 and "a network trained longer" in capsys.readouterr().out
     assert le.Edit.load(tmp_path / "edit").layers == [1, 2, 3]
 
 
@@ -49,7 +49,7 @@ def test_the_single_protocol_and_a_sweep_take_a_trained_network(command: list[st
     methods = f"{{MEND: {{class_path: lightedit.MEND, init_args: {{folder: {tmp_path / 'mend'}}}}}}}"
     main(["sweep", *command[1:5], "--methods", methods, "--facts_per_round", "[2,single]", "--out",
           str(tmp_path / "sweep")])  # fmt: skip
-    lines = (tmp_path / "sweep" / "results.csv").read_text().splitlines()
+    lines = (tmp_path / "sweep" / "runs.csv").read_text().splitlines()
     assert len(lines) == 3 and all("MEND" in line for line in lines[1:])
 
 
@@ -84,7 +84,7 @@ def test_a_training_that_was_interrupted_goes_on(
         ([*MEND, "--limit", "1"], "at least 2"),
         ([*MEND, "--settings.validation", "5"], "of which validation holds out 5"),
         ([*MEND, "--chat"], "chat template"),
-        ([*MEND, "--method.folder", "nowhere"], "nowhere is a trained network; leave it out"),
+        ([*MEND, "--method.folder", "nowhere"], "nowhere holds no trained network"),
     ],
 )
 def test_wrong_input_ends_with_status_2(

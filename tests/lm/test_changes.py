@@ -15,6 +15,7 @@ from lightedit.errors import UnsupportedModelError
 from lightedit.lm import LanguageModel, Place
 from lightedit.lm.batch import pad
 from lightedit.lm.changes import Adaptor, Change, DenseUpdate, LowRankUpdate, change_from
+from lightedit.lm.reading import Prompts
 from tests.lm.places import ROWS, language_model
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,7 +32,7 @@ class Affine(Adaptor):
 
     kind: ClassVar[str] = "test-affine"
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, prompts: Prompts) -> Tensor:
         assert inputs.shape[:2] == output.shape[:2]
         changed = output.clone()
         changed[:, self.position] = self.share * output[:, self.position] + self.shift.to(output)

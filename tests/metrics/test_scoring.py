@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightedit.data.fact import FactError, Serving
+from lightedit.data.served import Pair
 from lightedit.lm import LanguageModel, Place
 from lightedit.metrics import score_targets
 from lightedit.metrics.scoring import _rows
@@ -120,12 +121,12 @@ def test_an_answer_that_begins_another_is_read_with_it(model_type, read):
 @pytest.mark.parametrize("branching", [True, False])
 def test_rows_hold_the_texts_of_one_prompt_and_edit(branching):
     asked = [(0, "a", "x"), (0, "a", "y"), (1, "a", "x"), (0, "a", "z"), (0, "b", "x")]
-    pairs = [(*pair, Serving()) for pair in asked]
-    texts = [[1, 2], [1, 2, 3], [1, 2], [1, 2, 4, 3], [1, 2]]
-    rows, place = _rows(pairs, texts, branching)
+    pairs = [Pair(*pair) for pair in (([1, 2], [9]), ([1, 2, 3], [3, 9]), ([1, 2], [9]), ([1, 2, 4, 3], [4, 3, 9]),
+                                      ([5, 2], [9]))]  # fmt: skip
+    rows, place = _rows([(*one, Serving()) for one in asked], pairs, branching)
     assert len(rows) == (3 if branching else 4)
-    for (edit, *_), text, (row, tokens) in zip(pairs, texts, place, strict=True):
-        assert rows[row].edit == edit
+    for (edit, *_), (text, _), (row, tokens) in zip(asked, pairs, place, strict=True):
+        assert (rows[row].edit, rows[row].prompt) == (edit, 2)
         assert [rows[row].ids[token] for token in tokens] == text
         assert [rows[row].positions[token] for token in tokens] == list(range(len(text)))
         for number, token in enumerate(tokens):
