@@ -101,8 +101,8 @@ def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
     for place in lm.weights.places:
         if adaptors := lm.weights.adaptors(place):
             raise ArgumentError(
-                f"the edit runs a module of its own at {place} ({adaptors[0].kind}), which no file of weights can hold; "
-                "ship the edit's folder, and apply it to the model with lightedit"
+                f"the edit runs a module of its own at {place} ({adaptors[0].kind}), which no file of weights can "
+                "hold; ship the edit's folder, and apply it to the model with lightedit"
             )
     return {
         "model": lm.name,
