@@ -291,7 +291,8 @@ def test_rome_with_statistics_of_the_models_own_writing(place: Path) -> None:
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
-CONFIGS = [path for path in CONFIGS if path.parent.name != "sweeps"]  # those are for another command
+CONFIGS = [path for path in CONFIGS if path.parent.name not in ("sweeps", "studies")]  # those are for other commands
+STUDIES = sorted((Path(__file__).parents[1] / "configs/studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -307,6 +308,14 @@ def test_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) 
         assert settings["values"]["lr"] > 0
         assert bool(settings["values"]["stopping"]) == (config.stem in ("encore", "pmet"))
     assert printed["run"]["facts_per_chunk"] >= 1
+
+
+@pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)
+def test_configs_of_studies_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["localization", "--config", str(config), "--out", "studies/x", "--print_config"])
+    assert not stop.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["settings"]["windows"] == [5]
 
 
 def test_a_run_with_rounds_makes_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

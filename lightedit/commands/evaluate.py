@@ -58,8 +58,8 @@ def evaluate(
             (RS_own). Needs evaluation.generate.
         protocol: model scores the model on all facts; single scores each fact after method has edited it alone into
             the model.
-        method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain or KN, with its settings as
-            method.layers and so on.
+        method: for single: ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, GRACE, Defer or Memory,
+            with its settings as method.layers and so on.
         covariance: for single: a folder that `lightedit covariance` saved, or one of published .npz files; by default
             the covariance is estimated from self-generated text and kept in the cache.
         facts_per_chunk: for single: facts whose values are optimised together; more is faster and takes more memory.

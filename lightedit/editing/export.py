@@ -107,8 +107,11 @@ def _record(lm: LanguageModel, folder: Path) -> dict[str, object]:
     if not lm.weights.edits:
         raise ArgumentError(f"{lm.name} carries no edit, so there is nothing to export; apply one first")
     for place in lm.weights.places:
-        if lm.weights.adaptors(place):
-            raise ArgumentError(f"the edit runs a module of its own at {place}, which no file of weights can hold")
+        if adaptors := lm.weights.adaptors(place):
+            raise ArgumentError(
+                f"the edit runs a module of its own at {place} ({adaptors[0].kind}), which no file of weights can "
+                "hold; ship the edit's folder, and apply it to the model with lightedit"
+            )
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint,

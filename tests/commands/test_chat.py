@@ -116,7 +116,7 @@ def test_wrong_arguments_are_refused(place, capsys) -> None:
         (["--edits", "missing"], "missing"),
         (["--max_new_tokens", "0"], "max_new_tokens: got 0, expected at least 1"),
         (["--chat", "--plain"], "--chat and --plain exclude each other"),
-        (["--chat"], "has no chat template"),
+        (["--chat"], "serves no chat template"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["chat", "model", *arguments])
