@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import lightedit as le
 from lightedit.methods import METHODS
 from lightedit.methods.closed_form.method import ClosedForm
 
@@ -184,8 +185,33 @@ SWEEPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SHORT = {"prefixes": [["The", 1, 5], ["I", 1, 5]], "bare_weight": None}
+FEWER = {"windows": [5], "samples": 5, "essence_texts": 2, "essence_tokens": 50}
+SPREAD = [0, 4, 8, 12, 17, 21, 25, 29]
+
+
+def rome(lr: float, steps: int) -> dict[str, Any]:
+    return {"ROME": method("ROME", {"layers": [5], "contexts": SHORT, "values": values(lr, steps, 4.0)})}
+
+
+# file -> all of it but the model and the facts' file
+STUDIES: dict[str, dict[str, Any]] = {
+    "studies/smollm2-layers": {
+        "limit": 920, "methods": rome(0.5, 20), "settings": {"problems": ["injection"], "layers": SPREAD, **FEWER},
+    },
+    "studies/smollm2-problems": {
+        "limit": 291, "methods": rome(0.5, 20), "forcing": rome(0.05, 25),
+        "settings": {"layers": [4, 14, 24], **FEWER},
+    },
+    "studies/smollm2-problems-ft": {
+        "limit": 291, "methods": {"FT": method("FT", {"layers": [0], "norm": 0.002})},
+        "settings": {"layers": SPREAD, **FEWER},
+    },
+}  # fmt: skip
+
+
 def test_every_file_is_in_the_table() -> None:
-    assert sorted(FOUND) == sorted(SETTINGS | SWEEPS)
+    assert sorted(FOUND) == sorted(SETTINGS | SWEEPS | STUDIES)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -208,6 +234,12 @@ def test_a_models_fine_tuning_can_be_made(name: str) -> None:
 def test_a_sweep_runs_what_its_results_were_made_with(name: str) -> None:
     expected = {"lm": "smollm2", "dtype": "float32", "facts": "counterfact.json", **SWEEPS[name]}
     assert yaml.safe_load(FOUND[name].read_text()) == expected
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_what_its_results_were_made_with(name: str) -> None:
+    assert yaml.safe_load(FOUND[name].read_text()) == {"lm": "smollm2", "facts": "counterfact.json", **STUDIES[name]}
+    le.LocalizationSettings(**STUDIES[name]["settings"])  # can be made
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -235,7 +267,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ENCORE": {"values": GPTJ_VALUES | PLAIN | {"stopping": {"extra_steps": 1, "published": False}},
                "contexts": CONTEXTS, "lambda_": 15000.0, "norm_weight": 20.0},
     "KN": {"mode": "update", "subtract": 1.0, "add": 8.0, "scaled": True, "embeddings": "output", "erase_with": "zero",
-           "published": False, "search": {"points": 20, "threshold": 0.2, "share": 0.7, "adjust": False,
+           "published": False, "search": {"points": 20, "threshold": 0.2, "share": 0.7, "adjust": False, "common": None,
                                           "prompts": "contexts", "contexts": CONTEXTS}},
 }  # fmt: skip
 TRAINING = {"lr": 5e-4, "epochs": 25, "norm": None, "weight_decay": 0.0, "order": "breadth", "batch_size": 64,

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightedit.data.words import counted
 from lightedit.lm import LanguageModel
 from lightedit.lm.arguments import check_model
 from lightedit.methods.neurons.asking import AskedFact, ask, most_probable, texts_of
+from lightedit.methods.neurons.common import common_neurons
 from lightedit.methods.neurons.search import find_neurons
 from lightedit.progress import progress
 from lightedit.runs.kept import KeptRecords, kept_records
@@ -77,7 +78,20 @@ def neurons(
             if kept is not None:
                 kept.add(index, found[index].to_dict())
             report(number, len(rest))
-    return Neurons(lm.name, layers, settings, tuple(found[index] for index in chosen), tuple(left_out))
+    own = _refined([facts[index] for index in chosen], [found[index] for index in chosen], settings.search.common)
+    return Neurons(lm.name, layers, settings, own, tuple(left_out))
+
+
+def _refined(facts: Sequence[Fact], found: Sequence[FactNeurons], largest: float | None) -> tuple[FactNeurons, ...]:
+    """What was found of each fact, without neurons that too many facts of its relation have."""
+    if largest is None:
+        return tuple(found)
+    own = [{(neuron.layer, neuron.neuron) for neuron in each.neurons} for each in found]
+    common = common_neurons(own, [fact.relation for fact in facts], largest)
+    return tuple(
+        replace(each, neurons=tuple(x for x in each.neurons if (x.layer, x.neuron) not in dropped))
+        for each, dropped in zip(found, common, strict=True)
+    )
 
 
 def _asked(lm: LanguageModel, facts: Sequence[Fact], settings: NeuronSettings) -> list[AskedFact]:

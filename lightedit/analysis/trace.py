@@ -13,7 +13,8 @@ from lightedit.data.words import counted
 from lightedit.runs.tables import write_table
 
 _FORMAT = 1
-FILE, TABLE = "trace.json", "trace.csv"
+FILE, TABLE, AVERAGES = "trace.json", "trace.csv", "averages.csv"
+_SITES = ("last subject", "last")  # the classes of the early and the late site, in whose averages most facts count
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,40 @@ class Trace:
         return {name: [mean_of(column) for column in zip(*found[name], strict=True)] for name in order}
 
     def __str__(self) -> str:
+        """The average total effect, and for each kind the largest average indirect effects of two classes of tokens."""
         left = f", {len(self.left_out)} that the model does not know left out" if self.left_out else ""
-        return (
+        lines = [
             f"{counted(len(self.facts))} traced{left}; P {self.p_clean.value:.3f}, P* {self.p_corrupted.value:.3f}, "
             f"average total effect {self.total_effect}"
-        )
+        ]
+        for kind in self.kinds:
+            by_class = self.averages(kind)
+            shown = []
+            for name in (name for name in _SITES if name in by_class):
+                largest = max(by_class[name])
+                shown.append(f"{name} token {largest} at layer {by_class[name].index(largest)}")
+            lines.append(f"{kind}: largest average indirect effect of the {', '.join(shown)}")
+        return "\n".join(lines)
+
+    def average_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of averages.csv."""
+        for kind in self.kinds:
+            for name, by_layer in self.averages(kind).items():
+                for layer, mean in enumerate(by_layer):
+                    yield {
+                        "kind": kind,
+                        "token_class": name,
+                        "layer": layer,
+                        "indirect_effect": mean.value,
+                        "half_width": mean.half_width if mean.facts > 1 else None,
+                        "facts": mean.facts,
+                    }
 
     def save(self, folder: str | Path) -> Path:
-        """Write trace.json, which `load` reads, and trace.csv, one row for each fact, kind, token and layer.
+        """Write trace.json, which `load` reads, and two tables.
+
+        trace.csv has one row for each fact, kind, token and layer, averages.csv one for each kind, class of tokens and
+        layer.
 
         Returns:
             The folder.
@@ -154,6 +181,7 @@ class Trace:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / TABLE, [row for fact in self.facts for row in fact.rows()])
+        write_table(folder / AVERAGES, list(self.average_rows()))
         write_record(folder / FILE, _FORMAT, asdict(self) | {"facts": [fact.to_dict() for fact in self.facts]})
         return folder
 

@@ -34,7 +34,7 @@ def trace(
     Args:
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts with subjects and right answers: known facts, CounterFact, or any form that edit reads.
-        out: a folder for trace.csv, trace.json and the figures, each as .svg and .png.
+        out: a folder for trace.csv, averages.csv, trace.json and the figures, each as .svg and .png.
         format: form of the records in that file, such as known or counterfact; by default it is recognised.
         limit: use only this many first facts, known or not.
         settings: what is restored, and how states are corrupted.
@@ -63,4 +63,4 @@ def trace(
     figures = save_figures(found, out, fact_figures)
     remove_runs(kept)
     print(found)
-    print(f"saved trace.csv and {len(figures)} figures in {out}")
+    print(f"saved trace.csv, averages.csv and {len(figures)} figures in {out}")

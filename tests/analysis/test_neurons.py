@@ -1,6 +1,8 @@
 """The search for knowledge neurons of facts: results, files, figures, resuming."""
 
 import csv
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,17 @@ def test_facts_that_the_model_does_not_know_are_left_out_unless_all_are_asked_fo
     assert [fact.answer for fact in whole.facts] == [" city", " the"]
     with pytest.raises(le.FactError, match="none of the 1 is known"):
         le.neurons(lm, [UNKNOWN], settings=settings())
+
+
+def test_neurons_that_too_many_facts_of_a_relation_have_are_dropped(lm: le.LanguageModel, found: le.Neurons) -> None:
+    facts = [replace(fact, relation="is") for fact in KNOWN]
+    some = le.neurons(lm, facts, settings=settings(search=replace(SEARCH, common=0.0)))
+    counts = Counter((neuron.layer, neuron.neuron) for fact in found.facts for neuron in fact.neurons)
+    assert max(counts.values()) > 1  # else the option has nothing to do
+    for whole, left in zip(found.facts, some.facts, strict=True):
+        assert left.neurons == tuple(x for x in whole.neurons if counts[x.layer, x.neuron] == 1)
+    apart = [replace(fact, relation=str(number)) for number, fact in enumerate(KNOWN)]
+    assert le.neurons(lm, apart, settings=settings(search=replace(SEARCH, common=0.0))).facts == found.facts
 
 
 def test_chosen_layers_are_searched_alone(lm: le.LanguageModel) -> None:

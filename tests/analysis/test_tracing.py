@@ -190,6 +190,13 @@ def test_total_effects_are_averaged_over_facts() -> None:
     assert "3 facts traced, 1 that the model does not know left out" in str(made_up_trace())
 
 
+def test_a_trace_says_where_effects_are_largest() -> None:
+    # effects 0.1 t + 0.01 l, shifted by 0, 0.05 and 0.1; the subject ends at token 4, the prompt at token 6
+    width = 1.96 * 0.05 / math.sqrt(3)
+    sites = f"last subject token 0.460 ± {width:.3f} at layer 1, last token 0.660 ± {width:.3f} at layer 1"
+    assert f"state: largest average indirect effect of the {sites}" in str(made_up_trace(3)).splitlines()
+
+
 # Files
 
 
@@ -203,6 +210,17 @@ def test_the_table_has_a_row_for_each_restoration(found: le.Trace, tmp_path: Pat
     row = next(r for r in rows if r["kind"] == "mlp" and r["layer"] == "1" and r["position"] == "4")
     assert (row["fact"], row["token"], row["token_class"]) == (KNOWN[0].text, "ri", "first subject")
     assert float(row["indirect_effect"]) == pytest.approx(found.facts[0].effects("mlp", 4)[1])
+
+
+def test_the_averages_are_a_table(tmp_path: Path) -> None:
+    with (made_up_trace(3).save(tmp_path) / "averages.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "state"]
+    assert len(rows) == 2 * 6
+    (row,) = [row for row in rows if (row["token_class"], row["layer"]) == ("middle subject", "1")]
+    assert float(row["indirect_effect"]) == pytest.approx(0.25 + 0.01 + 0.05) and row["facts"] == "3"
+    assert float(row["half_width"]) == pytest.approx(1.96 * 0.05 / math.sqrt(3))
+    with (made_up_trace(1).save(tmp_path) / "averages.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["half_width"] for row in csv.DictReader(file)} == {""}
 
 
 def test_a_saved_trace_is_read_back_unchanged(found: le.Trace, tmp_path: Path) -> None:

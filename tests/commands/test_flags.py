@@ -62,7 +62,7 @@ FLAGS = {
     "neurons": {*MODEL, *SERVED, *FACTS, "--out", "--limit", "--overwrite", "--restart",
                 *(f"--settings{name}" for name in ("", ".layers", ".only_known", ".published", ".tokens_per_pass",
                   ".progress_bar", ".search", *(f".search.{name}" for name in ("points", "threshold", "share", "adjust",
-                  "prompts", "contexts", "contexts.prefixes", "contexts.bare_weight", "contexts.seed",
+                  "common", "prompts", "contexts", "contexts.prefixes", "contexts.bare_weight", "contexts.seed",
                   "contexts.separate"))))},
     "covariance": {*MODEL, *METHOD, "--out", "--layers", "--text", "--tokens", "--sequence_length", "--seed"},
     "evaluate": {*MODEL, *METHOD, *EVALUATION, *SERVED, *FACTS, "--edit", "--limit", "--out", "--compare",

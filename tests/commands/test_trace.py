@@ -27,7 +27,7 @@ def test_the_command_writes_the_table_and_the_figures(
     main(command)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     figures = {f"{name}.{kind}" for name in ("averages", "layers", "severed", "fact-1") for kind in ("svg", "png")}
-    assert names == {"trace.csv", "trace.json", *figures}
+    assert names == {"trace.csv", "averages.csv", "trace.json", *figures}
     assert not (tmp_path / "out.run").exists()
     printed = capsys.readouterr()
     assert "3 facts traced, 1 that the model does not know left out" in printed.out

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightedit.analysis.localization.facts import StudiedFact, check_facts, edited_fact, known, studied
-from lightedit.analysis.localization.measuring import measure, rows_of
+from lightedit.analysis.localization.measuring import Rows, measure, rows_of
 from lightedit.analysis.localization.methods import FORCING, METHODS, check_methods, placed
 from lightedit.analysis.localization.noised import NoisedSubjects
 from lightedit.analysis.localization.result import Cell, LocalizationStudy
@@ -220,8 +220,14 @@ class _Study:
             editor = (method.erasing() if problem == "erasure" else method).editor(lm, covariance=self.covariance)
             editor.served = None if noised is None else noised.serving()
             editor.prepare(targets, None, like)
-            search(editor, range(len(targets)), editor.make_optimizer(), subprogress(report, 0, _SEARCH, 1))
-            after = list(_measured_alone(editor, rows))
+            after: list[Measured] = []
+            size = min(len(targets), editor.most_separate or len(targets))
+            for start in range(0, len(targets), size):
+                together = range(start, min(start + size, len(targets)))
+                share = len(together) / len(targets)
+                of_search = subprogress(report, start / len(targets), _SEARCH * share, 1)
+                search(editor, together, editor.make_optimizer(), of_search)
+                after += _measured_alone(editor, together, [rows[index] for index in together])
         report(1, 1)
         cells = [
             Cell(i, problem, name, part.layer, was, now)
@@ -230,18 +236,17 @@ class _Study:
         return cells, like or editor
 
 
-def _measured_alone(editor: Editor, rows: Sequence[Any]) -> Iterator[Measured]:
-    """What is measured of each fact under its own edit alone."""
-    every = range(len(rows))
-    edits = editor.separate(every)
+def _measured_alone(editor: Editor, indices: Sequence[int], rows: Sequence[Rows]) -> Iterator[Measured]:
+    """What is measured of each of these facts under its own edit alone."""
+    edits = editor.separate(indices)
     if edits is not None:
         yield from measure(editor.lm, rows, edits)
         return
-    for index in every:
+    for index, row in zip(indices, rows, strict=True):
         owner = ("alone", index)
         try:
             editor.write([index], owner)
-            yield from measure(editor.lm, [rows[index]])
+            yield from measure(editor.lm, [row])
         finally:
             editor.lm.weights.remove([owner])
 

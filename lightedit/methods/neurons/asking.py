@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,31 @@ def ask(lm: LanguageModel, fact: Fact, texts: Sequence[str], answer: str, publis
     except ArgumentError as error:
         raise FactError(str(error)) from error
     return asked
+
+
+@dataclass(frozen=True)
+class EditedFact:
+    """A fact as an editor works on it.
+
+    Attributes:
+        prompts: its prompts with the answer that is attributed.
+        known: whether this answer is given; else it is what the model says when the fact's round begins.
+        old: tokens of the old object; empty for what the model says.
+        new: tokens of the new object.
+    """
+
+    prompts: AskedFact
+    known: bool
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lm: LanguageModel, fact: Fact, answer: str | None, texts: Sequence[str], published: bool) -> Self:
+        """The fact whose answer is attributed; None for what the model says. See `ask`."""
+        prompts = ask(lm, fact, texts, answer or fact.target_new, published)
+        named = answer is not None and not published
+        old = object_tokens(lm, fact, answer) if named and answer else ()
+        return cls(prompts, answer is not None, old, object_tokens(lm, fact, fact.target_new, published))
 
 
 def texts_of(fact: Fact, prompts: str, contexts: Contexts) -> list[str]:

@@ -16,15 +16,14 @@ from lightedit.lm.changes import Change
 from lightedit.lm.rowwise import RowwiseEdits
 from lightedit.lm.weights import Owner
 from lightedit.methods.neurons.asking import (
-    AskedFact,
+    EditedFact,
     Embeddings,
-    ask,
     most_probable,
     object_embedding,
-    object_tokens,
     texts_of,
 )
 from lightedit.methods.neurons.columns import Columns, written_apart, written_together
+from lightedit.methods.neurons.common import without_common
 from lightedit.methods.neurons.search import NeuronSearch, find_neurons
 from lightedit.methods.protocol import Editor, EditorSettings, Method
 from lightedit.statistics.covariance import Covariance
@@ -34,23 +33,6 @@ EraseWith = Literal["zero", "unknown"]
 
 _PUBLISHED = (2.0, 1.0)  # λ1 and λ2 of ROME's KN row
 _NAMED = 3  # most facts that a warning names
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A fact as the editor works on it.
-
-    Attributes:
-        prompts: its prompts with the answer that is attributed.
-        known: whether this answer is given; else it is what the model says when the fact's round begins.
-        old: tokens of the old object; empty for what the model says.
-        new: tokens of the new object.
-    """
-
-    prompts: AskedFact
-    known: bool
-    old: tuple[int, ...]
-    new: tuple[int, ...]
 
 
 class KNEditor(Editor):
@@ -69,10 +51,12 @@ class KNEditor(Editor):
         self, lm: LanguageModel, method: Method, covariance: Covariance | None, settings: EditorSettings
     ) -> None:
         super().__init__(lm, method, covariance, settings)
-        self.asked: list[Asked] = []
+        self.asked: list[EditedFact] = []
         self.contexts = Contexts()
         self._old: dict[int, tuple[int, ...]] = {}  # the old object of each fact of the round
         self._queue: list[int] = []
+        self._chunk: set[int] = set()
+        self._of_run: dict[int, Tensor] = {}  # the neurons of facts that are each edited alone, common ones included
 
     def prepare(
         self, facts: Sequence[Fact], rounds: Sequence[Sequence[int]] | None, like: Editor | None = None
@@ -99,19 +83,30 @@ class KNEditor(Editor):
             except FactError as error:
                 raise FactError(f"fact {number}: {error}") from error
 
-    def _ask(self, fact: Fact) -> Asked:
-        lm, published = self.lm, self.method.published
+    def _ask(self, fact: Fact) -> EditedFact:
+        published = self.method.published
         answer = fact.target_true if self.method.mode == "update" else fact.target_new
         texts = texts_of(fact, "prompt" if published else self.method.search.prompts, self.contexts)
-        prompts = ask(lm, fact, texts, answer or fact.target_new, published)
-        named = answer is not None and not published
-        old = object_tokens(lm, fact, answer) if named and answer else ()
-        return Asked(prompts, answer is not None, old, object_tokens(lm, fact, fact.target_new, published))
+        return EditedFact.of(self.lm, fact, answer, texts, published)
 
     # The search
 
     def start(self, indices: Sequence[int], optimizer: torch.optim.Optimizer | None) -> None:
-        self._queue = [index for index in indices if index not in self.results]
+        self.results |= {index: self._of_run[index] for index in indices if index in self._of_run}
+        wanted = self._with_relatives(indices) if self._needs_run else indices
+        self._queue = [index for index in wanted if index not in self.results and index not in self._of_run]
+        self._chunk = set(indices)
+
+    @property
+    def _needs_run(self) -> bool:
+        """Whether the neurons of a fact depend on facts of other chunks: each is edited alone, without common ones."""
+        return self.rounds is None and self.method.search.common is not None
+
+    def _with_relatives(self, indices: Sequence[int]) -> list[int]:
+        """These facts, then the others of the run whose relation is one of theirs."""
+        relations = {self.facts[index].relation for index in indices} - {None}
+        others = (index for index, fact in enumerate(self.facts) if fact.relation in relations)
+        return list(dict.fromkeys([*indices, *others]))
 
     @property
     def done(self) -> bool:
@@ -130,22 +125,21 @@ class KNEditor(Editor):
             said = most_probable(self.lm, prompts.prompts[0])
             old = old or (said,)
             prompts = prompts if asked.known else prompts.saying(said)
+        size = self.settings.max_tokens
         found = find_neurons(
-            self.lm,
-            prompts,
-            method.searched,
-            method.search,
-            published=method.published,
-            max_tokens=self.settings.max_tokens,
+            self.lm, prompts, method.searched, method.search, published=method.published, max_tokens=size
         )
         sign = torch.where(found.activations < 0, -1, 1)[:, None]
-        self.results[index], self._old[index] = torch.cat([found.neurons, sign], dim=1), old
+        neurons, self._old[index] = torch.cat([found.neurons, sign], dim=1), old
+        if self._needs_run:
+            self._of_run[index] = neurons
+        if index in self._chunk:
+            self.results[index] = neurons
         del self._queue[0]
         return {"neurons": torch.tensor(float(len(found.neurons)))}
 
     def to_give(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """Nothing: neurons are not kept with an edit."""
-        return {}
+        return {}  # neurons are not kept with an edit
 
     # Writing
 
@@ -174,6 +168,11 @@ class KNEditor(Editor):
     def _found(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """Fact's index -> its neurons, which are removed from `results`. Warns of facts without any."""
         found = {index: self.results.pop(index) for index in indices}
+        if (largest := self.method.search.common) is not None:
+            compared = {i: self._of_run[i] for i in self._with_relatives(indices)} if self._needs_run else found
+            relations = [self.facts[index].relation for index in compared]
+            kept = without_common(list(compared.values()), relations, largest)
+            found = {index: own for index, own in zip(compared, kept, strict=True) if index in found}
         without = [index for index, neurons in found.items() if not len(neurons)]
         self.notes |= dict.fromkeys(without, "no neuron was found, so nothing was written")
         if without:

@@ -35,6 +35,8 @@ class NeuronSearch:
         prompts: the prompts of a fact. contexts: its prompt, alone and after each context. paraphrases: its prompt and
             its paraphrases, on which an edit should then not be scored. prompt: its prompt alone.
         contexts: how the contexts are sampled.
+        common: refined neurons that more than this share of the other facts of the same relation have, too, are
+            dropped; Dai et al. drop those of more than 0.1. Facts without a relation keep theirs. None keeps all.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -46,6 +48,7 @@ class NeuronSearch:
     adjust: bool = False
     prompts: Prompts = "contexts"
     contexts: ContextSettings = field(default_factory=ContextSettings)
+    common: float | None = None
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -57,6 +60,9 @@ class NeuronSearch:
             raise ArgumentError(f"share is a share of a fact's prompts, from 0 to 1, got {self.share}")
         if self.prompts not in get_args(Prompts):
             raise ArgumentError(f"prompts is one of {', '.join(get_args(Prompts))}, got {self.prompts!r}")
+        if self.common is not None and not 0 <= self.common < 1:
+            raise ArgumentError(f"common is a share of a relation's facts, from 0 to below 1, or None, got "
+                                f"{self.common}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ VALUES = le.ValueSettings(lr=0.5, steps=6, clamp_norm_factor=4.0)
 METHODS = {
     "ROME": le.ROME(layers=(0,), values=VALUES, contexts=ContextSettings(prefixes=(("", 2, 4),), bare_weight=None)),
     "MEMIT": le.MEMIT(layers=(0, 1), values=VALUES, contexts=ContextSettings(prefixes=(("The", 1, 5),)), share=0.9),
+    "FT": le.FT(layers=(0,), lr=2e-2, epochs=4),
 }
 SETTINGS = le.LocalizationSettings(
     windows=(3, 1),

@@ -23,6 +23,7 @@ from lightedit.errors import ArgumentError, ArgumentTypeError, MissingFileError
 from lightedit.lm import Place
 from lightedit.methods.closed_form.keys import keys_at
 from lightedit.methods.closed_form.values import optimize_values
+from lightedit.methods.finetuning.editor import FineTuningEditor
 from tests.analysis.localization.studies import (
     FACTS,
     LAYER_NUMBERS,
@@ -281,7 +282,22 @@ def test_chunks_of_facts_give_the_same_scores(
         same = whole[cell.fact, cell.problem, cell.method]
         assert cell.before.rewrite == pytest.approx(same.before.rewrite, rel=1e-4)
         assert cell.after.rewrite == pytest.approx(same.after.rewrite, rel=1e-3)
-    assert len(alone.cells) == 12
+    assert len(alone.cells) == 18
+
+
+def test_no_more_facts_are_trained_at_once_than_fit_into_memory(
+    lm: le.LanguageModel, found: le.LocalizationStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    separate = FineTuningEditor.separate
+    monkeypatch.setattr(FineTuningEditor, "most_separate", 2)
+    monkeypatch.setattr(FineTuningEditor, "separate", lambda self, x: (at_once.append(len(x)), separate(self, x))[1])
+    settings = with_settings(facts_per_chunk=3, layers=(1,), problems=("injection", "erasure"))
+    study = le.localization_study(lm, FACTS, {"FT": METHODS["FT"]}, settings=settings)
+    whole = {(cell.fact, cell.problem): cell for cell in found.cells if (cell.method, cell.layer) == ("FT", 1)}
+    assert at_once == [2, 1] * 2
+    for cell in study.cells:
+        assert cell.after.rewrite == pytest.approx(whole[cell.fact, cell.problem].after.rewrite, rel=1e-3)
 
 
 @dataclass(frozen=True)
@@ -326,7 +342,7 @@ def test_a_saved_study_is_read_back_unchanged_and_its_tables_have_these_columns(
 
 def test_a_study_says_where_editing_works_best(found: le.LocalizationStudy) -> None:
     text = str(found)
-    assert "3 facts studied, 1 that the model does not know left out, 90 edits at layers 0, 1, 2" in text
+    assert "3 facts studied, 1 that the model does not know left out, 135 edits at layers 0, 1, 2" in text
     means = found.by_layer("injection", "ROME")
     best = max(means, key=lambda layer: means[layer].value)
     assert f"injection, ROME: rewrite score largest at layer {best}, {means[best]}" in text

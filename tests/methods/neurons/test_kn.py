@@ -303,6 +303,58 @@ def test_a_fact_without_neurons_is_scored_unedited_in_the_single_protocol(monkey
         assert one["efficacy"]["nll_wanted"] == pytest.approx(other["efficacy"]["nll_wanted"])
 
 
+def with_relations(facts: list[le.Fact], relations: list[str | None]) -> list[le.Fact]:
+    return [replace(fact, relation=relation) for fact, relation in zip(facts, relations, strict=True)]
+
+
+def kept_by_hand(found: list[list[tuple[int, int]]], relations: list[str | None], largest: float) -> list[list]:
+    """Each fact's neurons that at most this share of the other facts of its relation have."""
+    kept = []
+    for number, own in enumerate(found):
+        others = [set(f) for i, f in enumerate(found) if i != number and relations[i] == relations[number]]
+        alone = relations[number] is None or not others
+        kept.append([x for x in own if alone or sum(x in other for other in others) <= largest * len(others)])
+    return kept
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_neurons_that_many_facts_of_a_relation_have_are_left_out(alone: bool) -> None:
+    lm = a_model()
+    relations = ["a", "a", None, "a", None][: len(FACTS)]
+    facts = with_relations(FACTS, relations)
+    every = le.KN(search=replace(ALONE, threshold=0.05))
+    found = neurons_of(lm, every, facts)
+    expected = kept_by_hand(found, relations, 0.5)
+    assert expected != found and any(expected)  # some are left out, not all
+    method = replace(every, search=replace(every.search, common=0.5))
+    before = state(lm)
+    if alone:  # chunks of two facts do not change which neurons a relation shares
+        editor = method.editor(lm)
+        editor.prepare(facts, None)
+        edits = []
+        for start in range(0, len(facts), 2):
+            chunk = range(start, min(start + 2, len(facts)))
+            search(editor, chunk, None)
+            assert editor.facts_found == len(chunk)
+            edits.append((chunk, editor.separate(chunk)))
+        for chunk, edit in edits:
+            for row, index in enumerate(chunk):
+                own = [
+                    (place.layer, int(j))
+                    for place, change in sorted(edit.updates.items())
+                    for j in change.right[row].sum(1).nonzero()
+                ]
+                assert own == sorted(expected[index])
+    else:
+        edit = le.edit(lm, facts, method, settings=QUIET)
+        written = {
+            (layer, int(j)) for layer in range(lm.n_layers) for j in changes_of(lm, before, layer).norm(dim=0).nonzero()
+        }
+        assert written == {neuron for own in expected for neuron in own}
+        edit.revert(lm)
+    assert_unedited(lm, before)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -313,6 +365,7 @@ def test_a_fact_without_neurons_is_scored_unedited_in_the_single_protocol(monkey
         ({"embeddings": "both"}, "embeddings is one of output, input"),
         ({"published": True, "add": 2.0}, "leave add out"),
         ({"published": True, "search": NeuronSearch(prompts="prompt", points=5)}, "leave search.prompts out"),
+        ({"published": True, "search": NeuronSearch(common=0.1)}, "leave search.common out"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
