@@ -15,6 +15,7 @@ import pytest
 import lightedit as le
 from lightedit import __main__ as command_line
 from lightedit.data.formats import FORMATS
+from tests.methods.hypernetworks.trained import saved
 from tests.models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -76,11 +77,22 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return calls
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the documents' commands are typed: with the configurations, and a trained network."""
+    here = tmp_path_factory.mktemp("documents")
+    (here / "configs").symlink_to(ROOT / "configs")
+    lm = le.LanguageModel(tiny_model("llama"), tiny_tokenizer("bytelevel"))
+    (here / "editors").mkdir()
+    saved(lm, le.MEND(layers=(2, 3), rank=8), here / "editors" / "mend")
+    return here
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page.name}: {line[:60]}" for page, line in COMMANDS])
 def test_a_command_of_the_documents_is_understood(
-    page: Path, command: str, called: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    page: Path, command: str, called: list[tuple[str, dict[str, Any]]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)  # configurations are named from here
+    monkeypatch.chdir(folder)
     arguments = shlex.split(command, comments=True)[1:]
     command_line.main(arguments)
     ((name, _),) = called

@@ -11,7 +11,7 @@ import torch
 import lightedit as le
 from lightedit.__main__ import main
 from lightedit.metrics.answered import answers
-from lightedit.runs.folder import TRAINING
+from lightedit.runs.folder import state_file
 from lightedit.training.fitting import AnswerModule
 from lightedit.training.models import byte_tokenizer
 from tests.models import tiny_other, tiny_other_tokenizer
@@ -128,7 +128,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(AnswerModule, "training_step", killed_after(10))  # in the third epoch of 4 batches
         le.train_classifier(encoder, CLAIMS, tmp_path / "out", settings=settings)
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / TRAINING).exists()
+    assert not (tmp_path / "out").exists() and state_file(tmp_path / "out.run").exists()
     with pytest.raises(le.ResumeError, match=r"settings.lr \(0.003 there, 0.004 now\)"):
         le.train_classifier(encoder, CLAIMS, tmp_path / "out", settings=replace(settings, lr=4e-3))
     with pytest.raises(le.ResumeError, match="differs in examples"):
@@ -146,7 +146,7 @@ def test_a_damaged_copy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(AnswerModule, "training_step", killed_after(1))
         le.train_t5(QUESTIONS, tmp_path / "t5", size=SIZE, settings=settings)
-    (tmp_path / "t5.run" / TRAINING).write_bytes(b"cut")
+    state_file(tmp_path / "t5.run").write_bytes(b"cut")
     with pytest.raises(le.ResumeError, match=r"training.ckpt is damaged .*delete .*t5.run"):
         le.train_t5(QUESTIONS, tmp_path / "t5", size=SIZE, settings=settings)
 

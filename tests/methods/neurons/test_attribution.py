@@ -11,6 +11,7 @@ from benchmarks.published.neurons import first_matrix, integrated_gradients, key
 from lightedit.errors import NumericalError
 from lightedit.lm import Place
 from lightedit.lm.changes import Adaptor
+from lightedit.lm.reading import Prompts
 from lightedit.methods.neurons import attribution
 from lightedit.methods.neurons.attribution import Query, attribute, both_ends, midpoints
 from tests.models import tiny_model, tiny_tokenizer
@@ -171,7 +172,7 @@ class Doubling(Adaptor):
 
     kind = "doubling in test_attribution"
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, prompts: Prompts) -> Tensor:
         return 2 * output
 
     def check(self, place: Place, shape: tuple[int, int]) -> None:
