@@ -339,7 +339,7 @@ def _read(
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         hidden = args[0] if side == "input" else output[0] if isinstance(output, tuple) else output
-        seen.append(hidden.reshape(-1, hidden.shape[-1])[lookup].double())
+        seen.append(hidden.reshape(-1, hidden.shape[-1])[lookup].double().clone())  # Falcon adds to it in place
 
     with _hook(module, keep):
         model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device), use_cache=False)

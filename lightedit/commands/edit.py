@@ -49,7 +49,7 @@ def edit(
         lm: the built-in smollm2, a Hub id, a local folder or a GGUF file.
         facts: a file of facts: JSON, JSON lines, CSV or YAML, in this package's form or that of a published data set.
         out: folder for the edit.
-        method: ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, KE, MEND, GRACE, Defer or Memory, with
+        method: ROME, MEMIT, EMMET, PMET, AlphaEdit, ENCORE, FT, EWC, Retrain, KN, KE, MEND, GRACE, Defer or Memory, and
             its settings as method.layers, method.lambda_, method.values.lr and so on; KE and MEND take the network that
             train-editor saved as method.folder. By default MEMIT as lightedit tune finds it for the model, or has found
             it.

@@ -85,7 +85,7 @@ def test_tiny_models_depend_on_the_seed_alone():
 @pytest.mark.parametrize("site", ["block", "mlp"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_values_run_and_improve_on_every_architecture(model_type, site):
-    model, tokenizer = tiny_model(model_type), tiny_tokenizer("sentencepiece")
+    model, tokenizer = tiny_model(model_type, dtype=torch.float64), tiny_tokenizer("sentencepiece")
     request = Request("The mother tongue of {}", "Zoë Müller", "Spanish")
     run = partial(values, model, tokenizer, *request, CONTEXTS, layer=1, site=site, lr=0.1)
     start, end = run(steps=1), run(steps=3)

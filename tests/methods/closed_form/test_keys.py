@@ -25,8 +25,8 @@ FACTS = [
 REQUESTS = [Request(fact.prompt, fact.subject, fact.target_new) for fact in FACTS]
 
 
-def language_model(architecture: str) -> LanguageModel:
-    return LanguageModel(tiny_model(architecture), tiny_tokenizer("bytelevel"))
+def language_model(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    return LanguageModel(tiny_model(architecture, dtype=dtype), tiny_tokenizer("bytelevel"))
 
 
 def prompts_of(lm: LanguageModel, templates: tuple[str, ...] = TEMPLATES) -> list[FactPrompts]:
@@ -53,7 +53,7 @@ def plain_outputs(lm: LanguageModel, module: torch.nn.Module) -> Tensor:
 
         def keep(_, __, output, lookup=row.lookup) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            seen.append(hidden.reshape(-1, hidden.shape[-1])[lookup].double())
+            seen.append(hidden.reshape(-1, hidden.shape[-1])[lookup].double().clone())  # Falcon adds to it in place
 
         handle = module.register_forward_hook(keep)
         lm.model(input_ids=torch.tensor([row.ids]), use_cache=False)
@@ -94,11 +94,13 @@ def test_the_bare_prompt_alone_is_a_context_too() -> None:
 @pytest.mark.parametrize("site", ["block", "mlp"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_present_values_equal_those_of_a_plain_pass(architecture: str, site: str) -> None:
-    lm = language_model(architecture)
+    # Gemma 2 has gains of 300 behind the MLP, and its attention takes the softmax in float32 whatever the model's dtype
+    rounds = architecture == "gemma2"
+    lm = language_model(architecture, torch.float32 if rounds else torch.float64)
     started = walk(lm, 1)
     for layer in (1, 3):
         module = lm.blocks[layer] if site == "block" else lm.module(Place(layer))
-        assert_relative(started.outputs(Place(layer, site)), plain_outputs(lm, module))
+        assert_relative(started.outputs(Place(layer, site)), plain_outputs(lm, module), 3e-4 if rounds else 1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
