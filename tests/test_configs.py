@@ -211,7 +211,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "limit": 920, "methods": rome(0.5, 20), "settings": {"problems": ["injection"], "layers": SPREAD, **FEWER},
     },
     "studies/smollm2-problems": {
-        "limit": 291, "methods": rome(0.5, 20), "forcing": rome(0.05, 25),
+        "limit": 291, "methods": rome(0.5, 20), "forcing": rome(0.5, 25),
         "settings": {"layers": [4, 14, 24], **FEWER},
     },
     "studies/smollm2-problems-ft": {

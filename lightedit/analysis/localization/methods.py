@@ -13,8 +13,8 @@ from lightedit.methods import MEMIT, ROME, Method
 METHODS: Mapping[str, Method] = {"ROME": ROME(layers=(0,)), "MEMIT": MEMIT(layers=(0, 1, 2, 3, 4), share=0.9)}
 """The methods of a study by default; only the number of their layers counts."""
 
-FORCING: Mapping[str, Method] = {"ROME": ROME(layers=(0,), values=replace(ROME(layers=(0,)).values, lr=0.05, steps=25))}
-"""Their settings for fact forcing, as published, where these differ."""
+FORCING: Mapping[str, Method] = {"ROME": ROME(layers=(0,), values=replace(ROME(layers=(0,)).values, steps=25))}
+"""Their settings for fact forcing, where these differ. The published learning rate, 0.05, is for GPT-J."""
 
 
 def placed(method: Method, lm: LanguageModel, layer: int) -> Method:
