@@ -214,10 +214,6 @@ STUDIES: dict[str, dict[str, Any]] = {
         "limit": 291, "methods": rome(0.5, 20), "forcing": rome(0.5, 25),
         "settings": {"layers": [4, 14, 24], **FEWER},
     },
-    "studies/smollm2-problems-ft": {
-        "limit": 291, "methods": {"FT": method("FT", {"layers": [0], "norm": 0.002})},
-        "settings": {"layers": SPREAD, **FEWER},
-    },
 }  # fmt: skip
 
 
