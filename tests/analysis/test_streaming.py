@@ -163,6 +163,11 @@ def test_values_that_are_not_finite_end_the_stream_and_earlier_edits_stay(lm, mo
     assert found.last.edits == 2 and found.edit.is_applied(lm) and "ended early" in str(found)
 
 
+def test_upstream_facts_that_are_unknown_are_told(lm) -> None:
+    found = streamed(lm, facts=STREAM[:1], upstream=[replace(STREAM[1], target_new="Bern", target_true=None)])
+    assert "knows none of the upstream facts" in str(found) and "skipped" not in str(found)
+
+
 @pytest.mark.parametrize("score", ["f1", "perplexity"])
 def test_each_score_is_that_of_its_own_kind(lm, score: str) -> None:
     found = streamed(lm, settings=replace(QUIET, score=score, max_edits=1))

@@ -112,10 +112,13 @@ class Stream:
         """The scores before and after, and the counts."""
         last, first = self.last, self.steps[0]
         name = self.method.get("name", "a method")
-        lines = [f"{name} in {self.model}: {counted(last.seen)} came, {last.edits} edited, {last.skipped} skipped, "
-                 f"which the model stated already; score: {self.settings.score}"]  # fmt: skip
+        skipped = f", {last.skipped} skipped, which the model stated already" if last.skipped else ""
+        came = f"{counted(last.seen)} came, {last.edits} edited{skipped}"
+        lines = [f"{name} in {self.model}: {came}; score: {self.settings.score}"]
         if last.TRR is not None and first.TRR is not None:
             lines.append(f"  TRR  {_shown(last.TRR)}, before edits {_shown(first.TRR)} ({counted(self.upstream)})")
+            if first.TRR == 0:
+                lines.append("       the model knows none of the upstream facts, so TRR says nothing; give others")
         for label, value in (("ERR", last.ERR), ("mean", self._mean), ("ES", last.ES)):
             if value is not None:
                 lines.append(f"  {label:<4} {_shown(value)}")
