@@ -124,7 +124,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama-3-8b/mend": {"layers": layers(29, 31), "parts": ["mlp_gate", "mlp_in", "mlp"]},
     "smollm2/mend": {"layers": layers(27, 29), "rank": 256, "lr": 2e-5, "rate_lr": 1e-5},
     "smollm2/ke": {"layers": layers(27, 29)},
-    "smollm2/ft": {"layers": [21], "lr": 5e-4, "epochs": 25},
+    "smollm2/ft": {"layers": [0], "lr": 5e-4, "epochs": 25},
     "smollm2/ft-l": {"layers": [0], "lr": 5e-4, "epochs": 25, "norm": 2e-3},
     "smollm2/ft-w": {"layers": [21], "lr": 5e-4, "epochs": 25, "weight_decay": "power_law", "parts": "block"},
     "smollm2/ft-m": {"layers": [21], "lr": 5e-4, "epochs": 25, "batch_size": 1},
@@ -182,6 +182,11 @@ SWEEPS: dict[str, dict[str, Any]] = {
         "limit": 100, "skip": 500, "out": "sweeps/smollm2-pmet",
         "grid": {"lambda_": [300.0, 1000.0, 3000.0], "values.clamp_norm_factor": [0.75, 4.0]},
         "methods": {"PMET": method("PMET", {"layers": layers(4, 8), "lambda_": 1000.0, "values": PMET_OURS})},
+    },
+    "sweeps/smollm2-ft": {
+        "limit": 20, "skip": 500, "facts_per_round": ["single"], "out": "sweeps/smollm2-ft",
+        "grid": {"layers": [[0], [5], [21], [27]], "norm": [None, 0.002, 0.0005]},
+        "methods": {"FT": method("FT", {"layers": [0]})},
     },
     "sweeps/smollm2-rome": {
         "limit": 40, "skip": 500, "facts_per_round": ["single"], "out": "sweeps/smollm2-rome",

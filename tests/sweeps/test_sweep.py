@@ -589,4 +589,4 @@ def test_configurations_are_complete(path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "--config", str(path), "--print_config"])
     assert not stop.value.code
-    assert {"MEMIT", "PMET", "ROME", "GRACE"} & yaml.safe_load(capsys.readouterr().out)["methods"].keys()
+    assert {"MEMIT", "PMET", "ROME", "GRACE", "FT"} & yaml.safe_load(capsys.readouterr().out)["methods"].keys()
