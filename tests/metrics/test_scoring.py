@@ -121,8 +121,8 @@ def test_an_answer_that_begins_another_is_read_with_it(model_type, read):
 def test_rows_hold_the_texts_of_one_prompt_and_edit(branching):
     asked = [(0, "a", "x"), (0, "a", "y"), (1, "a", "x"), (0, "a", "z"), (0, "b", "x")]
     pairs = [(*pair, Serving()) for pair in asked]
-    texts = [[1, 2], [1, 2, 3], [1, 2], [1, 2, 4, 3], [1, 2]]
-    rows, place = _rows(pairs, texts, branching)
+    texts = [[1, 2], [1, 2, 3], [1, 2], [1, 2, 4, 3], [5, 2]]
+    rows, place = _rows(pairs, texts, [1] * 5, branching)
     assert len(rows) == (3 if branching else 4)
     for (edit, *_), text, (row, tokens) in zip(pairs, texts, place, strict=True):
         assert rows[row].edit == edit
@@ -131,6 +131,13 @@ def test_rows_hold_the_texts_of_one_prompt_and_edit(branching):
         for number, token in enumerate(tokens):
             assert rows[row].seen()[token].nonzero()[0].tolist() == tokens[: number + 1]
     assert sum(len(row.ids) for row in rows) == (5 + 2 + 2 if branching else 4 + 3 + 2 + 2)
+
+
+def test_a_row_has_one_end_of_its_prompt():
+    """Adaptors decide there."""
+    pairs = [(0, "a", "b x", Serving()), (0, "a b", "x", Serving())]
+    rows, _ = _rows(pairs, [[1, 2, 3], [1, 2, 3]], [1, 2], True)
+    assert sorted(row.prompt for row in rows) == [1, 2]
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
