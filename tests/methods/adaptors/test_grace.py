@@ -101,7 +101,7 @@ def test_a_query_within_rounding_of_its_key_is_covered_whatever_its_radius() -> 
 @pytest.mark.parametrize("spread", [10.0, 0.01])
 def test_the_nearest_key_is_that_of_exact_distances(spread: float) -> None:
     draws = torch.Generator().manual_seed(0)
-    keys = 1.0 + spread * torch.randn(300, 64, generator=draws)
+    keys = 100.0 + spread * torch.randn(300, 64, generator=draws)
     queries = torch.cat([keys[::30], keys[::30] + spread * torch.randn(10, 64, generator=draws)])
     whole = torch.zeros(300, dtype=torch.long)
     found = Codebook(keys, torch.zeros(300, 3), torch.ones(300), whole[:, None], whole)
